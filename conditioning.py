@@ -1,0 +1,213 @@
+"""Everything that steers: time, class, text, control. One typed value, `Condition`, and what turns it into vectors.
+
+Semantics say what the picture is of: a class (`label`) or a caption (`text`). Controls say how it was taken: where it
+was cropped, whether it was mirrored, how large the original was. A sample without semantics or controls, for training
+and for guidance, is made by `Condition.drop` and nowhere else.
+Dimensions: B batch, L context tokens, E width of a text token, D width, h x w image tokens.
+"""
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NULL_LABEL = -1                         # stands for "no class"; the embedding maps it to the last row of its table
+TIME_FEATURES = 256                     # width of the sinusoid that an MLP turns into the time vector, [DiT]
+
+
+CONTROLS = {"crop": 2, "flip": 1, "size": 2}    # numbers a control has: (top, left), 0 or 1, (h, w)
+LOW_LEVEL = ("size",)                   # controls that change detail only, weighted by gamma_c(t)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a batch of B pictures is conditioned on; fields that the model does not use are None.
+
+    label (B,) int64, -1 = none; text (B, L, E) float, zeros = none; crop (B, 2) top and left, in pixels of the resized
+    original; flip (B,) 0 or 1; size (B, 2) height and width of the original in pixels; steered (B,) 1, or 0 = no
+    controls."""
+    label: Tensor | None = None
+    text: Tensor | None = None
+    crop: Tensor | None = None
+    flip: Tensor | None = None
+    size: Tensor | None = None
+    steered: Tensor | None = None
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> "Condition":
+        """The same condition with f applied to every tensor that is there."""
+        return replace(self, **{k.name: f(v) for k in fields(self) if (v := getattr(self, k.name)) is not None})
+
+    def to(self, device: torch.device) -> "Condition":
+        return self.map(lambda v: v.to(device, non_blocking=True))
+
+    def drop(self, semantics: Tensor | bool = False, controls: Tensor | bool = False) -> "Condition":
+        """[COND] sec. 2.4: without semantics, or without controls, where the mask (B,) is true (or everywhere)."""
+        return replace(self, label=_blank(self.label, semantics, NULL_LABEL), text=_blank(self.text, semantics, 0),
+                       steered=_blank(self.steered, controls, 0))
+
+
+def _blank(v: Tensor | None, where: Tensor | bool, empty: float) -> Tensor | None:
+    if v is None:
+        return None
+    mask = torch.as_tensor(where, device=v.device).view(-1, *[1] * (v.ndim - 1))    # (B or 1, 1, ...)
+    return torch.where(mask, torch.full_like(v, empty), v)
+
+
+def concatenate(conditions: list[Condition]) -> Condition:
+    """Conditions of B1, B2, ... pictures as one of B1 + B2 + ..., in order."""
+    parts = {k.name: [getattr(c, k.name) for c in conditions] for k in fields(Condition)}
+    return Condition(**{k: torch.cat(v) for k, v in parts.items() if v[0] is not None})
+
+
+def from_batch(batch: dict, semantics: str, controls: tuple[str, ...]) -> Condition:
+    """The condition of a data batch: only what a model with these semantics and controls reads."""
+    names = {"class": ("label",), "text": ("text",), "none": ()}[semantics] + controls
+    steered = torch.ones(len(batch["image"])) if controls else None
+    return Condition(steered=steered, **{k: batch[k] for k in names})
+
+
+def guide(eps_cs: Tensor, eps_s: Tensor, eps_null: Tensor, lam: float, beta: float) -> Tensor:
+    """[COND] eq. 2: lambda [beta eps(c,s) + (1-beta) eps(0,s)] + (1-lambda) eps(0,0), c control, s semantics.
+
+    On all channels. beta = 1 is classifier-free guidance; lambda = 1 none."""
+    return lam * (beta * eps_cs + (1 - beta) * eps_s) + (1 - lam) * eps_null
+
+
+# ---------------------------------------------------------------- time, class, text
+
+class Linear(nn.Linear):
+    """A linear layer that computes in the type of its input and keeps its own weights in fp32."""
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+def mlp(K: int, D: int) -> nn.Sequential:
+    """The two-layer SiLU network K -> D -> D through which every condition goes."""
+    return nn.Sequential(Linear(K, D), nn.SiLU(), Linear(D, D))
+
+
+def timestep_embedding(x: Tensor, dim: int) -> Tensor:
+    """[DiT], [COND] 1.2: [cos(x f_k), sin(x f_k)], f_k = 10000^(-2k/dim), k = 0 .. dim/2 - 1. x (B,) -> (B, dim), fp32"""
+    f = torch.exp(-math.log(10000) / (dim // 2) * torch.arange(dim // 2, dtype=torch.float32, device=x.device))
+    angle = x.float()[:, None] * f                                              # (B, dim/2)
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+class TimestepEmbedder(nn.Module):
+    """[DiT] sec. 3.2: MLP(sinusoid(i)), SiLU between its two layers. i (B,) -> (B, D)"""
+    def __init__(self, D: int) -> None:
+        super().__init__()
+        self.mlp = mlp(TIME_FEATURES, D)
+
+    def forward(self, i: Tensor) -> Tensor:
+        return self.mlp(timestep_embedding(i, TIME_FEATURES))
+
+
+class LabelEmbedder(nn.Module):
+    """[DiT] sec. 3.2: a table of classes + 1 rows, the last one for "no class". label (B,) -> (B, D)"""
+    def __init__(self, classes: int, D: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(classes + 1, D)
+
+    def forward(self, label: Tensor) -> Tensor:
+        null = self.embedding_table.num_embeddings - 1
+        return self.embedding_table(torch.where(label == NULL_LABEL, null, label))
+
+
+class ClassContext(nn.Module):
+    """[COND] sec. 2: the class as one context token, an embedding and a two-layer MLP. label (B,) -> (B, 1, D)"""
+    def __init__(self, classes: int, D: int) -> None:
+        super().__init__()
+        self.table = LabelEmbedder(classes, D)
+        self.mlp = mlp(D, D)
+
+    def forward(self, cond: Condition, dtype: torch.dtype) -> Tensor:
+        return self.mlp(self.table(cond.label).to(dtype))[:, None]
+
+
+class TextContext(nn.Module):
+    """[COND] sec. 2: every text token through one two-layer MLP. text (B, L, E) -> (B, L, D)"""
+    def __init__(self, E: int, D: int) -> None:
+        super().__init__()
+        self.mlp = mlp(E, D)
+
+    def forward(self, cond: Condition, dtype: torch.dtype) -> Tensor:
+        return self.mlp(cond.text.to(dtype))
+
+
+class LearnedContext(nn.Module):
+    """No semantics: one learned context token, so that every block keeps its form. -> (1, 1, D)"""
+    def __init__(self, D: int) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, D) * 0.02)
+
+    def forward(self, cond: Condition, dtype: torch.dtype) -> Tensor:
+        return self.token.to(dtype)
+
+
+# ---------------------------------------------------------------- control
+
+def control_weight(t: Tensor, kind: str = "cosine", alpha: float = 8.0) -> Tensor:
+    """[COND] table A4: gamma_c(t) = [1 - cos(pi (1-t)^alpha)] / 2, computed as sin^2(pi (1-t)^alpha / 2). t in [0, 1]
+
+    Zero at t = 1 (noise), one at t = 0: detail is steered only once the composition stands. The other kinds of table
+    A6: uniform 1; linear 1-t; zero 0; step 1 where (1-t)^alpha >= 1/2, the cosine's half-weight time."""
+    if kind not in CONTROL_WEIGHTS:
+        raise ValueError(f"unknown control weight {kind!r}; there are {', '.join(CONTROL_WEIGHTS)}")
+    return CONTROL_WEIGHTS[kind](t, alpha)
+
+
+CONTROL_WEIGHTS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "cosine": lambda t, alpha: torch.sin(math.pi / 2 * (1 - t) ** alpha) ** 2,
+    "uniform": lambda t, alpha: torch.ones_like(t),
+    "linear": lambda t, alpha: 1 - t,
+    "step": lambda t, alpha: ((1 - t) ** alpha >= 0.5).to(t.dtype),
+    "zero": lambda t, alpha: torch.zeros_like(t),
+}
+
+
+class ControlEmbedding(nn.Module):
+    """[COND] eq. 1: c_emb = E_h(phi_h) + gamma_c(t) E_l(phi_l), added to the time vector. -> (B, D)
+
+    Every scalar becomes a sinusoid; the sinusoids of a group are concatenated and go through one two-layer MLP, whose
+    last layer starts at zero, so that at first the controls have no effect."""
+    def __init__(self, controls: tuple[str, ...], D: int, kind: str, alpha: float) -> None:
+        super().__init__()
+        self.high = [c for c in controls if c not in LOW_LEVEL]
+        self.low = [c for c in controls if c in LOW_LEVEL]
+        self.kind, self.alpha = kind, alpha
+        self.mlps = nn.ModuleDict({name: mlp(TIME_FEATURES * sum(CONTROLS[c] for c in group), D)
+                                   for name, group in (("high", self.high), ("low", self.low)) if group})
+
+    def forward(self, cond: Condition, t: Tensor) -> Tensor:
+        gamma = control_weight(t, self.kind, self.alpha)[:, None]               # (B, 1)
+        c_emb = 0
+        if self.high:
+            c_emb = self.mlps["high"](self.features(cond, self.high))           # (B, D)
+        if self.low:
+            c_emb = c_emb + gamma * self.mlps["low"](self.features(cond, self.low))
+        return cond.steered[:, None] * c_emb
+
+    def features(self, cond: Condition, group: list[str]) -> Tensor:
+        values = [getattr(cond, c).reshape(-1, CONTROLS[c]) for c in group]
+        scalars = torch.cat(values, dim=1)                                      # (B, K)
+        return timestep_embedding(scalars.flatten(), TIME_FEATURES).unflatten(0, scalars.shape).flatten(1)
+
+
+# ---------------------------------------------------------------- position
+
+def sincos_2d(h: int, w: int, dim: int, base: int | None = None) -> Tensor:
+    """[DiT], [COND] sec. 2.3: fixed sines and cosines of column (first dim/2) and row (last dim/2). (h w, dim) fp32
+
+    base None: coordinates 0, 1, 2, ... A base extent: linspace(0, base, n) on both axes, so that a finer grid spans the
+    same positions. Every row has norm sqrt(dim/2)."""
+    if dim % 4:
+        raise ValueError(f"the width of positions must be divisible by 4, got {dim}")
+    rows, columns = (torch.arange(n, dtype=torch.float64) if base is None else
+                     torch.linspace(0, base, n, dtype=torch.float64) for n in (h, w))
+    f = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))  # (dim/4,)
+    angle = {name: grid.flatten()[:, None] * f for name, grid in
+             zip(("row", "column"), torch.meshgrid(rows, columns, indexing="ij"))}  # (h w, dim/4) each
+    return torch.cat([angle["column"].sin(), angle["column"].cos(), angle["row"].sin(), angle["row"].cos()], dim=1).float()

@@ -1,0 +1,223 @@
+"""Every knob, typed. A config file is a short Python module that builds one `Config`; flags override its fields.
+
+python train.py --config=configs/shapes.py --lr=3e-4 --model.depth=12      (or: --lr 3e-4)
+python train.py --help                                                     (every field, its meaning and its default)
+"""
+import dataclasses
+import difflib
+import hashlib
+import inspect
+import json
+import re
+import runpy
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+class UserError(ValueError):
+    """Something the user can fix: one line that names the thing, its value and the alternatives. Exit code 2."""
+
+
+# [DiT] table 1, and XS of [MAG]: depth, width D, heads H
+SIZES = {
+    "XS": dict(depth=6, width=256, heads=4),
+    "S": dict(depth=12, width=384, heads=6),
+    "B": dict(depth=12, width=768, heads=12),
+    "L": dict(depth=24, width=1024, heads=16),
+    "XL": dict(depth=28, width=1152, heads=16),
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What decides the state dict. Stored in every checkpoint; a run is resumed only with an equal one."""
+    arch: str = "mmdit"             # block type, a key of model.ARCHS
+    semantics: str = "text"         # what the picture is of: none, class or text
+    classes: int = 0                # number of classes; 0 = take it from the data set
+    text_dim: int = 0               # width E of one text token; 0 = take it from the text encoder
+    text_length: int = 0            # number of text tokens L; 0 = take it from the text encoder
+    resolution: int = 32            # height and width of the training images or latents
+    channels: int = 3               # C, 3 for pixels and 4 for Stable Diffusion latents
+    patch: int = 4                  # P, side of the square that becomes one token
+    width: int = 256                # D
+    depth: int = 6                  # number of blocks
+    heads: int = 4                  # H
+    noise_steps: int = 1000         # T, the number of noise levels
+    controls: str = ""              # steered by, joined with +: any of crop, flip, size; empty = none
+    control_weight: str = "cosine"  # gamma_c(t) on size: cosine, uniform, linear, step, zero
+    control_alpha: float = 8.0      # power of the cosine weight
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run. `model` decides the weights; the rest decides how they are trained and on what."""
+    out: str = "out/shapes"         # run folder; the same command again resumes from it
+    data: str = "shapes"            # "shapes", or the path of a folder of class folders
+    augment: str = "crop+flip"      # what varies in how a picture is taken, joined with +: crop, flip, size (shapes only)
+    objects: int = 2                # shapes only: most objects in a picture
+    seed: int = 0                   # keys every random draw: initial weights, data order, noise, samples
+    model: ModelConfig = field(default_factory=ModelConfig)
+    steps: int = 2000               # optimizer steps of the whole run
+    batch: int = 64                 # global batch: images an optimizer step, whatever the number of processes
+    micro: int = 64                 # images a forward pass; batch/micro microbatches are shared by the processes
+    lr: float = 1e-3                # peak learning rate
+    warmup: int = 100               # steps of linear warm-up
+    cooldown: float = 0.0           # share of the run at its end over which the rate falls linearly to zero
+    beta1: float = 0.9              # AdamW
+    beta2: float = 0.95             # AdamW
+    weight_decay: float = 0.03      # AdamW
+    clip: float = 1.0               # largest gradient norm; 0 = no clipping
+    ema: float = 0.1                # width of the power-function average, as a share of the run so far
+    drop: float = 0.1               # share of samples trained without semantics, for guidance
+    schedule: str = "scaled_linear" # alpha-bar table: scaled_linear or linear
+    dtype: str = "auto"             # auto, float32 or bfloat16; auto = bfloat16 where the hardware multiplies it
+    compile: str = "auto"           # auto, on or off; auto = on for CUDA
+    workers: int = 2                # threads that load and decode images ahead of the loop
+    max_bad: float = 0.01           # share of unreadable images that is skipped before the run stops
+    log_every: int = 10             # steps between lines of log.jsonl
+    save_every: int = 500           # steps between checkpoints; the last two are kept
+    sample_every: int = 500         # steps between preview grids; 0 = none
+    lam: float = 2.0                # guidance scale of previews, and the default of sample.py
+    threads: int = 0                # CPU threads; 0 = all cores, shared by the processes of this machine
+
+
+# ---------------------------------------------------------------- reading
+
+def load(path: str) -> Config:
+    """The `config` that a config file builds. UserError if there is no such file or it builds none."""
+    if not Path(path).is_file():
+        here = ", ".join(sorted(p.as_posix() for p in Path("configs").glob("*.py"))) or "none"
+        raise UserError(f"no config file {path!r}; configs/ has: {here}")
+    try:
+        built = runpy.run_path(path).get("config")
+    except TypeError as e:                                  # Config(dept=4): Python's own message has the name
+        raise UserError(f"{path}: {e}; see --help for the fields") from e
+    if not isinstance(built, Config):
+        raise UserError(f"{path} must define `config = Config(...)`, but `config` is {type(built).__name__}")
+    return check_types(built)
+
+
+def check_types(options: Any) -> Any:
+    """The same dataclass with every int that stands for a float made one; UserError on a value of a wrong type."""
+    fixed = {}
+    for f in dataclasses.fields(options):
+        value = getattr(options, f.name)
+        if dataclasses.is_dataclass(value):
+            fixed[f.name] = check_types(value)
+        elif f.type is float and type(value) is int:
+            fixed[f.name] = float(value)
+        elif type(value) is not f.type:
+            raise UserError(f"{f.name} wants {_article(f.type)}, got {value!r}")
+    return dataclasses.replace(options, **fixed)
+
+
+def parse(argv: list[str], options: Any) -> Any:
+    """`options` (a dataclass) with `--key=value` and `--key value` put in, each read as its field's type.
+
+    `--help` prints every field and exits. UserError for an unknown field, a wrong type, a missing value."""
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if word in ("-h", "--help"):
+            print(help_text(options))
+            sys.exit(0)
+        if not word.startswith("--"):
+            raise UserError(f"expected --key=value, got {word!r}; --help lists the keys")
+        key, equals, text = word[2:].partition("=")
+        key = key.replace("-", "_")
+        kind = field_type(options, key)
+        if not equals and kind is bool:
+            text = "true"
+        elif not equals:
+            if not words:
+                raise UserError(f"--{key} wants {_article(kind)} after it; --help lists the keys")
+            text = words.pop(0)
+        options = put(options, key, read_as(kind, key, text))
+    return options
+
+
+def field_type(options: Any, key: str) -> type:
+    """Type of the field `key` ("lr", "model.depth"); UserError with the nearest names if there is none."""
+    head, _, rest = key.partition(".")
+    names = {f.name: f.type for f in dataclasses.fields(options)}
+    inner = getattr(options, head, None)
+    if head in names and dataclasses.is_dataclass(inner) == bool(rest):
+        return field_type(inner, rest) if rest else names[head]
+    known = [line[0] for line in fields(options)]
+    near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+    near += [k for k in known if k.split(".")[-1] == key.split(".")[-1] and k not in near]
+    hint = f"did you mean {' or '.join('--' + k for k in near)}?" if near else f"it has: {', '.join(known)}"
+    raise UserError(f"unknown field --{key} of {type(options).__name__}; {hint}")
+
+
+def read_as(kind: type, key: str, text: str) -> Any:
+    """`text` as a value of `kind`: int takes 2000 and 2e3, bool takes true and false."""
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if kind is int and float(text) == int(float(text)):
+            return int(text) if re.fullmatch(r"[+-]?\d+", text) else int(float(text))
+        if kind in (float, str):
+            return kind(text)
+    except (ValueError, KeyError, OverflowError):
+        pass
+    raise UserError(f"--{key} wants {_article(kind)}, got {text!r}")
+
+
+def put(options: Any, key: str, value: Any) -> Any:
+    """A copy of the dataclass with the field `key` set; `key` may reach one level down ("model.depth")."""
+    head, _, rest = key.partition(".")
+    return dataclasses.replace(options, **{head: put(getattr(options, head), rest, value) if rest else value})
+
+
+# ---------------------------------------------------------------- showing
+
+def fields(options: Any, prefix: str = "") -> list[tuple[str, type, Any, str]]:
+    """(key, type, value, comment) of every field, in the order of the source, one level of nesting flattened."""
+    comments = dict(re.findall(r"^    (\w+):[^#\n]*# (.+)$", inspect.getsource(type(options)), re.M))
+    rows = []
+    for f in dataclasses.fields(options):
+        value = getattr(options, f.name)
+        if dataclasses.is_dataclass(value):
+            rows += fields(value, prefix + f.name + ".")
+        else:
+            rows.append((prefix + f.name, f.type, value, comments.get(f.name, "")))
+    return rows
+
+
+def help_text(options: Any) -> str:
+    """What `--help` prints: one line a field with its type, its present value and its comment."""
+    rows = [(f"--{key}={kind.__name__}", f"{value!r}", comment) for key, kind, value, comment in fields(options)]
+    wide = [max(len(row[k]) for row in rows) for k in (0, 1)]
+    head = "options, each with its type, its value if not given, and its meaning"
+    return "\n".join([head] + [f"  {flag:{wide[0]}}  {value:{wide[1]}}  {comment}" for flag, value, comment in rows])
+
+
+def to_json(options: Any) -> str:
+    """The dataclass as JSON text, for config.json and the headers of weight files."""
+    return json.dumps(dataclasses.asdict(options), indent=1)
+
+
+def from_json(text: str) -> Config:
+    """The inverse of to_json for a Config. Runs no code. UserError if the text is not a config of this version."""
+    try:
+        tree = json.loads(text)
+        return check_types(Config(**{**tree, "model": ModelConfig(**tree["model"])}))
+    except (json.JSONDecodeError, KeyError, TypeError) as e:
+        raise UserError(f"not a config of this version of plaindit: {e}") from e
+
+
+def differences(a: Any, b: Any) -> list[str]:
+    """"key: old -> new" for every field in which two configs differ."""
+    return [f"{key}: {old!r} -> {new!r}" for (key, _, old, _), (_, _, new, _) in zip(fields(a), fields(b)) if old != new]
+
+
+def seed64(*key: Any) -> int:
+    """A 63-bit seed from any printable key: the same in every process, on every machine, for ever."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def _article(kind: type) -> str:
+    return f"an {kind.__name__}" if kind is int else f"a {kind.__name__}"

@@ -1,0 +1,73 @@
+"""Noise levels: how much of the picture is left at each of the T steps, and how that moves with resolution.
+
+    x_t = sqrt(alpha_bar_i) x0 + sqrt(1 - alpha_bar_i) eps,    sigma_i = sqrt((1 - alpha_bar_i) / alpha_bar_i)
+
+Tables are float64 tensors of length T, index 0 the cleanest and T-1 the noisiest; t = i / (T-1), so t = 1 is noise.
+Dimensions: B batch, C channels, T noise steps.
+"""
+import math
+
+import torch
+from torch import Tensor
+
+# The last index of "leading" spacing is shifted by one, as Stable Diffusion's samplers do ([COND] 1.11).
+LEADING_OFFSET = 1
+
+
+def scaled_linear_alpha_bar(T: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> Tensor:
+    """[COND] app. A, [LDM]: beta_i = linspace(sqrt(b0), sqrt(b1), T)^2, alpha_bar_i = prod_{j<=i} (1 - beta_j). (T,)"""
+    return _alpha_bar(torch.linspace(math.sqrt(beta_start), math.sqrt(beta_end), T, dtype=torch.float64) ** 2)
+
+
+def linear_alpha_bar(T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
+    """[DDPM] sec. 4: beta_i = linspace(b0, b1, T), alpha_bar_i = prod_{j<=i} (1 - beta_j). (T,)"""
+    return _alpha_bar(torch.linspace(beta_start, beta_end, T, dtype=torch.float64))
+
+
+def _alpha_bar(beta: Tensor) -> Tensor:
+    return torch.cumprod(1 - beta, dim=0)
+
+
+SCHEDULES = {"scaled_linear": scaled_linear_alpha_bar, "linear": linear_alpha_bar}
+
+
+def rescale_alpha_bar(alpha_bar: Tensor, s: float, s_new: float) -> Tensor:
+    """[COND] eq. 3: alpha_bar' = s^2 alpha_bar / (s'^2 + alpha_bar (s^2 - s'^2)), from side s to side s'.
+
+    The same as sigma' = (s'/s) sigma: a patch of (s'/s)^2 pixels then leaves the same doubt about its mean as one
+    pixel did before. Keep the index that the network sees and swap the table, in training and in sampling."""
+    return s ** 2 * alpha_bar / (s_new ** 2 + alpha_bar * (s ** 2 - s_new ** 2))
+
+
+def rescale_guidance(lam: float, s: float) -> float:
+    """[COND] eq. 4: lambda'(s) = 1 + s (lambda - 1), s the linear upsampling factor (512/256 = 2: 1.5 becomes 2.0)."""
+    return 1 + s * (lam - 1)
+
+
+def to_sigma(alpha_bar: Tensor) -> Tensor:
+    """[COND] app. A: sigma = sqrt((1 - alpha_bar) / alpha_bar), noise over signal."""
+    return ((1 - alpha_bar) / alpha_bar).sqrt()
+
+
+def add_noise(x0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
+    """[DDPM] eq. 4: x_t = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps, for x0, eps (B, ...) and alpha_bar (B,)."""
+    alpha_bar = alpha_bar.view(-1, *[1] * (x0.ndim - 1))                        # (B, 1, ...)
+    return (alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps).to(x0.dtype)
+
+
+def ddim_indices(T: int, steps: int, spacing: str = "trailing") -> Tensor:
+    """[DDIM] sec. 4.2: the noise indices that a sampler of `steps` steps visits, noisiest first. (steps,) int64
+
+    leading   i = (T // steps) k + 1, capped at T-1    Stable Diffusion's: never sees the noisiest index
+    trailing  i = round(T - k T / steps) - 1           starts at T-1, where the noise it is fed comes from
+    linspace  i = round(linspace(T-1, 0, steps))       both ends"""
+    if not 1 <= steps <= T:
+        raise ValueError(f"steps must be between 1 and T = {T}, got {steps}")
+    k = torch.arange(steps, dtype=torch.float64)
+    if spacing == "leading":
+        return ((T // steps) * k.flip(0) + LEADING_OFFSET).clamp(max=T - 1).long()
+    if spacing == "trailing":
+        return (T - k * T / steps).round().long() - 1
+    if spacing == "linspace":
+        return torch.linspace(T - 1, 0, steps, dtype=torch.float64).round().long()
+    raise ValueError(f"unknown spacing {spacing!r}; there are leading, trailing, linspace")
