@@ -1,0 +1,398 @@
+"""The captioned shapes: language, word vectors, random numbers, scenes, pixels, scores."""
+import dataclasses
+import math
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import scenes
+import shapes
+from captions import BACKGROUNDS, COLORS, RELATIONS, SHAPES, WORDS, WordVectors, describe, split, write
+from config import UserError
+from scenes import HELD_OUT, LARGE, NATIVE, SMALL, uniform
+from shapes import Shapes, cut, score, sharpness
+
+PLAIN = dict(native=False, crop=False, flip=False)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """Renders at every native size, uncut and not mirrored."""
+    return Shapes(32, crop=False, flip=False).records(range(1200))
+
+
+# ---------------------------------------------------------------- language
+
+def test_captions_are_of_the_grammar_and_use_all_of_it():
+    texts = Shapes(8, **PLAIN).records(range(1500))["caption"]
+    lengths = [len(split(text)) for text in texts]
+    assert all(write(describe(text)) == text for text in texts)
+    assert (min(lengths), max(lengths) <= 20) == (3, True) and max(lengths) >= 17
+    assert set(" ".join(texts).split()) == set(WORDS) and len(set(WORDS)) == len(WORDS)
+
+
+def test_describe_reads_what_a_person_types():
+    facts = describe("A small RED ring, left of a blue square; on grey.")
+    assert facts.colors == ("red", "blue") and facts.shapes == ("ring", "square")
+    assert facts.sizes == ("small", None)
+    assert facts.relations == ("left of",) and facts.background == "grey"
+    assert describe("red ring and large orange star").relations == (None,)
+    assert write(describe("red ring and large orange star")) == "a red ring and a large orange star"
+
+
+@pytest.mark.parametrize("text, part", [
+    ("a ring", "'ring' (word 2)"), ("", "its end"), ("a red ring left a blue star", "wanted of"),
+    ("a red ring on mars", "'mars'"), ("a red ring on grey above a blue star", "nothing may follow"),
+    ("a red ring blue", "wanted on")])
+def test_describe_says_where_a_caption_leaves_the_grammar(text, part):
+    with pytest.raises(UserError) as error:
+        describe(text)
+    assert part in str(error.value) and "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------- word vectors
+
+def test_tokens_name_the_words_around_them_exactly():
+    coder = WordVectors(length=7)
+    tokens, lengths = coder.encode(["a small red ring", "", "A red star."])
+    assert tokens.shape == (3, 7, coder.dim) and tokens.dtype == torch.float32
+    assert lengths.tolist() == [4, 0, 3]
+    for b, n in enumerate(lengths):
+        assert (tokens[b, n:] == 0).all() and (tokens[b, :n] != 0).any(1).all()
+
+    V = len(coder.table[0])
+    read = (tokens[0, :4, :4 * V].reshape(4, 4, V) @ coder.table.T / V)      # 1 where the window shows a word
+    words = [[coder.words[k] for k in row.nonzero()[:, 0]] for row in read.reshape(16, -1).round(decimals=5)]
+    a, small, red, ring = ["a"], ["small"], ["red"], ["ring"]
+    assert words == [[], [], a, small, [], a, small, red, a, small, red, ring, small, red, ring, []]
+
+
+def test_word_vectors_are_orthogonal_distinct_in_place_and_of_unit_variance():
+    coder = WordVectors()
+    gram = coder.table[:-1] @ coder.table[:-1].T
+    assert torch.equal(gram, torch.eye(len(coder.words)) * coder.table.shape[1])
+    tokens, lengths = coder.encode(Shapes(8, **PLAIN).records(range(400))["caption"])
+    power = (tokens ** 2).sum((1, 2)) / (lengths * coder.dim)
+    assert 0.85 < power.mean() < 1 and torch.pdist(coder.where).min() > 0.5
+    assert torch.equal(tokens, WordVectors().encode(Shapes(8, **PLAIN).records(range(400))["caption"])[0])
+
+
+def test_encoder_refuses_what_it_does_not_know():
+    with pytest.raises(UserError, match="unknown word 'rings'.*did you mean ring.*known: a, an"):
+        WordVectors().encode(["a red rings"])
+    with pytest.raises(UserError, match="has 4 words; the encoder takes 3"):
+        WordVectors(length=3).encode(["a small red ring"])
+
+
+# ---------------------------------------------------------------- random numbers
+
+def test_hashed_numbers_are_uniform_and_uncorrelated():
+    u = uniform(17, np.arange(20000), 8)
+    assert u.min() >= 0 and u.max() < 1
+    cells = np.stack([np.bincount((u[:, k] * 64).astype(int), minlength=64) for k in range(8)])
+    chi = ((cells - 312.5) ** 2 / 312.5).sum()                              # 8 x 63 degrees of freedom
+    assert abs(chi - 504) < 5 * math.sqrt(2 * 504)
+    z = (u - 0.5) * math.sqrt(12)
+    other = (uniform(18, np.arange(20000), 8) - 0.5) * math.sqrt(12)       # columns, rows, keys
+    beside = [z.T @ z / 20000 - np.diag((z * z).mean(0)), z[1:].T @ z[:-1] / 20000, z.T @ other / 20000]
+    assert np.abs(beside).max() < 5 / math.sqrt(20000)
+
+
+def test_mix_is_splitmix64():
+    """The first output of the published generator from state 0, and avalanche: a flipped bit flips half."""
+    step = np.array([0x9E3779B97F4A7C15], np.uint64)
+    assert scenes.mix(step)[0] == 0xE220A8397B1DCDAF
+    flips = scenes.mix(step ^ (np.uint64(1) << np.arange(64, dtype=np.uint64))) ^ scenes.mix(step)
+    assert abs(np.mean([bin(k).count("1") for k in flips.tolist()]) - 32) < 5 * 4 / 8
+
+
+def test_hashed_numbers_do_not_depend_on_the_other_rows_or_draws():
+    u = uniform(3, np.arange(50), 6)
+    assert np.array_equal(uniform(3, np.array([41, 7]), 4), u[[41, 7], :4])
+
+
+# ---------------------------------------------------------------- records
+
+def same(a, b):
+    return all(same(a[k], b[k]) if isinstance(a[k], dict) else
+               torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a)
+
+
+def test_record_is_a_pure_function_of_index_and_epoch():
+    source = Shapes(16, seed=4)
+    batch, part = source.records(range(30), 2), pickle.loads(pickle.dumps(source)).records([28, 3], [2, 2])
+    pick = [28, 3]
+    for key in ("image", "label", "size", "crop", "flip", "index"):
+        assert torch.equal(part[key], batch[key][pick])
+    assert part["caption"] == [batch["caption"][k] for k in pick]
+    row = {k: v[28] for k, v in batch.items() if k != "scene"}
+    assert same(source.record(28, 2), {**row, "scene": {k: v[28] for k, v in batch["scene"].items()}})
+
+    other = source.records(range(30), 3)                                   # scene by index, view by epoch too
+    for key in ("label", "caption", "size"):
+        assert same({key: batch[key]}, {key: other[key]})
+    assert (batch["flip"] != other["flip"]).any() and (batch["crop"] != other["crop"]).any()
+    for kind in (Shapes(16, seed=5), Shapes(16, seed=4, split="test"), Shapes(16, seed=4, split="held_out")):
+        assert sum(a == b for a, b in zip(kind.records(range(30))["caption"], batch["caption"])) < 6
+
+
+def test_record_has_the_contract_shapes():
+    source = Shapes(24)
+    batch = source.records([5, 2 ** 31 - 1, 9])
+    form = {k: (tuple(v.shape), v.dtype) for k, v in batch.items() if isinstance(v, torch.Tensor)}
+    f, i = torch.float32, torch.int64
+    assert form == dict(image=((3, 3, 24, 24), f), label=((3,), i), size=((3, 2), f), crop=((3, 2), f),
+                        flip=((3,), f), index=((3,), i))
+    assert batch["image"].abs().max() <= 1 and source.record(5)["image"].shape == (3, 24, 24)
+    assert len(source) >= 2 ** 31 and source.channels == 3 and len(source.classes) == 8
+
+
+def test_switches_decide_the_controls_and_the_fingerprint():
+    all_on, off = Shapes(16), Shapes(16, **PLAIN)
+    assert all_on.controls == ("size", "crop", "flip") and off.controls == ()
+    batch, plain = all_on.records(range(900)), off.records(range(900))
+    assert set(batch["size"].unique().tolist()) == set(NATIVE)
+    assert abs(batch["flip"].mean() - 0.5) < 5 * 0.5 / 30
+    assert batch["crop"].min() == 0 and batch["crop"].max() == 4
+    assert batch["crop"].unique(dim=0).shape == (25, 2)
+    assert (plain["size"] == NATIVE[-1]).all() and not plain["crop"].any() and not plain["flip"].any()
+    assert plain["caption"] == batch["caption"]                             # the same scenes, seen otherwise
+    kinds = [Shapes(16), Shapes(8), Shapes(16, 1), Shapes(16, split="test"), Shapes(16, objects=(1,)), off]
+    assert len({kind.fingerprint for kind in kinds}) == 6 and Shapes(16).fingerprint == all_on.fingerprint
+
+
+def test_wrong_arguments_are_named():
+    cases = (dict(split="val"), "'val'"), (dict(objects=(0, 1)), "objects"), (dict(resolution=4), "4")
+    for wrong, word in cases:
+        with pytest.raises(UserError, match=word):
+            Shapes(**wrong)
+
+
+# ---------------------------------------------------------------- scenes
+
+def test_captions_are_true_of_the_scene():
+    batch = Shapes(8, seed=2, **PLAIN).records(range(1500))
+    scene = {k: v.numpy() for k, v in batch["scene"].items()}
+    claims = 0
+    for b, text in enumerate(batch["caption"]):
+        facts, n = describe(text), scene["n"][b]
+        assert facts.colors == tuple(list(COLORS)[k] for k in scene["color"][b, :n])
+        assert facts.shapes == tuple(SHAPES[k] for k in scene["shape"][b, :n])
+        assert facts.background in (None, list(BACKGROUNDS)[scene["background"][b]])
+        x, y, r = (scene[name][b] for name in "xyr")
+        bounds = {"small": (0, SMALL), "large": (LARGE, 1), None: (0, 1)}
+        assert all(bounds[size][0] <= r[k] <= bounds[size][1] for k, size in enumerate(facts.sizes))
+        for k, link in enumerate(facts.relations):
+            gap = dict(zip(RELATIONS, (x[k + 1] - x[k], x[k] - x[k + 1], y[k + 1] - y[k], y[k] - y[k + 1])))
+            assert link is None or gap[link] > r[k] + r[k + 1]
+            claims += link is not None
+    assert claims > 800
+
+
+@pytest.mark.parametrize("objects", [(1,), (2,), (3,)])
+def test_objects_are_whole_apart_and_of_different_colours(objects):
+    truth = Shapes(8, objects=objects, **PLAIN).records(range(800))["scene"]
+    scene = {k: v.numpy() for k, v in truth.items()}
+    n = objects[0]
+    assert (scene["n"] == n).all()
+    assert (scene["shape"][:, n:] == -1).all() and (scene["shape"][:, :n] >= 0).all()
+    x, y, r = (scene[name][:, :n] for name in "xyr")
+    assert min((x - r).min(), (y - r).min()) > 0.029 and max((x + r).max(), (y + r).max()) < 0.971
+    for a in range(n):
+        for b in range(a):
+            apart = np.maximum(np.abs(x[:, a] - x[:, b]), np.abs(y[:, a] - y[:, b])) - r[:, a] - r[:, b]
+            assert apart.min() > 0.019 and (scene["color"][:, a] != scene["color"][:, b]).all()
+    assert x.std() > 0.1 and y.std() > 0.1 and set(scene["background"]) == set(range(len(BACKGROUNDS)))
+
+
+def test_label_is_the_clearly_largest_object_and_sets_the_native_size():
+    batch = Shapes(8).records(range(4000))
+    r = batch["scene"]["r"].sort(dim=1, descending=True)
+    assert (r.values[:, 1] <= 0.9 * r.values[:, 0] + 1e-9).all()
+    assert torch.equal(batch["label"], batch["scene"]["shape"].gather(1, r.indices[:, :1])[:, 0])
+    share = torch.bincount(batch["label"], minlength=8) / 4000
+    assert (share - 1 / 8).abs().max() < 5 * math.sqrt(1 / 8 * 7 / 8 / 4000)
+    fine = torch.stack([(batch["size"][batch["label"] == k, 0] >= 32).float().mean() for k in range(8)])
+    assert fine[0] < 0.25 and fine[-1] > 0.75 and (fine.diff() > -0.1).all()
+    for k in (0, 7):                                                        # the ranges overlap
+        assert len(batch["size"][batch["label"] == k, 0].unique()) == len(NATIVE)
+
+
+def test_held_out_pairs_are_only_where_they_belong():
+    pairs = {(list(COLORS).index(c), SHAPES.index(s)) for c, s in HELD_OUT}
+    for split_name in ("train", "test", "held_out"):
+        scene = Shapes(8, split=split_name, **PLAIN).records(range(3000))["scene"]
+        main = [(c[m].item(), s[m].item()) for c, s, m in zip(scene["color"], scene["shape"], scene["main"])]
+        every = [p for c, s in zip(scene["color"], scene["shape"]) for p in zip(c.tolist(), s.tolist())]
+        found = sum(p in pairs for p in every)
+        assert found == (3000 if split_name == "held_out" else 0)
+        assert set(main) == pairs if split_name == "held_out" else len(set(main)) == 64 - len(pairs)
+
+
+# ---------------------------------------------------------------- pixels
+
+@pytest.mark.parametrize("n", NATIVE)
+def test_coverage_has_the_area_and_place_of_the_shape_at_every_native_size(n):
+    x, y, r, R = np.full(8, 0.47), np.full(8, 0.56), np.full(8, 0.21), 48
+    zero = np.zeros(8, int)
+    mask = scenes.draw(np.arange(8), x, y, r, n, zero, zero, zero > 0, R)
+    area, low = shapes.moments()
+    assert np.abs(mask.sum((1, 2)) / (area * (0.21 * R) ** 2) - 1).max() < 2 / n     # blunt tips
+    at = (np.arange(R) + 0.5) / R
+    assert np.abs(mask.sum(1) @ at / mask.sum((1, 2)) - 0.47).max() < 0.003
+    assert np.abs(mask.sum(2) @ at / mask.sum((1, 2)) - 0.56 - low * 0.21).max() < 0.006
+
+
+def test_distances_have_slope_one_at_the_outline_and_stay_in_the_box():
+    at = (np.arange(-300, 300) + 0.5) / 250
+    for name in SHAPES:
+        d = scenes.sdf(name, at[None], at[:, None])
+        slope = np.hypot(*np.gradient(d, 1 / 250))[np.abs(d) < 0.01]
+        assert abs(np.median(slope) - 1) < 0.01 and (np.abs(slope - 1) < 0.02).mean() > 0.9, name
+        inside = np.abs(at[np.nonzero(d < 0)[0]]).max(), np.abs(at[np.nonzero(d < 0)[1]]).max()
+        assert 0.78 < min(inside) and max(inside) <= 1, name
+
+
+@pytest.mark.parametrize("n, width", [(40, 1), (16, 2), (96, 5)])
+def test_resampling_keeps_ramps_and_widens_with_shrinking(n, width):
+    weight = scenes.resampler(n, 40, 3)
+    assert weight.shape == (40, n + 6) and not weight[:, :3].any() and not weight[:, -3:].any()
+    ramp = weight[:, 3:-3] @ ((np.arange(n) + 0.5) / n)
+    assert np.allclose(ramp[4:-4], ((np.arange(40) + 0.5) / 40)[4:-4], atol=1e-3)
+    assert np.median((weight > 0).sum(1)) in (width, width - 1) and np.allclose(weight.sum(1), 1, atol=1e-6)
+
+
+def test_crop_is_a_window_and_flip_a_mirror():
+    u = uniform(1, np.arange(12), scenes.DRAWS)
+    scene = scenes.draw_scene(u, (1, 2, 3), False)
+    zero, off = np.zeros(12, int), np.zeros(12, bool)
+    base = scenes.render(scene, zero, zero, off, 20)
+    moved = scenes.render(scene, zero + 2, zero + 3, off, 20)
+    assert np.allclose(base[:, :, 2:, 3:], moved[:, :, :-2, :-3], atol=1e-6)
+    assert not np.allclose(base, moved, atol=0.1)
+    assert np.allclose(scenes.render(scene, zero + 2, zero + 3, ~off, 20), moved[..., ::-1], atol=1e-6)
+
+
+def test_truth_moves_with_the_crop_and_the_flip():
+    batch = Shapes(32, objects=(1,), native=False).records(range(300))
+    back, owner, share = shapes.unmix(batch["image"])
+    scene, at = batch["scene"], (np.arange(32) + 0.5) / 32
+    ink = np.where(share > 0.3, share, 0)
+    mid = (scene["x"][:, 0] > 0.25) & (scene["x"][:, 0] < 0.75) & (scene["y"][:, 0] > 0.25)
+    x = torch.from_numpy(ink.sum(1) @ at / ink.sum((1, 2)))
+    assert mid.sum() > 80 and batch["flip"][mid].mean() > 0.3
+    assert (x - scene["x"][:, 0])[mid].abs().max() < 0.01
+
+
+# ---------------------------------------------------------------- scores
+
+def test_scores_are_right_on_renders_of_every_native_size(whole):
+    right = score(whole["image"], whole["caption"])
+    for name, value in right.items():
+        assert value.nanmean() >= 0.985, name
+    for n in NATIVE:
+        assert right["shape"][whole["size"][:, 0] == n].mean() >= 0.95
+    asked = {name: (~value.isnan()).float().mean().item() for name, value in right.items()}
+    assert asked["color"] == asked["count"] == asked["all"] == 1 and min(asked.values()) > 0.3
+
+
+def test_scores_are_near_chance_on_captions_of_other_pictures(whole):
+    other = whole["caption"][1:] + whole["caption"][:1]
+    right = {k: v.nanmean().item() for k, v in score(whole["image"], other).items()}
+    assert right["all"] < 0.02 and right["color"] < 0.15 and right["shape"] < 0.2
+    assert abs(right["count"] - 1 / 3) < 0.07
+    assert abs(right["background"] - 0.2) < 0.09 and abs(right["size"] - 0.5) < 0.2 and right["side"] < 0.9
+
+
+def test_mirrored_pictures_are_wrong_on_side_alone(whole):
+    right = score(whole["image"].flip(-1), whole["caption"])
+    assert right.pop("side").nanmean() == 0
+    assert all(value.nanmean() > 0.98 for name, value in right.items() if name != "all")
+
+
+def test_each_false_word_is_found_by_its_own_score():
+    batch = Shapes(32, objects=(2,), **PLAIN).records(range(60))
+    scene, full, swap = {k: v.numpy() for k, v in batch["scene"].items()}, [], dataclasses.replace
+    for b in range(60):                                                     # captions that leave nothing out
+        sizes = tuple("small" if r <= SMALL else "large" if r >= LARGE else None for r in scene["r"][b, :2])
+        background, link = list(BACKGROUNDS)[scene["background"][b]], RELATIONS[scene["relation"][b, 0]]
+        facts = describe(batch["caption"][b])
+        full.append(swap(facts, sizes=sizes, background=background, relations=(link,)))
+
+    def other(name, names, *taken):
+        return next(n for n in names if n not in (name, *taken))
+
+    opposite = {"small": "large", "large": "small", None: None}
+    lies = dict(
+        color=[swap(f, colors=(f.colors[0], other(f.colors[1], COLORS, f.colors[0]))) for f in full],
+        shape=[swap(f, shapes=(f.shapes[0], other(f.shapes[1], SHAPES))) for f in full],
+        size=[swap(f, sizes=tuple(opposite[s] for s in f.sizes)) for f in full],
+        side=[swap(f, relations=(RELATIONS[RELATIONS.index(f.relations[0]) ^ 1],)) for f in full],
+        background=[swap(f, background=other(f.background, BACKGROUNDS)) for f in full],
+        count=[describe(write(f).split(f.relations[0])[0]) for f in full])
+    lies["level"] = lies["side"]
+    assert score(batch["image"], [write(f) for f in full])["all"].mean() == 1
+    for name, facts in lies.items():
+        right = score(batch["image"], [write(f) for f in facts])
+        assert right[name].nansum() == 0 and (~right[name].isnan()).sum() > 20, name
+        others = [right[k] for k in right if k not in (name, "all") and {k, name} != {"side", "level"}]
+        assert all(value.nanmean() == 1 or value.isnan().all() for value in others), name
+
+
+def test_scores_stand_some_noise_and_range(whole):
+    noise = torch.randn(400, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    right = score(whole["image"][:400] * 1.03 + 0.08 * noise, whole["caption"][:400])
+    assert all(value.nanmean() > 0.95 for value in right.values())
+    assert score(noise, whole["caption"][:400])["all"].mean() < 0.02
+
+
+def test_objects_of_one_colour_are_counted_but_not_told_apart():
+    image = Shapes(32, **PLAIN).record(3)["image"][None]
+    right = score(image, ["a white cross left of a white star"])
+    assert right["color"] == 1 and right["count"] == 0
+    assert all(right[name].isnan() for name in ("shape", "size", "side", "level", "background"))
+
+
+def test_sharpness_rises_with_native_size(whole):
+    for batch in (whole, Shapes(64, crop=False).records(range(150))):
+        value = sharpness(batch["image"])
+        sharp = torch.stack([value[batch["size"][:, 0] == n].mean() for n in NATIVE])
+        assert (sharp.diff() > 0).all() and sharp[-1] > 2 * sharp[0]
+    pair = torch.stack([sharpness(whole["image"]), whole["size"][:, 0].log()])
+    assert torch.corrcoef(pair)[0, 1] > 0.9
+
+
+def test_cut_finds_the_objects_that_the_crop_cuts(whole):
+    assert not cut(whole["image"]).any()
+    batch = Shapes(32, native=False).records(range(600))
+    at = (np.arange(-200, 200) + 0.5) / 200
+    reach = []                                                       # of each shape: left and right, up, down
+    for name in SHAPES:
+        inside = scenes.sdf(name, at[None], at[:, None]) < 0
+        rows, cols = at[inside.any(1)], at[inside.any(0)]
+        reach.append((cols.max(), -rows.min(), rows.max()))
+    scene = batch["scene"]
+    wide, up, down = torch.tensor(reach).float()[scene["shape"]].unbind(2)
+    x, y, r = (scene[name].float() for name in "xyr")
+    beyond = torch.stack([wide * r - x, x + wide * r - 1, up * r - y, y + down * r - 1]).amax(0) * 32
+    beyond = beyond.where(scene["shape"] >= 0, torch.tensor(-9.0)).amax(1)  # pixels that are cut off
+    found = cut(batch["image"]).float()
+    assert found[beyond > 2].mean() > 0.97 and found[beyond < -0.5].mean() < 0.01
+    assert (beyond > 0.5).float().mean() > 0.4
+
+
+def test_sheet_is_drawn_from_the_command_line(tmp_path, monkeypatch):
+    command = [sys.executable, "shapes.py", f"--out={tmp_path / 'sheet.png'}", "--count=7", "--plain=true"]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0 and "all 1.00" in done.stdout, done.stderr
+    assert Image.open(tmp_path / "sheet.png").size == (6 * 200, 2 * 248)
+    monkeypatch.setattr(sys, "argv", ["shapes.py", "--split=val"])
+    with pytest.raises(UserError, match="unknown split 'val'"):
+        shapes.main()
