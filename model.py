@@ -80,7 +80,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(d))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), eps=1e-6)
+        scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)   # F.rms_norm is half as fast on CPU
+        return x * scale.to(x.dtype) * self.weight.to(x.dtype)
 
 
 class JointAttention(nn.Module):

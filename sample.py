@@ -6,24 +6,26 @@ torchrun --nproc_per_node=8 -- sample.py --out=out/imagenet --n=50000          (
 Writes <out>/samples/<name>.npz (arr_0, uint8, for evaluators) and, for a few pictures, a grid <name>.png. Everything
 about the model is read from the run folder. Dimensions: B batch, C channels, h x w pixels, T noise steps.
 """
+import difflib
 import hashlib
 import json
 import math
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
+import data
 import machine
 import model
-from conditioning import Condition, concatenate, from_batch, guide
+from conditioning import Condition, concatenate, guide
 from config import Config, UserError, parse, seed64
 from schedule import SCHEDULES, ddim_indices, to_sigma
 
@@ -95,33 +97,31 @@ def guided(net: Denoise, cond: Condition, lam: float, beta: float = 1.0) -> Deno
 @dataclass(frozen=True)
 class Options:
     """What to draw."""
-    out: str = "out/shapes"         # run folder, as given to train.py
+    out: str = "out/demo"           # run folder, as given to train.py
     prompt: str = ""                # caption; several are separated by ";"; empty = captions of the data set
-    label: str = ""                 # class name or number; several are separated by ";"; empty = all in turn
-    n: int = 16                     # pictures (under torchrun put -- before sample.py, which has an option --n... itself)
+    label: str = ""                 # class, by name or number; several are separated by ";"; empty = all in turn
+    n: int = 16                     # number of pictures
     steps: int = 50                 # sampling steps
     sampler: str = "ddim"           # ddim or heun
     spacing: str = "trailing"       # which noise levels are visited: trailing, leading or linspace
-    eta: float = 0.0                # share of fresh noise a DDIM step; 1 = DDPM's
+    eta: float = 0.0                # share of fresh noise in a DDIM step; 1 = DDPM's
     lam: float = -1.0               # guidance scale lambda, 1 = none; -1 = that of the run
     seed: int = 0                   # keys the noise; picture k is the same whatever n and batch are
     batch: int = 64                 # pictures at a time
-    resolution: int = 0             # side in pixels; 0 = that of the run
     name: str = ""                  # of the files in <out>/samples; empty = made from the options
     dtype: str = "auto"             # auto, float32 or bfloat16
     threads: int = 0                # CPU threads; 0 = all
 
 
-def noise_for(indices: list[int], shape: tuple[int, ...], seed: int, purpose: str = "sample") -> Tensor:
+def noise_for(indices: Sequence[int], shape: tuple[int, ...], seed: int, purpose: str = "sample") -> Tensor:
     """Standard normal noise keyed by (seed, purpose, index) for each picture. (B, *shape) on the CPU"""
-    draw = lambda k: torch.randn(shape, generator=torch.Generator().manual_seed(seed64(seed, purpose, k)))
-    return torch.stack([draw(k) for k in indices])
+    keys = [seed64(seed, purpose, int(k)) for k in indices]
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(key)) for key in keys])
 
 
-def draw(net: Denoise, cfg: Config, cond: Condition, indices: list[int], o: Options, device: torch.device) -> Tensor:
-    """Pictures (or latents) number `indices` under `cond`. (B, C, h, w), about [-1, 1]"""
-    side = o.resolution or cfg.model.resolution
-    shape = (cfg.model.channels, side, side)
+def draw(net: Denoise, cfg: Config, cond: Condition, indices: Sequence[int], o: Options, device: torch.device) -> Tensor:
+    """Pictures (or latents) number `indices` under `cond`, one row each. (B, C, R, R), about [-1, 1]"""
+    shape = (cfg.model.channels, cfg.model.resolution, cfg.model.resolution)
     alpha_bar = SCHEDULES[cfg.schedule](cfg.model.noise_steps)
     denoise = guided(net, cond.to(device), cfg.lam if o.lam < 0 else o.lam)
     noise = noise_for(indices, shape, o.seed).to(device)
@@ -135,3 +135,122 @@ def draw(net: Denoise, cfg: Config, cond: Condition, indices: list[int], o: Opti
 def to_uint8(x: Tensor) -> np.ndarray:
     """[-1, 1] -> 0 .. 255, rounded to nearest. (B, C, h, w) -> (B, h, w, C)"""
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+class Wishes:
+    """What each picture of a run is asked to be: its caption or class by number, from the options or the data set."""
+    def __init__(self, o: Options, cfg: Config, header: dict[str, str]) -> None:
+        self.semantics, self.classes = cfg.model.semantics, json.loads(header["classes"])
+        asked = {"text": o.prompt, "class": o.label}.get(self.semantics, "")
+        for key, other in (("prompt", "text"), ("label", "class")):
+            if getattr(o, key) and self.semantics != other:
+                raise UserError(f"--{key} needs a model of {other}; {o.out} was trained with semantics={self.semantics!r}")
+        self.asked = [a.strip() for a in asked.split(";")] if asked else []
+        self.encoder = data.text_encoder(cfg)
+        if self.semantics == "text":
+            self.source = None if self.asked else data.open_source(cfg, split="test")
+            self.encoder.encode(self.asked)                 # an unknown word is an error before anything is drawn
+        self.labels = [self.number(a) for a in self.asked] if self.semantics == "class" else []
+
+    def number(self, label: str) -> int:
+        """The number of a class given by name or number; UserError with the nearest names."""
+        if label in self.classes:
+            return self.classes.index(label)
+        if label.isdigit() and int(label) < len(self.classes):
+            return int(label)
+        near = difflib.get_close_matches(label, self.classes, n=5, cutoff=0.4) or self.classes[:5]
+        raise UserError(f"unknown class {label!r} among {len(self.classes)}; near: {', '.join(near)}")
+
+    def __call__(self, indices: np.ndarray) -> tuple[Condition, list[str]]:
+        """The condition of the pictures `indices` (B,) and a title for each."""
+        if self.semantics == "none":
+            return Condition(), [""] * len(indices)
+        if self.semantics == "class":
+            label = [self.labels[k % len(self.labels)] if self.labels else k % len(self.classes) for k in indices]
+            return Condition(label=torch.tensor(label)), [self.classes[k] for k in label]
+        captions = ([self.asked[k % len(self.asked)] for k in indices] if self.asked
+                    else self.source.records(indices, np.zeros_like(indices))["caption"])
+        return Condition(text=self.encoder.encode(captions)[0]), captions
+
+
+def check(o: Options, cfg: Config) -> None:
+    """UserError for options that cannot be drawn, before anything is."""
+    if o.sampler not in SAMPLERS:
+        raise UserError(f"unknown sampler={o.sampler!r}; there are {', '.join(SAMPLERS)}")
+    if o.eta and o.sampler != "ddim":
+        raise UserError(f"eta={o.eta} needs sampler='ddim', got {o.sampler!r}")
+    if min(o.n, o.batch, o.steps) < 1 or o.steps > cfg.model.noise_steps:
+        raise UserError(f"n={o.n}, batch={o.batch} and steps={o.steps} must be at least 1, steps at most "
+                        f"{cfg.model.noise_steps}")
+    if Path(o.name).name != o.name:
+        raise UserError(f"name={o.name!r} is a file name without folders; files go to {o.out}/samples")
+    try:
+        ddim_indices(cfg.model.noise_steps, o.steps, o.spacing)
+    except ValueError as e:
+        raise UserError(str(e)) from e
+
+
+def draw_all(o: Options, net: Denoise, cfg: Config, wishes: Wishes, place: machine.Place, path: Path) -> np.ndarray:
+    """All n pictures, (n, R, R, C) uint8, by batches that the processes take in turn, into one file mapped to memory.
+
+    A batch is marked when it is on the disk, so that the same command after a stop draws only the missing ones."""
+    side, batches = cfg.model.resolution, -(-o.n // o.batch)
+    files = {"part": ((o.n, side, side, cfg.model.channels), path.with_suffix(".part")), "done": ((batches,), path.with_suffix(".done"))}
+    if place.rank == 0:
+        for shape, file in files.values():
+            if not file.exists() or file.stat().st_size != math.prod(shape):
+                np.memmap(file, np.uint8, "w+", shape=shape).flush()
+    machine.agree(0, place)                                 # the files are there before anyone opens them
+    part, done = (np.memmap(file, np.uint8, "r+", shape=shape) for shape, file in files.values())
+    mine = [b for b in range(place.rank, batches, place.world) if not done[b]]
+    for b in tqdm(mine, desc="drawing", unit="batch", disable=place.rank > 0 or None):
+        indices = np.arange(b * o.batch, (b + 1) * o.batch) if batches > 1 else np.arange(o.n)
+        x = draw(net, cfg, wishes(indices)[0], indices, o, place.device)       # the last batch is drawn in full size
+        if not torch.isfinite(x).all():
+            raise UserError(f"pictures {indices[0]} to {indices[-1]} are not finite; try --dtype=float32")
+        part[indices[0]:indices[-1] + 1] = to_uint8(x)[:o.n - indices[0]]
+        part.flush()
+        done[b] = 1
+        done.flush()
+    machine.agree(0, place)                                 # every process is through
+    return part
+
+
+def main(argv: list[str]) -> None:
+    o = parse(argv, Options())
+    place = machine.setup(o.threads)
+    net, cfg = model.load(o.out)
+    check(o, cfg)
+    out, header = Path(o.out), checkpoint.read_header(Path(o.out) / "weights.safetensors")
+    net = net.to(place.device)
+    net.dtype = machine.precision(place.device, o.dtype)
+    wishes = Wishes(o, cfg, header)
+    protocol = {**asdict(o), "lam": cfg.lam if o.lam < 0 else o.lam, "train_step": int(header["step"]),
+                "weights": header["sha256"], "dtype": str(net.dtype)}
+    key = hashlib.sha256(json.dumps({**protocol, "threads": 0, "name": ""}).encode()).hexdigest()[:8]
+    path = out / "samples" / f"{o.name or key}.npz"
+    path.parent.mkdir(exist_ok=True)
+
+    part = path.with_name(f"{path.stem}-{key}")             # unfinished pictures of exactly these options
+    images = draw_all(o, net, cfg, wishes, place, part)
+    if place.rank == 0:
+        with open(path.with_suffix(".tmp"), "wb") as f:
+            np.savez(f, arr_0=images)
+        os.replace(path.with_suffix(".tmp"), path)
+        checkpoint.write_text(path.with_suffix(".json"), json.dumps(protocol, indent=1))
+        print(f"{o.n} pictures in {path}")
+        if o.n <= GRID:
+            pixels = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2) / 127.5 - 1
+            data.grid(pixels, math.ceil(math.sqrt(o.n)), wishes(np.arange(o.n))[1]).save(path.with_suffix(".png"))
+            print(f"grid in {path.with_suffix('.png')}")
+        del images
+        for suffix in (".part", ".done"):
+            part.with_suffix(suffix).unlink()
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as e:
+        checkpoint.say(f"error: {e}.")
+        sys.exit(2)
