@@ -41,8 +41,7 @@ Record, Batch = dict[str, Any], dict[str, Any]
 Source, TextEncoder = Any, Any          # contracts, stated above and at text_encoder
 
 FORMATS, SUFFIXES = ("JPEG", "PNG", "WEBP"), (".jpg", ".jpeg", ".png", ".webp")
-MAX_PIXELS, MIN_SIDE = 64_000_000, 8    # read from the header, before memory is taken
-ATTEMPTS = 20                           # replacements tried for one unreadable image
+MAX_PIXELS, MIN_SIDE, ATTEMPTS = 64_000_000, 8, 20      # ATTEMPTS: to replace one unreadable image
 TURN, ORIENTATION = Image.Transpose, 0x0112
 UPRIGHT = {2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE,
            6: TURN.ROTATE_270, 7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}       # EXIF orientation: what undoes it
@@ -254,10 +253,10 @@ def open_source(cfg: Config, split: str = "train") -> Source:
         vary = [name in varied for name in ("size", "crop", "flip")]
         source = Shapes(want.resolution, cfg.seed, split, tuple(range(1, cfg.objects + 1)), *vary)
     elif want.semantics == "text" and folder.is_dir():
-        raise UserError(f"folder {cfg.data!r} has no captions for --model.semantics=text; use class or none, "
-                        "or --data=shapes")
+        raise UserError(f"folder {cfg.data!r} has no captions for model.semantics=text; use class or none")
     else:
-        source = ImageFolder(folder, want.resolution, cfg.seed, "flip" in varied, cfg.max_bad,
+        crop = "random" if "crop" in varied else "center"
+        source = ImageFolder(folder, want.resolution, cfg.seed, "flip" in varied, cfg.max_bad, crop,
                              classes=want.semantics == "class")
 
     if want.channels != source.channels:
@@ -361,6 +360,7 @@ def _wrap(text: str, font: Any, width: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Options:
+    """What to check."""
     check: str = "."            # folder of class folders or of images
     resolution: int = 64        # R, side of the squares that the network will see
 
