@@ -136,8 +136,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 class ImageFolder:
     """A folder of class folders with JPEG, PNG and WebP files at any depth; classes are in sorted order.
 
-    crop        random: a square at any place, its side uniform in `side` times the short side, mirrored half
-                the time if `flip`; center: the largest centred square, never mirrored
+    crop        random: a square anywhere, its side uniform in `side` times the short side; center: the largest
+    flip        mirror half of them
     classes     off: no labels, and no class folders needed
     max_bad     unreadable files are listed in `bad` and replaced; UserError beyond max(1, max_bad * files);
                 0 lets none through"""
@@ -151,7 +151,7 @@ class ImageFolder:
         self.path, self.resolution, self.seed, self.flip = Path(path).expanduser(), resolution, seed, flip
         self.max_bad, self.random = max_bad, crop == "random"
         self.side = side if self.random else (1.0, 1.0)
-        self.controls = ("size", "crop", "flip") if flip and self.random else ("size", "crop")
+        self.controls = ("size", "crop", "flip") if flip else ("size", "crop")
 
         found, bad = find_images(self.path)
         files = [(name, size) for name, size in found if "/" in name or not classes]
@@ -189,7 +189,7 @@ class ImageFolder:
         R, (low, high) = self.resolution, self.side
         picture, (h, w) = open_image(self.path / self.names[index], short=2 * R / low)
         rng = np.random.Generator(np.random.Philox(seed64(self.seed, "aug", index, epoch)))
-        u = rng.random(4) if self.random else (0, 0.5, 0.5, 1)
+        u = rng.random(4) if self.random else (0, 0.5, 0.5, rng.random(4)[3])
         a = max(1, round(min(h, w) * (low + (high - low) * u[0])))
         top, left = int(u[1] * (h - a + 1)), int(u[2] * (w - a + 1))
         mirrored = self.flip and u[3] < 0.5
