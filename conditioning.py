@@ -89,7 +89,7 @@ def mlp(K: int, D: int) -> nn.Sequential:
 
 
 def timestep_embedding(x: Tensor, dim: int) -> Tensor:
-    """[DiT], [COND] 1.2: [cos(x f_k), sin(x f_k)], f_k = 10000^(-2k/dim), k = 0 .. dim/2 - 1. x (B,) -> (B, dim), fp32"""
+    """[DiT], [COND] 1.2: [cos(x f_k), sin(x f_k)], f_k = 10000^(-2k/dim), k < dim/2. x (B,) -> (B, dim), fp32"""
     f = torch.exp(-math.log(10000) / (dim // 2) * torch.arange(dim // 2, dtype=torch.float32, device=x.device))
     angle = x.float()[:, None] * f                                              # (B, dim/2)
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
@@ -210,4 +210,5 @@ def sincos_2d(h: int, w: int, dim: int, base: int | None = None) -> Tensor:
     f = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))  # (dim/4,)
     angle = {name: grid.flatten()[:, None] * f for name, grid in
              zip(("row", "column"), torch.meshgrid(rows, columns, indexing="ij"))}  # (h w, dim/4) each
-    return torch.cat([angle["column"].sin(), angle["column"].cos(), angle["row"].sin(), angle["row"].cos()], dim=1).float()
+    waves = [f(angle[name]) for name in ("column", "row") for f in (torch.sin, torch.cos)]
+    return torch.cat(waves, dim=1).float()

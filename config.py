@@ -55,7 +55,7 @@ class Config:
     """A run. `model` decides the weights; the rest decides how they are trained and on what."""
     out: str = "out/shapes"         # run folder; the same command again resumes from it
     data: str = "shapes"            # "shapes", or the path of a folder of class folders
-    augment: str = "crop+flip"      # what varies in how a picture is taken, joined with +: crop, flip, size (shapes only)
+    augment: str = "crop+flip"      # what varies in how a picture is taken, joined with +: crop, flip, size
     objects: int = 2                # shapes only: most objects in a picture
     seed: int = 0                   # keys every random draw: initial weights, data order, noise, samples
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -113,6 +113,22 @@ def check_types(options: Any) -> Any:
     return dataclasses.replace(options, **fixed)
 
 
+# Least and most of every number that has bounds of its own; ModelConfig's are checked by model.check.
+MANY = 2 ** 31
+RANGES = {"batch": (1, MANY), "micro": (1, MANY), "steps": (1, MANY), "warmup": (0, MANY), "log_every": (1, MANY),
+          "save_every": (1, MANY), "sample_every": (0, MANY), "objects": (1, MANY), "workers": (0, 256),
+          "threads": (0, 1024), "lr": (0, 1e3), "cooldown": (0, 1), "beta1": (0, 0.9999), "beta2": (0, 0.999999),
+          "weight_decay": (0, 1e3), "clip": (0, 1e30), "ema": (0.001, 0.288), "drop": (0, 1), "max_bad": (0, 1),
+          "lam": (-1e3, 1e3)}
+
+
+def check_ranges(cfg: Config) -> None:
+    """UserError for a number outside its range, nan included."""
+    for key, (low, high) in RANGES.items():
+        if not low <= getattr(cfg, key) <= high:
+            raise UserError(f"{key}={getattr(cfg, key)} must be between {low} and {high:g}")
+
+
 def parse(argv: list[str], options: Any) -> Any:
     """`options` (a dataclass) with `--key=value` and `--key value` put in, each read as its field's type.
 
@@ -140,14 +156,11 @@ def parse(argv: list[str], options: Any) -> Any:
 
 def field_type(options: Any, key: str) -> type:
     """Type of the field `key` ("lr", "model.depth"); UserError with the nearest names if there is none."""
-    head, _, rest = key.partition(".")
-    names = {f.name: f.type for f in dataclasses.fields(options)}
-    inner = getattr(options, head, None)
-    if head in names and dataclasses.is_dataclass(inner) == bool(rest):
-        return field_type(inner, rest) if rest else names[head]
-    known = [line[0] for line in fields(options)]
+    kinds = {name: kind for name, kind, _, _ in fields(options)}
+    if key in kinds:
+        return kinds[key]
+    known = list(kinds)
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
-    near += [k for k in known if k.split(".")[-1] == key.split(".")[-1] and k not in near]
     hint = f"did you mean {' or '.join('--' + k for k in near)}?" if near else f"it has: {', '.join(known)}"
     raise UserError(f"unknown field --{key} of {type(options).__name__}; {hint}")
 
@@ -211,7 +224,8 @@ def from_json(text: str) -> Config:
 
 def differences(a: Any, b: Any) -> list[str]:
     """"key: old -> new" for every field in which two configs differ."""
-    return [f"{key}: {old!r} -> {new!r}" for (key, _, old, _), (_, _, new, _) in zip(fields(a), fields(b)) if old != new]
+    pairs = ((key, old, new) for (key, _, old, _), (_, _, new, _) in zip(fields(a), fields(b)))
+    return [f"{key}: {old!r} -> {new!r}" for key, old, new in pairs if old != new]
 
 
 def seed64(*key: Any) -> int:

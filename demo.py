@@ -32,7 +32,7 @@ MEASURED = 200                          # pictures behind every number of the sc
 ASKED = {"color": "named colours are there", "side": "left and right as asked", "level": "above and below as asked",
          "size": "small or large as asked", "shape": "shape as asked, of eight", "count": "number of objects"}
 TRIAL = 40                              # steps that measure this machine's speed
-DRAWING = 0.85                          # share of the minutes that goes to training steps; saving and starting take the rest
+DRAWING = 0.85                          # share of the minutes for steps; starting and saving take the rest
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def train(o: Options, out: str, *flags: str) -> None:
 
 
 def steps_for(o: Options) -> int:
-    """How many steps fit into the minutes on this machine, from a short trial; those of the run if it exists already."""
+    """How many steps fit into the minutes on this machine, from a short trial; those of the run if there is one."""
     if (Path(o.out) / "config.json").is_file():
         return config.from_json((Path(o.out) / "config.json").read_text()).steps
     print(f"measuring the speed of this machine with {TRIAL} steps ...", flush=True)

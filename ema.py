@@ -24,7 +24,7 @@ def std_to_gamma(std: float) -> float:
 
 
 class PowerEMA:
-    """[EDM2] eq. 121-127: theta_hat(n) = beta theta_hat + (1 - beta) theta, beta = (1 - 1/n)^(gamma + 1) at step n >= 1.
+    """[EDM2] eq. 121-127: theta_hat = beta theta_hat + (1 - beta) theta, beta = (1 - 1/n)^(gamma + 1), step n >= 1.
 
     Its width is a share of the run so far, so it never has to be matched to a run's length. Decay is a function of the
     step alone; the first update copies the weights. `net` is the average, a network of its own."""

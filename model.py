@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import checkpoint
-from conditioning import (CONTROLS, ClassContext, Condition, ControlEmbedding, LabelEmbedder, LearnedContext, Linear,
-                          TextContext, TimestepEmbedder, sincos_2d)
+from conditioning import (CONTROL_WEIGHTS, CONTROLS, ClassContext, Condition, ControlEmbedding, LabelEmbedder,
+                          LearnedContext, Linear, TextContext, TimestepEmbedder, sincos_2d)
 from config import SIZES, Config, ModelConfig, UserError, from_json
 
 MLP_RATIO = 4                           # hidden width of a block's MLP over D, [DiT]
@@ -192,7 +192,9 @@ class Denoiser(nn.Module):
         self.t_embedder = TimestepEmbedder(D)
         self.y_embedder = self.semantics(cfg)
         controls = control_names(cfg)
-        self.control_embedder = ControlEmbedding(controls, D, cfg.control_weight, cfg.control_alpha) if controls else None
+        self.control_embedder = None
+        if controls:
+            self.control_embedder = ControlEmbedding(controls, D, cfg.control_weight, cfg.control_alpha)
         self.blocks = nn.ModuleList(self.Block(D, cfg.heads, k == cfg.depth - 1) for k in range(cfg.depth))
         self.final_layer = FinalLayer(D, P, cfg.channels)
         self.register_buffer("pos_embed", sincos_2d(grid, grid, D), persistent=False)
@@ -208,15 +210,13 @@ class Denoiser(nn.Module):
         raise TypeError("a trunk says how semantics enter")
 
     def initialize(self) -> None:
-        """[DiT] sec. 3.2: Xavier for linear layers, 0.02 for embeddings, zero for what must not act at first."""
+        """[DiT] sec. 3.2: Xavier for linear layers, 0.02 for the class table, zero for what must not act at first."""
         for m in self.modules():
             if isinstance(m, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(m.weight.view(m.weight.shape[0], -1))
                 nn.init.zeros_(m.bias)
             elif isinstance(m, nn.Embedding):
                 nn.init.normal_(m.weight, std=0.02)
-        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
         for layer in zero_layers(self):
             nn.init.zeros_(layer.weight)
 
@@ -276,7 +276,7 @@ ARCHS: dict[str, type[Denoiser]] = {"dit": DiT, "mmdit": MMDiT}
 def zero_layers(net: nn.Module) -> list[nn.Linear]:
     """The layers that start at zero: every modulation, the output, the end of every control MLP."""
     ends = [m[1] for name, m in net.named_modules() if name.endswith("adaLN_modulation")]
-    ends += [m[2] for name, m in net.named_modules() if name.startswith("control_embedder.mlps.") and name.count(".") == 2]
+    ends += [mlp[2] for mlp in net.control_embedder.mlps.values()] if net.control_embedder is not None else []
     return ends + [net.final_layer.linear]
 
 
@@ -298,7 +298,7 @@ def check(cfg: ModelConfig) -> None:
         raise UserError(f"unknown model.semantics={cfg.semantics!r}; there are none, class, text")
     if cfg.arch == "dit" and cfg.semantics == "text":
         raise UserError("model.arch='dit' takes a class or nothing; for text use model.arch='mmdit'")
-    for key in ("width", "depth", "heads", "patch", "channels", "resolution", "noise_steps"):
+    for key in ("width", "depth", "heads", "patch", "channels", "resolution"):
         if getattr(cfg, key) < 1:
             raise UserError(f"model.{key}={getattr(cfg, key)} must be at least 1")
     if cfg.resolution % cfg.patch:
@@ -312,7 +312,12 @@ def check(cfg: ModelConfig) -> None:
     if cfg.semantics == "text" and min(cfg.text_dim, cfg.text_length) < 1:
         raise UserError(f"model.semantics='text' needs model.text_dim and model.text_length, got {cfg.text_dim} and "
                         f"{cfg.text_length}")
-    control_names(cfg)
+    if cfg.noise_steps < 2:
+        raise UserError(f"model.noise_steps={cfg.noise_steps} must be at least 2")
+    if control_names(cfg) and cfg.control_weight not in CONTROL_WEIGHTS:
+        raise UserError(f"unknown model.control_weight={cfg.control_weight!r}; there are {', '.join(CONTROL_WEIGHTS)}")
+    if control_names(cfg) and not cfg.control_alpha > 0:
+        raise UserError(f"model.control_alpha={cfg.control_alpha} must be positive")
 
 
 def build(cfg: ModelConfig) -> Denoiser:
@@ -322,7 +327,7 @@ def build(cfg: ModelConfig) -> Denoiser:
 
 
 def load(path: str | Path) -> tuple[Denoiser, Config]:
-    """The EMA network of a run folder or of its weights.safetensors, and the run's config. Runs no code, unpickles nothing."""
+    """The EMA network of a run folder or of its weights.safetensors, and the run's config. Runs no code from them."""
     path = Path(path)
     tensors, header = checkpoint.read_weights(path / "weights.safetensors" if path.is_dir() else path)
     cfg = from_json(header["config"])
@@ -351,7 +356,7 @@ def flops(cfg: ModelConfig, h: int | None = None, w: int | None = None) -> int:
 
 
 def table() -> str:
-    """Parameters and forward GFLOPs of every architecture and size at patch 2 on 32 x 32 x 4 latents of 1000 classes."""
+    """Parameters and forward GFLOPs of every architecture and size, patch 2 on 32 x 32 x 4 latents, 1000 classes."""
     rows = [f"{'model':12} {'parameters':>12} {'GFLOP/image':>12}"]
     for arch in ARCHS:
         for name, size in SIZES.items():

@@ -42,6 +42,8 @@ def ddim(denoise: Denoise, noise: Tensor, alpha_bar: Tensor, steps: int, eta: fl
 
     s = eta sqrt((1-a')/(1-a)) sqrt(1 - a/a'); eta = 0 is deterministic, eta = 1 has the variance of [DDPM].
     noise (B, C, h, w) standard normal; alpha_bar (T,); draw(k) gives z of step k, needed when eta > 0."""
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta={eta} must lie between 0, no fresh noise, and 1, that of DDPM")
     if eta > 0 and draw is None:
         raise ValueError("eta > 0 adds noise at every step: pass draw, a function from step to noise")
     x, indices = noise, ddim_indices(len(alpha_bar), steps, spacing).tolist()
@@ -57,13 +59,17 @@ def ddim(denoise: Denoise, noise: Tensor, alpha_bar: Tensor, steps: int, eta: fl
     return x
 
 
-def heun(denoise: Denoise, noise: Tensor, alpha_bar: Tensor, steps: int, spacing: str = "trailing") -> Tensor:
+def heun(denoise: Denoise, noise: Tensor, alpha_bar: Tensor, steps: int, spacing: str = "linspace") -> Tensor:
     """[EDM] alg. 1 without churn, for z = x / sqrt(alpha_bar): dz/dsigma = eps, each step corrected by the mean slope.
 
-    Second order; 2 steps - 1 calls, the last step to sigma = 0 is Euler's. Arguments as for ddim."""
+    Second order with "linspace" and "leading", whose last step to sigma = 0, Euler's, is a short one; first order with
+    "trailing". 2 steps - 1 calls. Arguments as for ddim."""
     indices = ddim_indices(len(alpha_bar), steps, spacing).tolist()
     sigma = [to_sigma(alpha_bar[i]).item() for i in indices] + [0.0]
-    at = lambda z, k: denoise(z / math.sqrt(1 + sigma[k] ** 2), torch.full((len(z),), float(indices[k]), device=z.device))
+
+    def at(z: Tensor, k: int) -> Tensor:
+        return denoise(z / math.sqrt(1 + sigma[k] ** 2), torch.full((len(z),), float(indices[k]), device=z.device))
+
     z = noise * math.sqrt(1 + sigma[0] ** 2)
     for k in range(steps):
         slope, h = at(z, k), sigma[k + 1] - sigma[k]
@@ -72,7 +78,7 @@ def heun(denoise: Denoise, noise: Tensor, alpha_bar: Tensor, steps: int, spacing
     return z
 
 
-SAMPLERS = ("ddim", "heun")
+SPACING = {"ddim": "trailing", "heun": "linspace"}      # of each sampler, if none is asked for
 
 
 def guided(net: Denoise, cond: Condition, lam: float, beta: float = 1.0) -> Denoise:
@@ -103,7 +109,7 @@ class Options:
     n: int = 16                     # number of pictures
     steps: int = 50                 # sampling steps
     sampler: str = "ddim"           # ddim or heun
-    spacing: str = "trailing"       # which noise levels are visited: trailing, leading or linspace
+    spacing: str = ""               # noise levels visited: trailing, leading, linspace; empty = the sampler's own
     eta: float = 0.0                # share of fresh noise in a DDIM step; 1 = DDPM's
     lam: float = -1.0               # guidance scale lambda, 1 = none; -1 = that of the run
     seed: int = 0                   # keys the noise; picture k is the same whatever n and batch are
@@ -119,17 +125,18 @@ def noise_for(indices: Sequence[int], shape: tuple[int, ...], seed: int, purpose
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(key)) for key in keys])
 
 
-def draw(net: Denoise, cfg: Config, cond: Condition, indices: Sequence[int], o: Options, device: torch.device) -> Tensor:
+def draw(net: Denoise, cfg: Config, cond: Condition, indices: Sequence[int], o: Options,
+         device: torch.device) -> Tensor:
     """Pictures (or latents) number `indices` under `cond`, one row each. (B, C, R, R), about [-1, 1]"""
     shape = (cfg.model.channels, cfg.model.resolution, cfg.model.resolution)
     alpha_bar = SCHEDULES[cfg.schedule](cfg.model.noise_steps)
     denoise = guided(net, cond.to(device), cfg.lam if o.lam < 0 else o.lam)
-    noise = noise_for(indices, shape, o.seed).to(device)
+    noise, spacing = noise_for(indices, shape, o.seed).to(device), o.spacing or SPACING[o.sampler]
     with torch.inference_mode():
         if o.sampler == "heun":
-            return heun(denoise, noise, alpha_bar, o.steps, o.spacing)
+            return heun(denoise, noise, alpha_bar, o.steps, spacing)
         fresh = lambda k: noise_for(indices, shape, o.seed, f"step {k}").to(device)
-        return ddim(denoise, noise, alpha_bar, o.steps, o.eta, o.spacing, fresh)
+        return ddim(denoise, noise, alpha_bar, o.steps, o.eta, spacing, fresh)
 
 
 def to_uint8(x: Tensor) -> np.ndarray:
@@ -144,7 +151,7 @@ class Wishes:
         asked = {"text": o.prompt, "class": o.label}.get(self.semantics, "")
         for key, other in (("prompt", "text"), ("label", "class")):
             if getattr(o, key) and self.semantics != other:
-                raise UserError(f"--{key} needs a model of {other}; {o.out} was trained with semantics={self.semantics!r}")
+                raise UserError(f"--{key} needs a model of {other}; {o.out} has semantics={self.semantics!r}")
         self.asked = [a.strip() for a in asked.split(";")] if asked else []
         self.encoder = data.text_encoder(cfg)
         if self.semantics == "text":
@@ -175,8 +182,10 @@ class Wishes:
 
 def check(o: Options, cfg: Config) -> None:
     """UserError for options that cannot be drawn, before anything is."""
-    if o.sampler not in SAMPLERS:
-        raise UserError(f"unknown sampler={o.sampler!r}; there are {', '.join(SAMPLERS)}")
+    if o.sampler not in SPACING:
+        raise UserError(f"unknown sampler={o.sampler!r}; there are {', '.join(SPACING)}")
+    if not 0 <= o.eta <= 1:
+        raise UserError(f"eta={o.eta} must lie between 0, no fresh noise, and 1, that of DDPM")
     if o.eta and o.sampler != "ddim":
         raise UserError(f"eta={o.eta} needs sampler='ddim', got {o.sampler!r}")
     if min(o.n, o.batch, o.steps) < 1 or o.steps > cfg.model.noise_steps:
@@ -185,7 +194,7 @@ def check(o: Options, cfg: Config) -> None:
     if Path(o.name).name != o.name:
         raise UserError(f"name={o.name!r} is a file name without folders; files go to {o.out}/samples")
     try:
-        ddim_indices(cfg.model.noise_steps, o.steps, o.spacing)
+        ddim_indices(cfg.model.noise_steps, o.steps, o.spacing or SPACING[o.sampler])
     except ValueError as e:
         raise UserError(str(e)) from e
 
@@ -195,13 +204,13 @@ def draw_all(o: Options, net: Denoise, cfg: Config, wishes: Wishes, place: machi
 
     A batch is marked when it is on the disk, so that the same command after a stop draws only the missing ones."""
     side, batches = cfg.model.resolution, -(-o.n // o.batch)
-    files = {"part": ((o.n, side, side, cfg.model.channels), path.with_suffix(".part")), "done": ((batches,), path.with_suffix(".done"))}
+    files = (((o.n, side, side, cfg.model.channels), path.with_suffix(".part")), ((batches,), path.with_suffix(".done")))
     if place.rank == 0:
-        for shape, file in files.values():
+        for shape, file in files:
             if not file.exists() or file.stat().st_size != math.prod(shape):
                 np.memmap(file, np.uint8, "w+", shape=shape).flush()
     machine.agree(0, place)                                 # the files are there before anyone opens them
-    part, done = (np.memmap(file, np.uint8, "r+", shape=shape) for shape, file in files.values())
+    part, done = (np.memmap(file, np.uint8, "r+", shape=shape) for shape, file in files)
     mine = [b for b in range(place.rank, batches, place.world) if not done[b]]
     for b in tqdm(mine, desc="drawing", unit="batch", disable=place.rank > 0 or None):
         indices = np.arange(b * o.batch, (b + 1) * o.batch) if batches > 1 else np.arange(o.n)

@@ -58,14 +58,15 @@ def add_noise(x0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
 def ddim_indices(T: int, steps: int, spacing: str = "trailing") -> Tensor:
     """[DDIM] sec. 4.2: the noise indices that a sampler of `steps` steps visits, noisiest first. (steps,) int64
 
-    leading   i = (T // steps) k + 1, capped at T-1    Stable Diffusion's: never sees the noisiest index
+    leading   i = (T // steps) k + 1                    Stable Diffusion's: never sees the noisiest index
     trailing  i = round(T - k T / steps) - 1           starts at T-1, where the noise it is fed comes from
     linspace  i = round(linspace(T-1, 0, steps))       both ends"""
     if not 1 <= steps <= T:
         raise ValueError(f"steps must be between 1 and T = {T}, got {steps}")
     k = torch.arange(steps, dtype=torch.float64)
     if spacing == "leading":
-        return ((T // steps) * k.flip(0) + LEADING_OFFSET).clamp(max=T - 1).long()
+        stride = T // steps
+        return stride * k.flip(0).long() + min(LEADING_OFFSET, T - 1 - stride * (steps - 1))
     if spacing == "trailing":
         return (T - k * T / steps).round().long() - 1
     if spacing == "linspace":

@@ -1,0 +1,282 @@
+"""What steers: embeddings of time and control, the weight of detail, positions, guidance, and the condition itself."""
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import conditioning
+from conditioning import (CONTROL_WEIGHTS, CONTROLS, NULL_LABEL, TIME_FEATURES, Condition, ControlEmbedding,
+                          LabelEmbedder, concatenate, control_weight, from_batch, guide, sincos_2d, timestep_embedding)
+
+B, D, L, E = 5, 24, 7, 11
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def full():
+    """A condition with every field."""
+    return Condition(label=torch.arange(B), text=normal(B, L, E), crop=normal(B, 2, seed=1) * 9,
+                     flip=torch.arange(B) % 2.0, size=normal(B, 2, seed=2) * 99, steered=torch.ones(B))
+
+
+# ---------------------------------------------------------------- time
+
+def test_timestep_embedding_is_cosines_then_sines_of_falling_frequencies():
+    x, dim = torch.tensor([0.0, 1.0, 37.5, 999.0]), 10
+    e = timestep_embedding(x, dim)
+    assert e.shape == (4, dim) and e.dtype == torch.float32
+    for k in range(dim // 2):
+        angle = x.double() * 10000 ** (-2 * k / dim)
+        assert torch.allclose(e[:, k].double(), angle.cos(), atol=2e-4)
+        assert torch.allclose(e[:, dim // 2 + k].double(), angle.sin(), atol=2e-4)
+
+
+def test_timestep_embedding_has_norm_sqrt_half_dim_and_takes_whole_numbers():
+    assert torch.allclose(timestep_embedding(torch.arange(1000), 256).norm(dim=1), torch.tensor(math.sqrt(128)))
+
+
+def test_timestep_embedding_tells_neighbouring_steps_apart():
+    e = timestep_embedding(torch.arange(1000), TIME_FEATURES)
+    assert torch.pdist(e).min() > 0.5
+
+
+def test_label_embedder_maps_no_class_to_the_last_row():
+    table = LabelEmbedder(4, D)
+    rows = table.embedding_table.weight
+    assert rows.shape == (5, D)
+    assert torch.equal(table(torch.tensor([0, 3, NULL_LABEL])), rows[[0, 3, 4]])
+
+
+# ---------------------------------------------------------------- the weight of detail
+
+@pytest.mark.parametrize("alpha, half, mean", [(1, 0.5, 0.5), (2, 0.292893, 0.313009), (4, 0.159104, 0.178217),
+                                               (8, 0.082996, 0.095610)])
+def test_cosine_weight_has_the_published_half_time_and_mean(alpha, half, mean):
+    t_half = torch.tensor(1 - 2 ** (-1 / alpha), dtype=torch.float64)
+    assert t_half.item() == pytest.approx(half, abs=5e-7)
+    t = torch.linspace(0, 1, 200_001, dtype=torch.float64)
+    weight = control_weight(t, "cosine", alpha)
+    assert control_weight(t_half, "cosine", alpha).item() == pytest.approx(0.5)
+    assert torch.trapezoid(weight, t).item() == pytest.approx(mean, abs=1e-6)
+    assert torch.allclose(weight, (1 - torch.cos(math.pi * (1 - t) ** alpha)) / 2, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "step"])
+def test_falling_weights_start_at_one_end_at_exactly_zero_and_fall(kind):
+    weight = control_weight(torch.linspace(0, 1, 1000), kind)
+    assert weight[0] == 1 and weight[-1] == 0 and (weight.diff() <= 0).all() and ((0 <= weight) & (weight <= 1)).all()
+
+
+def test_cosine_is_the_default_with_power_eight_and_a_higher_power_opens_later():
+    t = torch.linspace(0.001, 0.999, 500, dtype=torch.float64)
+    assert torch.equal(control_weight(t), control_weight(t, "cosine", 8.0))
+    for low, high in ((1, 2), (2, 4), (4, 8)):
+        assert (control_weight(t, "cosine", high) < control_weight(t, "cosine", low)).all()
+
+
+def test_cosine_in_float32_keeps_small_weights():
+    t = torch.tensor([0.8], dtype=torch.float64)            # 1 - cos is 0 in float32 here
+    exact = torch.sin(math.pi / 2 * (1 - t) ** 8) ** 2
+    assert control_weight(t.float()).item() == pytest.approx(exact.item(), rel=1e-4)
+
+
+def test_other_weights():
+    t = torch.tensor([0.0, 0.05, 0.08, 0.09, 0.5, 1.0])
+    assert control_weight(t, "uniform").tolist() == [1] * 6
+    assert control_weight(t, "zero").tolist() == [0] * 6
+    assert torch.equal(control_weight(t, "linear"), 1 - t)
+    assert control_weight(t, "step", 8).tolist() == [1, 1, 1, 0, 0, 0]     # half-weight time 0.083
+    assert control_weight(t, "step", 1).tolist() == [1, 1, 1, 1, 1, 0]
+
+
+def test_an_unknown_weight_is_named_with_those_there_are():
+    with pytest.raises(ValueError, match="'cos'.*" + ", ".join(CONTROL_WEIGHTS)):
+        control_weight(torch.zeros(1), "cos")
+
+
+# ---------------------------------------------------------------- control
+
+def embedding(controls=tuple(CONTROLS), kind="cosine", random=True):
+    net = ControlEmbedding(controls, D, kind, 8.0)
+    for k, p in enumerate(net.parameters()):
+        torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(k)) if random else None
+    return net
+
+
+@pytest.mark.parametrize("controls, n_high, n_low", [
+    (("crop", "flip", "size"), 3, 2), (("flip",), 1, 0), (("size",), 0, 2), (("crop", "size"), 2, 2)])
+def test_each_group_is_one_mlp_on_the_sinusoids_of_its_scalars(controls, n_high, n_low):
+    count = sum(256 * n * D + D + D * D + D for n in (n_high, n_low) if n)
+    net = embedding(controls)
+    assert sum(p.numel() for p in net.parameters()) == count
+    assert net(full(), torch.rand(B)).shape == (B, D)
+
+
+def test_parameter_count_of_a_group_of_six_scalars_is_that_of_the_paper(monkeypatch):
+    monkeypatch.setitem(conditioning.CONTROLS, "six", 6)
+    with torch.device("meta"):
+        assert sum(p.numel() for p in ControlEmbedding(("six",), 1152, "cosine", 8.0).parameters()) == 3_098_880
+
+
+def test_at_pure_noise_size_has_no_effect_to_the_last_bit_and_crop_and_flip_do():
+    net, one, cond = embedding(), torch.ones(B), full()
+    sizes = [net(replace(cond, size=size), one) for size in (torch.zeros(B, 2), cond.size, cond.size * 1e6)]
+    assert torch.equal(sizes[0], sizes[1]) and torch.equal(sizes[0], sizes[2])
+    assert torch.equal(embedding(("size",))(cond, one), torch.zeros(B, D))
+    for other in (replace(cond, flip=1 - cond.flip), replace(cond, crop=cond.crop + 1)):
+        assert ((net(other, one) - sizes[0]).abs().amax(1) > 1e-3).all()
+
+
+def test_size_acts_with_weight_gamma_and_crop_and_flip_with_weight_one():
+    net, cond, t = embedding(), full(), torch.tensor([0.0, 0.04, 0.083, 0.2, 1.0])
+    high, low = (embedding(tuple(group)) for group in (net.high, net.low))
+    high.mlps["high"], low.mlps["low"] = net.mlps["high"], net.mlps["low"]
+    e_low = low(cond, torch.zeros(B))                       # gamma(0) = 1
+    assert torch.allclose(low(cond, t), control_weight(t)[:, None] * e_low, atol=1e-6)
+    assert torch.allclose(net(cond, t), high(cond, t) + control_weight(t)[:, None] * e_low, atol=1e-6)
+    assert torch.equal(high(cond, t), high(cond, 1 - t))
+
+
+@pytest.mark.parametrize("kind", ["uniform", "zero", "linear"])
+def test_the_kind_of_weight_is_used(kind):
+    cond, t = full(), torch.rand(B, generator=torch.Generator().manual_seed(0))
+    out, whole = (embedding(("size",), k)(cond, t) for k in (kind, "uniform"))
+    assert torch.allclose(out, control_weight(t, kind)[:, None] * whole, atol=1e-6)
+
+
+def test_dropped_controls_add_exactly_zero():
+    net, cond, mask = embedding(), full(), torch.tensor([True, False, True, False, False])
+    out = net(cond.drop(controls=mask), torch.rand(B))
+    assert (out[mask] == 0).all() and (out[~mask].abs().amax(1) > 0).all()
+    assert (net(cond.drop(controls=True), torch.rand(B)) == 0).all()
+
+
+def test_one_scalar_moves_its_own_sinusoid_only():
+    net, cond = embedding(), full()
+    before = net.features(cond, net.high).unflatten(1, (3, TIME_FEATURES))      # top, left, flip
+    left = torch.stack([cond.crop[:, 0], cond.crop[:, 1] + 1], dim=1)
+    after = net.features(replace(cond, crop=left), net.high).unflatten(1, (3, TIME_FEATURES))
+    assert (after - before).abs().amax((0, 2)).gt(0).tolist() == [False, True, False]
+    assert torch.equal(before[:, 1], timestep_embedding(cond.crop[:, 1], TIME_FEATURES))
+    assert torch.equal(before[:, 2], timestep_embedding(cond.flip, TIME_FEATURES))
+    size = net.features(cond, net.low).unflatten(1, (2, TIME_FEATURES))
+    assert torch.equal(size[:, 0], timestep_embedding(cond.size[:, 0], TIME_FEATURES))
+
+
+# ---------------------------------------------------------------- the condition
+
+def test_drop_semantics_by_mask_and_everywhere():
+    cond, mask = full(), torch.tensor([True, False, False, True, False])
+    part = cond.drop(semantics=mask)
+    assert part.label.tolist() == [NULL_LABEL, 1, 2, NULL_LABEL, 4]
+    assert (part.text[mask] == 0).all() and torch.equal(part.text[~mask], cond.text[~mask])
+    assert torch.equal(part.steered, cond.steered) and part.size is cond.size
+    gone = cond.drop(semantics=True)
+    assert (gone.label == NULL_LABEL).all() and (gone.text == 0).all()
+
+
+def test_drop_controls_leaves_semantics():
+    cond, mask = full(), torch.tensor([True, False, False, True, False])
+    part = cond.drop(controls=mask)
+    assert part.steered.tolist() == [0, 1, 1, 0, 1]
+    assert torch.equal(part.label, cond.label) and torch.equal(part.text, cond.text)
+
+
+def test_drop_of_nothing_changes_nothing_and_of_no_fields_gives_no_fields():
+    cond = full()
+    kept = cond.drop()
+    assert all(torch.equal(getattr(kept, k), getattr(cond, k)) for k in vars(cond))
+    assert Condition().drop(semantics=True, controls=True) == Condition()
+    assert torch.equal(cond.label, torch.arange(B))         # and the old one is as it was
+
+
+def test_map_applies_to_what_is_there():
+    cond = full().map(lambda v: v[[3, 1]])
+    assert cond.label.tolist() == [3, 1] and cond.text.shape == (2, L, E) and cond.steered.shape == (2,)
+    assert Condition(flip=torch.ones(2)).map(lambda v: v + 1).flip.tolist() == [2, 2]
+    assert Condition().map(lambda v: v + 1) == Condition()
+    assert full().to(torch.device("meta")).size.device.type == "meta"
+
+
+def test_concatenate_keeps_order_and_absence():
+    cond = full()
+    joint = concatenate([cond.map(lambda v: v[:2]), cond.map(lambda v: v[2:])])
+    assert all(torch.equal(getattr(joint, k), getattr(cond, k)) for k in vars(cond))
+    one, two = Condition(label=torch.tensor([1])), Condition(label=torch.tensor([2, 3]))
+    assert concatenate([one, two]).label.tolist() == [1, 2, 3] and concatenate([one, two]).text is None
+
+
+@pytest.mark.parametrize("semantics, controls, there", [
+    ("none", (), set()), ("class", (), {"label"}), ("text", (), {"text"}),
+    ("text", ("crop", "size"), {"text", "crop", "size", "steered"}), ("none", ("flip",), {"flip", "steered"})])
+def test_from_batch_takes_what_the_model_reads(semantics, controls, there):
+    batch = vars(full()) | {"image": torch.zeros(B, 3, 4, 4), "caption": ["a"] * B}
+    del batch["steered"]
+    cond = from_batch(batch, semantics, controls)
+    assert {k for k, v in vars(cond).items() if v is not None} == there
+    assert all(getattr(cond, k) is batch[k] for k in there - {"steered"})
+    assert "steered" not in there or cond.steered.tolist() == [1] * B
+
+
+# ---------------------------------------------------------------- guidance
+
+@pytest.mark.parametrize("lam", [0.0, 1.0, 1.5, 7.0])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0, 1.375])
+def test_guidance_is_the_two_scale_form_and_its_weights_sum_to_one(lam, beta):
+    cs, s, null = normal(3, 2, 4, 5, 6).double()
+    assert torch.allclose(guide(cs, cs, cs, lam, beta), cs)
+    assert torch.allclose(guide(cs, s, null, lam, beta), null + lam * (s - null) + lam * beta * (cs - s))
+
+
+def test_guidance_at_its_ends():
+    cs, s, null = normal(3, 2, 4, 5, 6)
+    assert torch.equal(guide(cs, s, null, 1, 1), cs) and torch.equal(guide(cs, s, null, 1, 0), s)
+    assert torch.equal(guide(cs, s, null, 0, 0.3), null)
+    assert torch.allclose(guide(cs, s, null, 3, 1), null + 3 * (cs - null), atol=1e-6)     # classifier-free guidance
+    assert torch.allclose(guide(cs, s, null, 3, 0), null + 3 * (s - null), atol=1e-6)
+
+
+# ---------------------------------------------------------------- position
+
+@pytest.mark.parametrize("base", [None, 6])
+def test_positions_are_sines_and_cosines_of_column_then_row(base):
+    h, w, dim = 3, 5, 16
+    table = sincos_2d(h, w, dim, base)
+    assert table.shape == (h * w, dim) and table.dtype == torch.float32
+    for n in range(h * w):
+        row, column = divmod(n, w)
+        if base is not None:
+            row, column = row * base / (h - 1), column * base / (w - 1)
+        angles = [[x / 10000 ** (4 * k / dim) for k in range(dim // 4)] for x in (column, row)]
+        want = [f(a) for side in angles for f in (math.sin, math.cos) for a in side]
+        assert torch.allclose(table[n], torch.tensor(want), atol=1e-6), n
+
+
+def test_positions_have_norm_sqrt_half_dim_and_are_all_different():
+    for base in (None, 16):
+        table = sincos_2d(7, 9, 1152, base)
+        assert torch.allclose(table.norm(dim=1), torch.tensor(24.0)) and torch.pdist(table).min() > 0.1
+
+
+def test_the_first_half_is_the_column_and_the_second_the_row():
+    table = sincos_2d(3, 5, 16).unflatten(0, (3, 5))
+    assert torch.equal(table[:1, :, :8].expand(3, -1, -1), table[..., :8])
+    assert torch.equal(table[:, :1, 8:].expand(-1, 5, -1), table[..., 8:])
+    assert not torch.equal(table[0, 0, :8], table[0, 1, :8]) and not torch.equal(table[0, 0, 8:], table[1, 0, 8:])
+
+
+def test_a_base_extent_gives_every_resolution_the_same_limits():
+    coarse, fine = sincos_2d(4, 6, 32, 16), sincos_2d(8, 12, 32, 16)
+    assert torch.equal(coarse[0], fine[0]) and torch.equal(coarse[-1], fine[-1])
+    assert torch.equal(sincos_2d(17, 17, 32, 16), sincos_2d(17, 17, 32))    # steps of one
+    every_second = sincos_2d(5, 9, 32, 16).unflatten(0, (5, 9))[:, ::2]
+    assert torch.equal(every_second.flatten(0, 1), sincos_2d(5, 5, 32, 16))
+
+
+@pytest.mark.parametrize("dim", [2, 6, 9])
+def test_a_width_that_positions_cannot_have(dim):
+    with pytest.raises(ValueError, match=f"divisible by 4, got {dim}"):
+        sincos_2d(2, 3, dim)

@@ -1,0 +1,325 @@
+"""Knobs: what a command line and a config file may say, and what is answered when they say something else."""
+import dataclasses
+import io
+import math
+import re
+from contextlib import redirect_stderr
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch.distributed.run import get_args_parser
+
+import config
+import sample
+from config import Config, ModelConfig, UserError, parse
+
+KEYS = [key for key, *_ in config.fields(Config())]
+NUMBERS = st.from_regex(r"[-+]?[0-9._]{1,6}(e[-+]?[0-9]{1,3})?", fullmatch=True)
+QUIET = settings(deadline=None, derandomize=True, database=None, max_examples=150)
+
+
+def get(options, key):
+    """The value of a field, also one level down."""
+    for part in key.split("."):
+        options = getattr(options, part)
+    return options
+
+
+def message(words, options=Config()):
+    with pytest.raises(UserError) as e:
+        parse(words, options)
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+
+# ---------------------------------------------------------------- overrides
+
+@pytest.mark.parametrize("words, key, value", [
+    (["--lr=3e-4"], "lr", 3e-4),
+    (["--lr", "3e-4"], "lr", 3e-4),
+    (["--lr=1"], "lr", 1.0),
+    (["--steps=20"], "steps", 20),
+    (["--steps=3e3"], "steps", 3000),
+    (["--seed=-7"], "seed", -7),
+    (["--seed", "-7"], "seed", -7),
+    (["--out=a=b"], "out", "a=b"),
+    (["--out="], "out", ""),
+    (["--log-every=3"], "log_every", 3),
+    (["--log_every", "3"], "log_every", 3),
+    (["--model.depth=5"], "model.depth", 5),
+    (["--model.text-dim", "9"], "model.text_dim", 9),
+    (["--steps=1", "--steps=2"], "steps", 2),
+])
+def test_a_flag_sets_its_field_with_its_type_and_nothing_else(words, key, value):
+    changed = parse(words, Config())
+    assert get(changed, key) == value and type(get(changed, key)) is type(value)
+    assert {k for k in KEYS if get(changed, k) != get(Config(), k)} == {key}
+
+
+def test_large_whole_numbers_keep_every_digit():
+    assert parse([f"--seed={2 ** 62 + 1}"], Config()).seed == 2 ** 62 + 1
+
+
+def test_no_flags_change_nothing():
+    assert parse([], Config()) == Config()
+
+
+def test_configs_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().lr = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Switches:
+    """Options with a bool."""
+    bright: bool = False            # more light
+    name: str = ""                  # of the file
+
+
+@pytest.mark.parametrize("words, bright", [
+    (["--bright"], True), (["--bright=true"], True), (["--bright=0"], False), (["--bright=False"], False)])
+def test_bool_reads_words_not_truthiness(words, bright):
+    assert parse(words + ["--name=x"], Switches()) == Switches(bright, "x")
+
+
+@QUIET
+@given(key=st.sampled_from(KEYS), text=st.text() | NUMBERS)
+@example(key="steps", text="9" * 5000)
+@example(key="steps", text="1e400")
+@example(key="steps", text="nan")
+@example(key="steps", text="2.5")
+def test_any_text_gives_a_value_of_the_fields_type_or_a_user_error(key, text):
+    for words in ([f"--{key}={text}"], [f"--{key}", text]):
+        try:
+            value = get(parse(words, Config()), key)
+        except UserError as e:
+            assert f"--{key}" in str(e) and repr(text) in str(e)
+        else:
+            assert type(value) is config.field_type(Config(), key)
+            if type(value) is str:
+                assert value == text
+            elif not math.isnan(value):
+                assert value == float(text)
+
+
+@QUIET
+@given(st.lists(st.text() | st.sampled_from([f"--{k}" for k in KEYS]), max_size=4))
+def test_any_words_give_a_config_or_a_user_error(words):
+    words = [w for w in words if w not in ("-h", "--help")]
+    try:
+        assert isinstance(parse(words, Config()), Config)
+    except UserError:
+        pass
+
+
+# ---------------------------------------------------------------- messages
+
+@pytest.mark.parametrize("words, parts", [
+    (["--warmpu=3"], ["--warmpu", "Config", "--warmup"]),
+    (["--model.dept=3"], ["--model.dept", "--model.depth"]),
+    (["--depth=3"], ["--depth", "--model.depth"]),
+    (["--model=3"], ["--model"]),
+    (["--lr.x=3"], ["--lr.x"]),
+    (["--zzzzzz=1"], ["--zzzzzz", "out, data", "model.arch"]),
+    (["--lr=fast"], ["--lr", "a float", "'fast'"]),
+    (["--steps=2.5"], ["--steps", "an int", "'2.5'"]),
+    (["--steps="], ["--steps", "an int", "''"]),
+    (["--steps"], ["--steps", "an int", "--help"]),
+    (["steps=3"], ["--key=value", "'steps=3'", "--help"]),
+    (["-lr=3"], ["--key=value", "'-lr=3'"]),
+])
+def test_a_bad_word_is_named_with_what_would_do(words, parts):
+    text = message(words)
+    assert all(part in text for part in parts), text
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(ModelConfig)])
+def test_a_model_field_without_its_prefix_is_answered_with_it(name):
+    assert f"--model.{name}" in message([f"--{name}=3"])
+
+
+def test_a_bad_bool_is_named():
+    assert "--bright wants a bool, got 'maybe'" in message(["--bright=maybe"], Switches())
+
+
+def test_user_error_is_a_value_error():
+    assert issubclass(UserError, ValueError)
+
+
+# ---------------------------------------------------------------- ranges
+
+def test_the_default_config_and_every_bound_are_in_range():
+    config.check_ranges(Config())
+    for key, bounds in config.RANGES.items():
+        kind = config.field_type(Config(), key)
+        for bound in bounds:
+            config.check_ranges(config.put(Config(), key, kind(bound)))
+
+
+@pytest.mark.parametrize("key", config.RANGES)
+def test_a_number_outside_its_range_is_named_with_the_range(key):
+    kind, (low, high) = config.field_type(Config(), key), config.RANGES[key]
+    step = 1 if kind is int else 1e-3 + 1e-3 * high
+    for value in [kind(low - step), kind(high + step)] + [math.nan, math.inf] * (kind is float):
+        with pytest.raises(UserError) as e:
+            config.check_ranges(config.put(Config(), key, value))
+        assert str(e.value).startswith(f"{key}={value} ") and str(low) in str(e.value) and f"{high:g}" in str(e.value)
+
+
+def test_every_number_of_a_run_but_the_seed_has_a_range():
+    numbers = {f.name for f in dataclasses.fields(Config) if f.type in (int, float)}
+    assert numbers - {"seed"} == set(config.RANGES)
+
+
+# ---------------------------------------------------------------- help
+
+@pytest.mark.parametrize("options", [Config(), sample.Options()])
+def test_help_has_every_field_with_type_default_and_comment(options, capsys):
+    with pytest.raises(SystemExit) as e:
+        parse(["--help"], options)
+    assert e.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = config.fields(options)
+    assert len(lines) == 1 + len(rows)
+    for line, (key, kind, default, comment) in zip(lines[1:], rows):
+        assert comment, f"{key} has no comment"
+        want = " +".join(re.escape(part) for part in (f"--{key}={kind.__name__}", repr(default), comment))
+        assert re.fullmatch(" +" + want, line)
+
+
+def test_help_rows_are_the_fields_in_the_order_of_the_source():
+    flat = [f.name for f in dataclasses.fields(Config) if f.name != "model"]
+    inner = ["model." + f.name for f in dataclasses.fields(ModelConfig)]
+    assert [k for k in KEYS if "." not in k] == flat and [k for k in KEYS if "." in k] == inner
+
+
+def test_help_shows_present_values_not_those_of_the_source():
+    assert re.search(r"--lr=float +0.25 ", config.help_text(dataclasses.replace(Config(), lr=0.25)))
+
+
+# ---------------------------------------------------------------- files
+
+def write(tmp_path, text):
+    path = tmp_path / "run.py"
+    path.write_text("from config import Config, ModelConfig\n" + text)
+    return str(path)
+
+
+def test_a_config_file_builds_the_config(tmp_path):
+    path = write(tmp_path, "config = Config(lr=1, model=ModelConfig(depth=3))")
+    loaded = config.load(path)
+    assert loaded == Config(lr=1.0, model=ModelConfig(depth=3)) and type(loaded.lr) is float
+
+
+def test_the_committed_config_files_load():
+    root = config.Path(config.__file__).parent
+    found = sorted((root / "configs").glob("*.py"))
+    assert found and all(isinstance(config.load(str(path)), Config) for path in found)
+
+
+@pytest.mark.parametrize("text, parts", [
+    ("cfg = Config()", ["config = Config(...)", "NoneType"]),
+    ("config = ModelConfig()", ["config = Config(...)", "ModelConfig"]),
+    ("config = Config(stepz=3)", ["'stepz'", "--help"]),
+    ("config = Config(model=ModelConfig(dept=3))", ["'dept'", "--help"]),
+    ("config = Config(lr='fast')", ["lr", "a float", "'fast'"]),
+    ("config = Config(steps=2.5)", ["steps", "an int", "2.5"]),
+    ("config = Config(steps=True)", ["steps", "an int", "True"]),
+    ("config = Config(out=None)", ["out", "a str", "None"]),
+    ("config = Config(model=ModelConfig(depth='x'))", ["depth", "an int", "'x'"]),
+    ("config = Config(model=3)", ["model", "ModelConfig", "3"]),
+])
+def test_a_config_file_with_a_mistake_is_a_user_error(tmp_path, text, parts):
+    with pytest.raises(UserError) as e:
+        config.load(write(tmp_path, text))
+    assert all(part in str(e.value) for part in parts), e.value
+
+
+def test_a_missing_config_file_is_answered_with_those_there_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="'configs/tinny.py'.*none"):
+        config.load("configs/tinny.py")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "tiny.py").write_text("")
+    with pytest.raises(UserError, match="'configs/tinny.py'.*configs/tiny.py"):
+        config.load("configs/tinny.py")
+
+
+# ---------------------------------------------------------------- JSON
+
+def test_json_round_trip_of_a_config_in_which_every_field_is_changed():
+    cfg = Config()
+    for key, kind, value, _ in config.fields(cfg):
+        cfg = config.put(cfg, key, value + "x" if kind is str else value + 1)
+    assert len(config.differences(Config(), cfg)) == len(KEYS)
+    assert config.from_json(config.to_json(cfg)) == cfg
+
+
+@pytest.mark.parametrize("text", [
+    "", "[]", "3", "null", "{}", '{"model": 3}', '{"model": {}, "old": 1}', '{"model": {"old": 1}}',
+    '{"model": {}, "lr": "x"}', '{"model": {"depth": 1.5}}'])
+def test_json_of_something_else_is_a_user_error(text):
+    with pytest.raises(UserError):
+        config.from_json(text)
+
+
+def test_differences_name_key_old_and_new():
+    a, b = Config(), parse(["--lr=0.5", "--model.depth=7"], Config())
+    assert config.differences(a, a) == []
+    assert config.differences(a, b) == [f"model.depth: {a.model.depth} -> 7", f"lr: {a.lr} -> 0.5"]
+
+
+# ---------------------------------------------------------------- seeds
+
+GOLDEN = (2847183694713211083, 2631537505891389924, 4852281077346460268, 1715138473254454191)
+
+
+def test_seed64_is_the_same_for_ever():
+    assert config.seed64() == GOLDEN[0]
+    assert config.seed64(0) == GOLDEN[1]
+    assert config.seed64(0, "noise", 12, 3) == GOLDEN[2]
+    assert config.seed64("scene", 0, "train") == GOLDEN[3]
+
+
+def test_seed64_fits_every_generator_and_tells_keys_apart():
+    seeds = [config.seed64(a, b) for a in ("noise", "data") for b in range(50_000)]
+    assert len(set(seeds)) == len(seeds)
+    assert 0 <= min(seeds) and 2 ** 62 < max(seeds) < 2 ** 63
+    assert len({config.seed64(*key) for key in ((1, 2), (12,), ("1", 2), (2, 1), ((1, 2),), (1.0, 2))}) == 6
+
+
+def test_bits_of_seed64_are_fair():
+    n = 4000
+    for bit in range(63):
+        ones = sum(config.seed64("bit", k) >> bit & 1 for k in range(n))
+        assert abs(ones - n / 2) < 5 * math.sqrt(n / 4), bit
+
+
+# ---------------------------------------------------------------- torchrun reads the whole line
+
+def through_torchrun(words):
+    with redirect_stderr(io.StringIO()):
+        return get_args_parser().parse_args(words)
+
+
+@pytest.mark.parametrize("key", ["config", *KEYS])
+@pytest.mark.parametrize("form", ["{}=1", "{} 1"])
+def test_torchrun_passes_every_flag_of_train_on(key, form):
+    for name in {key, key.replace("_", "-")}:
+        flags = form.format("--" + name).split()
+        seen = through_torchrun(["--nproc_per_node=3", "train.py", *flags])
+        assert (seen.training_script, seen.training_script_args, seen.nproc_per_node) == ("train.py", flags, "3")
+
+
+@pytest.mark.parametrize("key", [key for key, *_ in config.fields(sample.Options())])
+@pytest.mark.parametrize("form", ["{}=1", "{} 1"])
+def test_torchrun_passes_every_flag_of_sample_on_after_two_dashes(key, form):
+    flags = form.format("--" + key).split()
+    seen = through_torchrun(["--nproc_per_node=3", "--", "sample.py", *flags])
+    assert (seen.training_script, seen.training_script_args, seen.nproc_per_node) == ("sample.py", flags, "3")
+
+
+def test_without_the_two_dashes_torchrun_takes_n_for_its_own():
+    with pytest.raises(SystemExit):
+        through_torchrun(["--nproc_per_node=3", "sample.py", "--n=5"])
