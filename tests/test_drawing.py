@@ -1,0 +1,162 @@
+"""The command line of sample.py: what it writes, that it goes on after a stop, and what it says to wrong wishes."""
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import checkpoint
+import model
+import sample
+from config import Config, ModelConfig, UserError, to_json
+from shapes import WordVectors
+
+ROOT = Path(__file__).parent.parent
+SMALL = ModelConfig(width=16, depth=2, heads=2, resolution=16, patch=4)
+WORDS = WordVectors()
+
+
+def run_folder(path: Path, semantics: str = "text", **kwargs) -> Path:
+    """A run folder whose network answers at once: random weights, none of them zero."""
+    m = replace(SMALL, semantics=semantics, classes=3 if semantics == "class" else 0, **kwargs)
+    if semantics == "text":
+        m = replace(m, text_dim=WORDS.dim, text_length=WORDS.length)
+    torch.manual_seed(1)
+    net = model.build(m)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    path.mkdir()
+    classes = ["golden retriever", "tench", "7"] if semantics == "class" else []
+    checkpoint.write_weights(path / "weights.safetensors", net.state_dict(), {
+        "config": to_json(Config(out="elsewhere", model=m, lam=1.5)), "classes": json.dumps(classes),
+        "null_class": str(len(classes)), "step": "12"})
+    return path
+
+
+def drawn(out: Path, *flags: str) -> tuple[np.ndarray, Path]:
+    """arr_0 and the path of the npz that sample.py writes."""
+    before = set(out.glob("samples/*.npz"))
+    sample.main([f"--out={out}", "--steps=3", "--dtype=float32", "--threads=1", *flags])
+    path, = set(out.glob("samples/*.npz")) - before
+    with np.load(path) as file:
+        assert set(file) == {"arr_0"}
+        return file["arr_0"], path
+
+
+def test_pictures_a_grid_and_the_protocol(tmp_path, capsys):
+    out = run_folder(tmp_path / "run")
+    images, path = drawn(out, "--n=5", "--prompt=a red ring left of a blue square")
+    assert images.shape == (5, 16, 16, 3) and images.dtype == np.uint8 and images.std() > 1
+    protocol = json.loads(path.with_suffix(".json").read_text())
+    assert (protocol["n"], protocol["steps"], protocol["lam"], protocol["train_step"]) == (5, 3, 1.5, 12)
+    grid = np.asarray(Image.open(path.with_suffix(".png")))
+    assert grid.shape[0] > 2 * 96 and (grid < 100).any()        # captions in dark letters
+    said = capsys.readouterr().out
+    assert str(path) in said and str(path.with_suffix(".png")) in said
+    assert not [p for p in path.parent.iterdir() if p.suffix in (".part", ".done", ".tmp")]
+
+
+def test_a_picture_does_not_depend_on_n_or_batch(tmp_path):
+    out = run_folder(tmp_path / "run")
+    seven = drawn(out, "--n=7", "--batch=7")[0].astype(int)
+    assert len({image.tobytes() for image in seven}) == 7
+    assert abs(drawn(out, "--n=5", "--batch=2")[0] - seven[:5]).max() <= 1      # products of other shapes round otherwise
+    assert abs(drawn(out, "--n=5", "--batch=2", "--seed=1")[0] - seven[:5]).max() > 1
+
+
+def test_several_prompts_and_labels_take_turns(tmp_path):
+    o = sample.Options(out=str(run_folder(tmp_path / "text")), prompt="a red ring; a blue star")
+    net, cfg = model.load(o.out)
+    header = checkpoint.read_header(Path(o.out) / "weights.safetensors")
+    cond, titles = sample.Wishes(o, cfg, header)(np.arange(1, 4))
+    assert titles == ["a blue star", "a red ring", "a blue star"]
+    assert torch.equal(cond.text, WORDS.encode(titles)[0])
+
+    o = sample.Options(out=str(run_folder(tmp_path / "class", "class")), label="tench;7;0")
+    net, cfg = model.load(o.out)
+    header = checkpoint.read_header(Path(o.out) / "weights.safetensors")
+    cond, titles = sample.Wishes(o, cfg, header)(np.arange(4))
+    assert cond.label.tolist() == [1, 2, 0, 1] and titles[0] == "tench"         # "7" is a name here, "0" a number
+    cond, _ = sample.Wishes(replace(o, label=""), cfg, header)(np.arange(4))
+    assert cond.label.tolist() == [0, 1, 2, 0]
+
+
+@pytest.mark.parametrize("semantics", ["class", "none"])
+def test_models_without_text_draw(tmp_path, semantics):
+    assert drawn(run_folder(tmp_path / "run", semantics), "--n=2")[0].shape == (2, 16, 16, 3)
+
+
+def test_after_a_stop_the_same_command_draws_only_what_is_missing(tmp_path, monkeypatch):
+    out = run_folder(tmp_path / "run")
+    whole, path = drawn(out, "--n=6", "--batch=2", "--name=whole")
+    calls, draw = [], sample.draw
+
+    def breaks(net, cfg, cond, indices, o, device):
+        calls.append(list(indices))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return draw(net, cfg, cond, indices, o, device)
+    monkeypatch.setattr(sample, "draw", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        drawn(out, "--n=6", "--batch=2", "--name=again")
+    again, _ = drawn(out, "--n=6", "--batch=2", "--name=again")
+    assert calls == [[0, 1], [2, 3], [4, 5], [4, 5]] and np.array_equal(again, whole)
+
+
+def test_two_processes_draw_the_same_pictures(tmp_path):
+    out = run_folder(tmp_path / "run")
+    flags = ["--n=7", "--batch=2", "--steps=3", "--dtype=float32", "--threads=1", f"--out={out}"]
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--",
+                    str(ROOT / "sample.py"), *flags, "--name=two"], check=True, cwd=ROOT, capture_output=True, timeout=120,
+                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+    with np.load(out / "samples" / "two.npz") as file:
+        assert np.array_equal(file["arr_0"], drawn(out, *flags)[0])
+
+
+@pytest.mark.parametrize("semantics, flags, parts", [
+    ("text", ["--prompt=a crimson ring"], ["crimson", "red"]),
+    ("text", ["--label=tench"], ["--label", "class", "text"]),
+    ("class", ["--prompt=a red ring"], ["--prompt", "text", "class"]),
+    ("class", ["--label=tensh"], ["tensh", "tench"]),
+    ("class", ["--label=3"], ["'3'"]),
+    ("text", ["--sampler=euler"], ["euler", "ddim", "heun"]),
+    ("text", ["--sampler=heun", "--eta=0.5"], ["eta", "ddim"]),
+    ("text", ["--eta=1.5"], ["eta=1.5"]),
+    ("text", ["--spacing=even"], ["even", "trailing"]),
+    ("text", ["--steps=1001"], ["1001", "1000"]),
+    ("text", ["--n=0"], ["n=0"]),
+    ("text", ["--name=../x"], ["../x"]),
+    ("text", ["--dtype=half"], ["half", "bfloat16"]),
+])
+def test_wishes_that_cannot_be_met(tmp_path, semantics, flags, parts):
+    out = run_folder(tmp_path / "run", semantics)
+    with pytest.raises(UserError) as e:
+        sample.main([f"--out={out}", "--threads=1", *flags])
+    assert all(part in str(e.value) for part in parts) and "\n" not in str(e.value)
+    assert not list(out.glob("samples/*"))
+
+
+def test_a_folder_without_weights_is_named(tmp_path):
+    with pytest.raises(UserError, match="weights"):
+        sample.main([f"--out={tmp_path / 'nowhere'}"])
+
+
+def test_pictures_that_are_not_finite_are_an_error(tmp_path, monkeypatch):
+    out = run_folder(tmp_path / "run")
+    monkeypatch.setattr(sample, "draw", lambda net, cfg, cond, indices, o, device: torch.full((len(indices), 3, 16, 16), torch.nan))
+    with pytest.raises(UserError, match="not finite"):
+        sample.main([f"--out={out}", "--n=2"])
+
+
+def test_options_are_told_apart_by_name(tmp_path):
+    """Every option that changes the pictures changes the name of the file, so no old pictures pass for new ones."""
+    out = run_folder(tmp_path / "run")
+    names = {drawn(out, "--n=2", *flags)[1].name for flags in ([], ["--seed=3"], ["--steps=4"], ["--lam=3"], ["--eta=1"],
+                                                               ["--sampler=heun"], ["--prompt=a red ring"])}
+    assert len(names) == 7 and asdict(sample.Options())["name"] == ""
