@@ -1,12 +1,20 @@
-"""The machine: its device, its processes, the number type it multiplies fastest, and how fast that is.
+"""The machine: its device, its processes, its signals, the number type it multiplies fastest, and how fast that is.
 
 There is always a process group, of one process if need be, so nothing below `setup` asks whether there is one.
 """
+import faulthandler
 import os
+import platform
+import signal
+import sys
+import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
+import numpy as np
+import PIL
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -14,6 +22,9 @@ from torch import Tensor, nn
 from config import UserError
 
 TIMEOUT = timedelta(minutes=30)         # a collective that takes longer has hung
+SIGNALS = (signal.SIGINT, signal.SIGTERM)   # what asks a run to save and stop
+DTYPES = ("auto", "float32", "bfloat16")
+ECHO = 2.0                              # seconds in which a signal is the same one, come by another way
 
 
 @dataclass(frozen=True)
@@ -29,14 +40,27 @@ def setup(threads: int = 0) -> Place:
     world, local_world = (int(os.environ.get(k, 1)) for k in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     rank, local_rank = (int(os.environ.get(k, 0)) for k in ("RANK", "LOCAL_RANK"))
     device = find_device(local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if not dist.is_initialized():
         store = dist.HashStore() if world == 1 else None
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
-    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_world))
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    torch.set_num_threads(threads or max(1, cores() // local_world))
+    if hasattr(faulthandler, "register") and sys.__stderr__:    # kill -USR2 prints where every thread is
+        faulthandler.register(signal.SIGUSR2, file=sys.__stderr__, all_threads=True)
     return Place(device, rank, world)
+
+
+def leave() -> None:
+    """Leave the process group, at the end of a program."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def cores() -> int:
+    """CPU cores that this process may use: a cluster may allot fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def find_device(local_rank: int = 0) -> torch.device:
@@ -50,9 +74,9 @@ def precision(device: torch.device, asked: str) -> torch.dtype:
     """The type of the tokens: what was asked for, or by "auto" bfloat16 where the hardware multiplies it.
 
     Also lets the remaining fp32 products use the fast units beside (TF32 on CUDA, oneDNN's kernels on CPU)."""
+    if asked not in DTYPES:
+        raise UserError(f"unknown dtype={asked!r}; there are {', '.join(DTYPES)}")
     types = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    if asked not in ("auto", *types):
-        raise UserError(f"unknown dtype {asked!r}; there are auto, {', '.join(types)}")
     dtype = types.get(asked, torch.bfloat16 if multiplies_bfloat16(device) else torch.float32)
     if dtype == torch.bfloat16:
         torch.set_float32_matmul_precision("high" if device.type == "cuda" else "medium")
@@ -83,11 +107,20 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) 
     return best
 
 
+def pinned(batch: dict, place: Place) -> dict:
+    """The batch in memory from which a GPU copies while it computes; other devices need none."""
+    if place.device.type != "cuda":
+        return batch
+    return {k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
 def parallel(net: nn.Module, place: Place) -> nn.Module:
     """The network whose backward pass averages gradients over processes. MPS is one process and has no collectives."""
     if place.device.type == "mps":
         return net
-    return nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
+    ddp = nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
+    ddp.broadcast_buffers = False                           # they never change
+    return ddp
 
 
 def add_up(x: Tensor, place: Place) -> Tensor:
@@ -98,11 +131,49 @@ def add_up(x: Tensor, place: Place) -> Tensor:
 
 
 def agree(number: int, place: Place) -> int:
-    """Rank 0's number, on every process."""
+    """Rank 0's number, on every process; no process goes on before rank 0 has come here."""
+    if place.world == 1:
+        return number
     box = torch.tensor([number], device=place.device)
-    if place.world > 1:
-        dist.broadcast(box, 0)
+    dist.broadcast(box, 0)
     return int(box.item())
+
+
+def replicas_differ(net: nn.Module, place: Place) -> bool:
+    """Whether a bit of the fp32 weights differs between processes, which are to hold the same: sums of all bits."""
+    if place.world == 1:
+        return False
+    sums = torch.stack([p.detach().view(torch.int32).sum(dtype=torch.int64) for p in net.parameters()])
+    both = torch.cat([sums, -sums])
+    dist.all_reduce(both, dist.ReduceOp.MAX)                # largest, and minus smallest
+    return bool((both[:len(sums)] + both[len(sums):]).any())
+
+
+class Stop:
+    """SIGINT and SIGTERM become a number that the loop reads. A second one, ECHO later, ends the process at once.
+
+    A context: earlier handlers come back at its end. torchrun repeats a Ctrl-C that its processes got already."""
+    def __init__(self, loud: bool) -> None:
+        self.signal, self.since, self.loud, self.deaf = 0, 0.0, loud, False
+
+    def __enter__(self) -> "Stop":
+        here = threading.current_thread() is threading.main_thread()    # elsewhere Python has no handlers
+        self.before = {s: signal.signal(s, self.note) for s in SIGNALS} if here else {}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+    def note(self, number: int, frame: object) -> None:
+        if self.deaf or self.signal and time.monotonic() - self.since < ECHO:
+            return
+        if self.signal:
+            os._exit(128 + number)
+        self.signal, self.since = number, time.monotonic()
+        if self.loud:
+            with suppress(OSError):                         # a closed terminal
+                os.write(2, b"\nstopping at the next line of the log; once more to stop at once\n")
 
 
 def synchronize(device: torch.device) -> None:
@@ -120,4 +191,11 @@ def memory(device: torch.device) -> float:
     except ImportError:                                     # Windows has no resource module
         return float("nan")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e9 if os.uname().sysname == "Darwin" else 1e6)
+    return peak / (1e9 if sys.platform == "darwin" else 1e6)    # bytes there, kB elsewhere
+
+
+def versions() -> dict[str, str]:
+    """What else decides the last bit of a result, for the record."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+            "pillow": PIL.__version__, "device": gpu or f"{platform.system()} {platform.machine()}"}

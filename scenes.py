@@ -19,7 +19,8 @@ from captions import BACKGROUNDS, COLORS, RELATIONS, SHAPES, Facts, write
 HELD_OUT = (("green", "square"), ("purple", "star"), ("cyan", "heart"), ("orange", "cross"),
             ("yellow", "triangle"), ("white", "ring"))      # never in the splits train and test
 NATIVE = (16, 20, 24, 32, 48, 96)           # sides in pixels at which a canvas is drawn
-RADIUS = (0.14, 0.23)                       # half the width of an object
+RADIUS = (0.14, 0.23)                       # half the width of an object among others
+ALONE = 0.36                                # most of the only object of a scene
 SMALL, LARGE = 0.163, 0.197                 # a caption may say small up to the one and large from the other
 MARGIN, GAP = 0.03, 0.02                    # least distance to the border and between two objects
 DRAWS = 54                                  # random numbers of a scene and its caption
@@ -64,7 +65,8 @@ def draw_scene(u: np.ndarray, objects: tuple[int, ...], held_out: bool) -> dict[
     n = np.array(objects)[(u[:, 0] * len(objects)).astype(int)]                             # (B,)
     there = np.arange(3) < n[:, None]                                                       # (B, 3)
     shape = (u[:, 12:15] * len(SHAPES)).astype(int)
-    r = np.where(there, RADIUS[0] + (RADIUS[1] - RADIUS[0]) * u[:, 6:9], 0)
+    most = np.where(n == 1, ALONE, RADIUS[1])[:, None]
+    r = np.where(there, RADIUS[0] + (most - RADIUS[0]) * u[:, 6:9], 0)
     main = r.argmax(1)                                                               # (B,) the largest object
     r[rows, main] = np.maximum(r[rows, main], RADIUS[0] / 0.89)
     r = np.where(np.arange(3) == main[:, None], r, np.minimum(r, 0.9 * r[rows, main][:, None]))
@@ -199,7 +201,7 @@ def draw(shape: np.ndarray, x: np.ndarray, y: np.ndarray, r: np.ndarray, n: int,
     """Coverage (K, R, R) of single objects, clip(1/2 - distance in native pixels), resampled to the crop."""
     S = canvas(R)
     unit = n * R / S                                        # native pixels a crop's side
-    p = math.ceil(2 * RADIUS[1] * unit) + 3
+    p = math.ceil(2 * ALONE * unit) + 3
     corner = np.floor(np.stack([x, y]) * unit - p / 2).astype(int)                          # (2, K)
     pixel = corner[..., None] + np.arange(p) + 0.5 - np.stack([x, y])[..., None] * unit     # (2, K, p)
     px, py = (pixel / (r[:, None] * unit)).astype(np.float32)

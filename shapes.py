@@ -28,7 +28,7 @@ from scenes import DRAWS, HELD_OUT, LARGE, NATIVE, RADIUS, SMALL
 from scenes import canvas, caption, draw_scene, render, rgb, sdf, uniform
 
 SPLITS = ("train", "test", "held_out")
-VERSION = "shapes 1"                        # changes when the same index would show something else
+VERSION = "shapes 2"                        # changes when the same index would show something else
 ANSWERS = ("color", "count", "background", "shape", "size", "side", "level")
 
 

@@ -1,0 +1,191 @@
+"""What a run says about itself: the arithmetic of a window, the lines that survive, and the picture of the loss."""
+import os
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+import log
+import machine
+import model
+import plot
+from config import Config, ModelConfig
+
+CPU = torch.device("cpu")
+ALONE = machine.Place(CPU, 0, 1)
+QUIET = SimpleNamespace(signal=0)
+
+
+def line(step, loss=0.5):
+    return {"step": step, "loss": loss, "loss_by_noise": [0.1, None, 0.3, 0.4], "images_per_second": 12.0,
+            "share_of_peak": 0.25, "eta_s": 125.0}
+
+
+# ---------------------------------------------------------------- a window
+
+def test_a_window_is_the_mean_over_its_pictures_by_quarter():
+    g, window, T = torch.Generator().manual_seed(0), log.Window(CPU), 1000
+    i, loss = torch.randint(T, (3, 2, 5), generator=g), torch.rand(3, 2, 5, generator=g)
+    i[0, 0] = torch.tensor([0, 249, 250, 749, 999])
+    for step in range(3):
+        for m in range(2):
+            window.add(loss[step, m], i[step, m], T)
+        window.add_norm(torch.tensor(2.0 + step), step)
+    found, asked, bad = window.read(3, QUIET, ALONE)
+    quarter = i.div(250, rounding_mode="floor")
+    assert found["loss"] == pytest.approx(loss.mean().item())
+    assert found["loss_by_noise"] == pytest.approx([loss[quarter == k].mean().item() for k in range(4)])
+    assert found["grad_norm"] == pytest.approx(3.0) and (asked, bad) == (0, -1)
+
+
+def test_a_window_begins_again_and_a_quarter_without_pictures_is_none():
+    window = log.Window(CPU)
+    window.add(torch.tensor([9.0, 9.0]), torch.tensor([1, 99]), 100)
+    window.add_norm(torch.tensor(5.0), 0)
+    window.read(1, QUIET, ALONE)
+    window.add(torch.tensor([1.0, 2.0]), torch.tensor([30, 40]), 100)
+    window.add_norm(torch.tensor(3.0), 1)
+    found, _, _ = window.read(1, QUIET, ALONE)
+    assert found == {"loss": 1.5, "loss_by_noise": [None, 1.5, None, None], "grad_norm": 3.0}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_window_remembers_the_first_bad_step(value):
+    window = log.Window(CPU)
+    for step, norm in enumerate([1.0, 2.0, value, 1.0, value]):
+        window.add(torch.tensor([1.0]), torch.tensor([0]), 10)
+        window.add_norm(torch.tensor(norm), step)
+        assert window.bad.item() == (step >= 2)
+    assert window.read(5, QUIET, ALONE)[2] == 2
+    window.add(torch.tensor([1.0]), torch.tensor([0]), 10)
+    assert window.read(1, QUIET, ALONE)[2] == 2             # for good
+
+
+@pytest.mark.parametrize("number", machine.SIGNALS)
+def test_a_window_tells_which_signal_came(number):
+    window = log.Window(CPU)
+    window.add(torch.tensor([1.0]), torch.tensor([0]), 10)
+    assert window.read(1, SimpleNamespace(signal=number), ALONE)[1] == number
+
+
+def test_speeds_are_arithmetic():
+    cfg = Config(batch=32, model=ModelConfig(semantics="none", width=16, heads=2))
+    found = log.speeds(10, 4.0, 1.0, 25, cfg, 1e9, ALONE)
+    flops = 80 * 3 * model.flops(cfg.model)
+    assert found["images_per_second"] == 80 and found["waited_for_data"] == 0.25 and found["eta_s"] == 10
+    assert found["tflops"] == pytest.approx(flops / 1e12) and found["share_of_peak"] == pytest.approx(flops / 1e9)
+
+
+# ---------------------------------------------------------------- log.jsonl
+
+def test_lines_come_back_with_six_digits(tmp_path):
+    assert log.read(tmp_path) == []
+    log.append(tmp_path, {"step": 1_234_567, "loss": 1 / 3, "none": None, "list": [2 / 3, 1e-9 / 3]})
+    log.append(tmp_path, {"step": 1_234_577, "loss": 0.25})
+    assert log.read(tmp_path) == [{"step": 1_234_567, "loss": 0.333333, "none": None, "list": [0.666667, 3.33333e-10]},
+                                  {"step": 1_234_577, "loss": 0.25}]
+
+
+@pytest.mark.parametrize("rubbish", [b'{"step": 30, "lo', b"\0\0\0\0\n", b"\0\0}\n", b"[3]\n", b"{}\n",
+                                     b'{"step": "x"}\n', b"\xff\xfe\n", b"\n"])
+def test_a_torn_line_is_left_out_and_rewinding_drops_it(rubbish, tmp_path):
+    for step in (10, 20):
+        log.append(tmp_path, line(step))
+    clean = (tmp_path / "log.jsonl").read_bytes()
+    with open(tmp_path / "log.jsonl", "ab") as file:
+        file.write(rubbish)
+    assert [entry["step"] for entry in log.read(tmp_path)] == [10, 20]
+    log.rewind(tmp_path, 20)
+    assert (tmp_path / "log.jsonl").read_bytes() == clean
+
+
+def test_rewinding_drops_later_lines_and_later_previews_only(tmp_path):
+    (tmp_path / "samples").mkdir()
+    for step in (10, 20, 30):
+        log.append(tmp_path, line(step))
+        (tmp_path / "samples" / f"step-{step:08d}.png").write_text("")
+    (tmp_path / "samples" / "step-mine.png").write_text("")
+    log.rewind(tmp_path, 20)
+    assert [entry["step"] for entry in log.read(tmp_path)] == [10, 20]
+    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["step-00000010.png", "step-00000020.png",
+                                                                        "step-mine.png"]
+
+
+def test_a_disk_that_takes_half_a_line_gets_none_of_it(tmp_path, monkeypatch):
+    log.append(tmp_path, line(10))
+    before, real = (tmp_path / "log.jsonl").read_bytes(), open
+    class Half:
+        def __init__(self, *args, **kwargs):
+            self.file = real(*args, **kwargs)
+            self.seek, self.truncate = self.file.seek, self.file.truncate
+        def __enter__(self):
+            return self
+        def __exit__(self, *error):
+            self.file.close()
+        def write(self, text):
+            return self.file.write(text[:len(text) // 2])
+    monkeypatch.setattr("builtins.open", Half)
+    with pytest.raises(OSError, match="no space left"):
+        log.append(tmp_path, line(20))
+    monkeypatch.undo()
+    assert (tmp_path / "log.jsonl").read_bytes() == before
+
+
+def test_a_line_for_people(tmp_path, capfd):
+    bar = SimpleNamespace(disable=True, set_postfix_str=lambda text: None)
+    log.report(tmp_path, line(1200), 5000, bar)
+    assert capfd.readouterr().err == "step 1,200/5,000  loss 0.5000  12 images/s, 25% of peak  2:05 left\n"
+    bar.disable = False
+    log.report(tmp_path, line(1210), 5000, bar)
+    assert capfd.readouterr().err == "" and len(log.read(tmp_path)) == 2
+
+
+# ---------------------------------------------------------------- status.json
+
+def test_a_status_is_written_once_there_is_a_folder(tmp_path):
+    status = log.Status()
+    status.write("failed:user", 2, "nowhere")
+    assert log.read_status(tmp_path) == {}
+    status.out, status.step = tmp_path, 12
+    status.write("stopped", 143, "stopped by SIGTERM")
+    found = log.read_status(tmp_path)
+    assert found.pop("utc").endswith("+00:00")
+    assert found == {"state": "stopped", "exit_code": 143, "step": 12, "reason": "stopped by SIGTERM"}
+
+
+def test_a_crash_hides_no_other_reason(tmp_path):
+    status = log.Status()
+    status.out = tmp_path
+    for state, kept in (("running", "failed:crash"), ("failed:user", "failed:user"), ("done", "done")):
+        status.write(state)
+        status.write("failed:crash", 1, "connection closed by peer")
+        assert log.read_status(tmp_path)["state"] == kept
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "7"])
+def test_a_status_that_cannot_be_read_is_none(text, tmp_path):
+    (tmp_path / "status.json").write_text(text)
+    assert log.read_status(tmp_path) == {}
+
+
+# ---------------------------------------------------------------- loss.png
+
+def test_the_loss_becomes_a_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    assert "no lines yet" in plot.plot(tmp_path)
+    for step in range(10, 60, 10):
+        log.append(tmp_path, line(step, 5 / step))
+    assert plot.plot(tmp_path) == plot.plot(str(tmp_path)) == str(tmp_path / "loss.png")
+    with Image.open(tmp_path / "loss.png") as picture:
+        assert picture.size == (1050, 600) and len(picture.convert("RGB").getcolors(10 ** 6)) > 50
+    assert sorted(os.listdir(tmp_path)) == ["log.jsonl", "loss.png"]
+
+
+def test_without_matplotlib_it_says_how_to_get_it(tmp_path, monkeypatch):
+    for name in [m for m in sys.modules if m.split(".")[0] == "matplotlib"] + ["matplotlib", "matplotlib.figure",
+                                                                               "matplotlib.backends.backend_agg"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    log.append(tmp_path, line(10))
+    assert "pip install matplotlib" in plot.plot(tmp_path) and not (tmp_path / "loss.png").exists()

@@ -1,0 +1,780 @@
+"""The loop: the same run whatever interrupts it, on however many processes; and what it says when it cannot go on.
+
+Runs are forked from one process that has imported everything (`python tests/test_train.py` is that process), so that a
+run costs its steps and no start-up. It is asked over pipes, one line of JSON a job:
+    argv    flags of train.py                         world   processes, as torchrun would start them
+    kill    SIGKILL to all after so many seconds      faults  [how, k, n]: n calls to the disk fail, from the k-th on
+    signals [step, rank, [pause, number], ...]: what this rank sends itself when it fetches that step
+    bad     [step, what]: "picture" or "rate" is not finite there; "flip": a bit of a weight of rank 1 is flipped there;
+            "disk": it is nearly full from the start
+    tty     give it a terminal
+How a call fails: "kill" before it, "half" with half of it done and then killed, "full" with no space left on the disk.
+"""
+import errno
+import gc
+import hashlib
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import checkpoint
+import config
+import data
+import log
+import machine
+import model
+import train
+
+TINY = ["--threads=1", "--workers=0", "--batch=8", "--micro=4", "--steps=12", "--save_every=4", "--log_every=3",
+        "--warmup=5", "--sample_every=0", "--augment=", "--dtype=float32", "--model.semantics=none", "--model.width=16",
+        "--model.depth=2", "--model.heads=2", "--model.resolution=16"]
+CLOCK = {"images_per_second", "tflops", "share_of_peak", "waited_for_data", "memory_gb", "eta_s"}   # not the same twice
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forked")
+
+
+# ---------------------------------------------------------------- the other end of the pipes
+
+class Server:
+    """Starts runs and waits for their end."""
+    def __init__(self):
+        self.process = subprocess.Popen([sys.executable, __file__], cwd=ROOT, text=True, stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    def __call__(self, out, *flags, **job):
+        """Exit codes of the processes, what they wrote to stderr, and how often each touched the disk."""
+        self.process.stdin.write(json.dumps({"argv": [*TINY, f"--out={out}", *flags], **job}) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+
+def serve():
+    """Fork what every line of stdin asks for."""
+    import torch._dynamo                                    # every optimizer does
+
+    machine.matmul_peak = lambda *_: 1e12
+    machine.find_device = lambda *_: torch.device("cpu")
+    train.plot = lambda out: "none"
+    for line in sys.stdin:
+        job = json.loads(line)
+        world, port, (read, write) = job.get("world", 1), free_port(), terminal() if job.get("tty") else os.pipe()
+        pids = [fork(job, rank, world, port, write) for rank in range(world)]
+        os.set_blocking(read, False)
+        os.close(write)
+        end, codes, text = time.monotonic() + job.get("kill", 1e9), {}, b""
+        while len(codes) < world:
+            time.sleep(0.002)
+            text += drain(read)
+            if time.monotonic() > end:
+                end = math.inf
+                for pid in pids:
+                    os.kill(pid, signal.SIGKILL)
+            for rank, pid in enumerate(pids):
+                if rank not in codes and (found := os.waitpid(pid, os.WNOHANG))[0]:
+                    codes[rank] = os.waitstatus_to_exitcode(found[1])
+        text += drain(read)
+        os.close(read)
+        ended = {"codes": [codes[rank] for rank in range(world)], "text": text.decode(errors="replace")}
+        print(json.dumps(ended), flush=True)
+
+
+def terminal():
+    """Two ends of a terminal of 120 columns."""
+    import fcntl
+    import termios
+    ends = os.openpty()
+    fcntl.ioctl(ends[1], termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    return ends
+
+
+def drain(handle):
+    """What is there to read, without waiting for more."""
+    parts = []
+    try:
+        while part := os.read(handle, 65536):
+            parts.append(part)
+    except OSError:                                         # nothing more now, or a terminal whose other end has gone
+        pass
+    return b"".join(parts)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def fork(job, rank, world, port, handle):
+    """The process id of a new process that does the job and exits with the code of the run."""
+    if pid := os.fork():
+        return pid
+    code = 1
+    try:
+        os.dup2(handle, 2)
+        sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, closefd=False)
+        os.environ |= {k: str(v) for k, v in dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world,
+                                                  MASTER_ADDR="127.0.0.1", MASTER_PORT=port).items()}
+        feed(job, rank)
+        disk = Disk(*job.get("faults", ("none", 0, 0)))
+        code = train.run(job["argv"])
+        left = [t.name for t in threading.enumerate() if not t.daemon and t is not threading.main_thread()]
+        print(f"calls {disk.calls} threads {left}", file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def feed(job, rank):
+    """Signals and bad pictures come with the data, so that they come at an exact step."""
+    real, (at, who, *numbers), (bad, what) = data.fetch, job.get("signals", (-1, 0)), job.get("bad", (-1, ""))
+    rate = train.learning_rate
+    if what == "rate":
+        train.learning_rate = lambda step, cfg: math.inf if step == bad else rate(step, cfg)
+    if what == "disk":
+        shutil.disk_usage = lambda path: SimpleNamespace(free=1000)
+    def fetch(source, encoder, seed, batch, micro, step, m):
+        out = real(source, encoder, seed, batch, micro, step, m)
+        if (step, rank) == (at, who):
+            for pause, number in numbers:
+                time.sleep(pause)
+                os.kill(os.getpid(), number)
+        if step == bad and m == 1 and what == "picture":
+            out["image"][2, 0, 3, 3] = math.nan
+        if step == bad and rank == 1 and what == "flip":    # one bit of one weight of one process
+            net = next(o for o in gc.get_objects() if isinstance(o, model.Denoiser) and o.training)
+            net.final_layer.linear.bias.data.view(torch.int32)[1] ^= 1
+        return out
+    data.fetch = fetch
+
+
+class Disk:
+    """Counts the calls that change the disk and makes some of them fail."""
+    def __init__(self, how, first, count):
+        self.how, self.failing, self.calls = how, range(first, first + count), 0
+        for name in ("rename", "replace", "fsync", "mkdir", "unlink", "rmdir"):
+            self.wrap(os, name, None)
+        self.wrap(checkpoint, "save_file", lambda tensors, path, **kw: os.truncate(path, os.path.getsize(path) // 2))
+        self.wrap(checkpoint, "_write", lambda path, content: os.truncate(path, len(content) // 2))
+        self.wrap(log, "append", lambda out, line: cut(out / "log.jsonl", 9))
+
+    def wrap(self, room, name, halve):
+        real = getattr(room, name)
+        def call(*args, **kwargs):
+            self.calls += 1
+            if self.calls - 1 not in self.failing:
+                return real(*args, **kwargs)
+            if self.how == "full":
+                raise OSError(errno.ENOSPC, "No space left on device")
+            if self.how == "half" and halve:
+                real(*args, **kwargs)
+                halve(*args, **kwargs)
+            os.kill(os.getpid(), signal.SIGKILL)
+        setattr(room, name, call)
+
+
+def cut(path, count):
+    """Take the last bytes away."""
+    os.truncate(path, path.stat().st_size - count)
+
+
+@pytest.fixture(scope="module")
+def run():
+    server = Server()
+    yield server
+    server.process.stdin.close()
+    server.process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def straight(run, tmp_path_factory):
+    """The run that nothing interrupts."""
+    out = tmp_path_factory.mktemp("straight") / "out"
+    ended = run(out)
+    assert ended["codes"] == [0], ended["text"]
+    return out, int(ended["text"].split("calls ")[1].split()[0]), ended["text"]
+
+
+def leaves(out):
+    """What a run leaves behind: bytes of its checkpoints, its weights, log without the clock, names of all files."""
+    files = sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file())
+    exact = [f for f in files if f.endswith(("state.safetensors", ".png"))]
+    hashes = {f: hashlib.sha256((out / f).read_bytes()).hexdigest() for f in exact}
+    tensors, header = checkpoint.read_weights(out / "weights.safetensors")
+    weights = {k: hashlib.sha256(v.numpy().tobytes()).hexdigest() for k, v in tensors.items()}
+    lines = [{k: v for k, v in line.items() if k not in CLOCK} for line in map(json.loads, (out / "log.jsonl").open())]
+    return {"files": files, "hashes": hashes, "weights": weights, "log": lines, "state": log.read_status(out)["state"],
+            "step": header["step"]}
+
+
+def finish(run, out, *flags, **job):
+    """Run to the end."""
+    ended = run(out, *flags, **job)
+    assert set(ended["codes"]) == {0}, ended["text"]
+    return ended["text"]
+
+
+def error(ended, *parts):
+    """The one line that an expected failure prints last, with these parts in it."""
+    lines = [line for line in ended["text"].splitlines() if not line.startswith("calls ")]
+    assert "Traceback" not in ended["text"] and all(str(part) in lines[-1] for part in parts), ended["text"]
+    return lines[-1]
+
+
+# ---------------------------------------------------------------- killed
+
+def check_faults(run, straight, tmp_path, points):
+    expected = leaves(straight[0])
+    for k, how in points:
+        out = tmp_path / f"{how}-{k}"
+        ended = run(out, faults=[how, k, 1])
+        assert ended["codes"] == [-signal.SIGKILL], (how, k, ended["text"])
+        finish(run, out)
+        assert leaves(out) == expected, (how, k)
+
+
+@needs_fork
+def test_killed_at_a_call_that_touches_the_disk_and_run_again_it_is_the_same_run(run, straight, tmp_path):
+    assert straight[1] > 60
+    check_faults(run, straight, tmp_path, [(k, "half") for k in range(3, straight[1], 11)])
+
+
+@needs_fork
+@pytest.mark.slow
+def test_killed_at_every_call_that_touches_the_disk_and_run_again_it_is_the_same_run(run, straight, tmp_path):
+    check_faults(run, straight, tmp_path, [(k, how) for how in ("kill", "half") for k in range(straight[1])])
+
+
+def check_kills(run, tmp_path, enough):
+    """Kill runs at random moments, and go on with each until it gets through, until there were enough kills."""
+    flags, draw, kills, runs = ("--steps=40", "--save_every=7", "--log_every=5"), random.Random(0), 0, 0
+    for name in ("warm-up", "straight"):
+        begun = time.monotonic()
+        finish(run, tmp_path / name, *flags)
+    whole = time.monotonic() - begun
+    while kills < enough:
+        out, runs = tmp_path / str(runs), runs + 1
+        while run(out, *flags, kill=draw.uniform(0.1, 0.9) * whole)["codes"] != [0]:
+            kills += 1
+        assert leaves(out) == leaves(tmp_path / "straight")
+    print(f"{kills} kills in {runs} runs")
+
+
+@needs_fork
+def test_killed_at_random_moments_it_is_the_same_run(run, tmp_path):
+    check_kills(run, tmp_path, 5)
+
+
+@needs_fork
+@pytest.mark.slow
+def test_killed_at_200_random_moments_it_is_the_same_run(run, tmp_path):
+    check_kills(run, tmp_path, 200)
+
+
+# ---------------------------------------------------------------- several processes
+
+def weights(out):
+    return checkpoint.read_weights(out / "weights.safetensors")[0]
+
+
+def losses(out):
+    """Every number of the log that is no clock; a quarter without samples is 0."""
+    keys = ("step", "loss", "grad_norm", "lr")
+    return [v or 0 for line in leaves(out)["log"] for v in (*(line[k] for k in keys), *line["loss_by_noise"])]
+
+
+@needs_fork
+def test_two_processes_do_what_one_does(run, straight, tmp_path):
+    """Two microbatches: a + b = b + a, so even the last bit is the same; on changing the number in mid-run too."""
+    finish(run, tmp_path / "two", world=2)
+    finish(run, tmp_path / "one-two", "--steps=6")
+    assert "on 2 processes (was 1)" in finish(run, tmp_path / "one-two", world=2)
+    finish(run, tmp_path / "two-one", "--steps=6", world=2)
+    finish(run, tmp_path / "two-one")
+    for name in ("two", "one-two", "two-one"):
+        assert leaves(tmp_path / name)["weights"] == leaves(straight[0])["weights"], name
+        assert losses(tmp_path / name) == pytest.approx(losses(straight[0]), rel=2e-6), name
+
+
+@needs_fork
+def test_four_microbatches_on_one_and_two_processes_differ_by_rounding_only(run, tmp_path):
+    finish(run, tmp_path / "one", "--batch=16")
+    finish(run, tmp_path / "two", "--batch=16", world=2)
+    one, two = (weights(tmp_path / name) for name in ("one", "two"))
+    assert max((one[k] - two[k]).abs().max().item() for k in one) < 1e-6
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-5)
+
+
+@needs_fork
+def test_weights_that_differ_between_processes_are_not_saved(run, tmp_path):
+    ended = run(tmp_path / "out", world=2, bad=[5, "flip"])
+    assert set(ended["codes"]) == {1}
+    assert "weights differ between processes at step 8; nothing was saved" in ended["text"]
+    assert checkpoint.steps(tmp_path / "out") == [4]
+    assert log.read_status(tmp_path / "out")["state"] == "failed:crash"
+
+
+# ---------------------------------------------------------------- signals
+
+@needs_fork
+@pytest.mark.parametrize("number, flags", [(signal.SIGTERM, ()), (signal.SIGINT, ("--workers=2",))])
+def test_a_signal_saves_and_stops_and_the_same_command_goes_on(run, straight, tmp_path, number, flags):
+    out = tmp_path / "out"
+    ended = run(out, *flags, signals=[4, 0, [0, number]])
+    assert ended["codes"] == [128 + number] and "threads []" in ended["text"]
+    step = log.read_status(out)["step"]
+    assert step == 6 or flags and step == 3                 # workers fetch ahead
+    assert (f"stopped by {number.name} at step {step}; checkpoint saved at step {step}; the same command goes on."
+            in ended["text"])
+    assert checkpoint.steps(out)[0] == step
+    status = log.read_status(out)
+    assert (status["state"], status["exit_code"], status["step"]) == ("stopped", 128 + number, step)
+    assert "resuming" in finish(run, out) and leaves(out) == leaves(straight[0])
+
+
+@needs_fork
+def test_a_signal_to_one_process_stops_all_of_them(run, straight, tmp_path):
+    ended = run(tmp_path / "out", world=2, signals=[4, 1, [0, signal.SIGTERM]])
+    assert ended["codes"] == [143, 143] and ended["text"].count("stopped by SIGTERM at step 6") == 1
+    assert checkpoint.steps(tmp_path / "out") == [6, 4]
+
+
+@needs_fork
+def test_a_second_signal_ends_it_at_once_and_an_echo_of_the_first_does_not(run, tmp_path):
+    ended = run(tmp_path / "out", signals=[4, 0, [0, signal.SIGINT], [1.05 * machine.ECHO, signal.SIGTERM]])
+    assert ended["codes"] == [143] and checkpoint.steps(tmp_path / "out") == [4]
+    assert "once more to stop at once" in ended["text"] and "stopped by" not in ended["text"]
+    ended = run(tmp_path / "out", signals=[4, 0, [0, signal.SIGINT], [0, signal.SIGTERM]])
+    assert ended["codes"] == [130] and checkpoint.steps(tmp_path / "out") == [6, 4]
+
+
+@needs_fork
+@pytest.mark.slow
+@pytest.mark.parametrize("number, whole_group", [(signal.SIGINT, True), (signal.SIGTERM, False)])
+def test_under_torchrun_a_signal_saves_and_stops(tmp_path, number, whole_group):
+    """Ctrl-C reaches the whole group and torchrun passes it on as well; a scheduler signals torchrun alone."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *TINY,
+               f"--out={out}", "--steps=100000", "--save_every=100000"]
+    with open(tmp_path / "text", "w+") as text:
+        process = subprocess.Popen(command, cwd=ROOT, stderr=text, start_new_session=True)
+        wait_for(lambda: len(log.read(out)) > 2)
+        os.killpg(process.pid, number) if whole_group else os.kill(process.pid, number)
+        process.wait(60)
+        text.seek(0)
+        printed = text.read()
+    status = log.read_status(out)
+    assert status["state"] == "stopped" and status["exit_code"] in (130, 143), printed
+    assert checkpoint.newest(out)["step"] == status["step"] == log.read(out)[-1]["step"]
+    wait_for(lambda: not alive(process.pid))
+
+
+def alive(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def wait_for(condition):
+    end = time.monotonic() + 90
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+# ---------------------------------------------------------------- not finite
+
+@needs_fork
+def test_a_loss_that_is_not_finite_stops_the_run_before_anything_is_spoilt(run, straight, tmp_path):
+    out = tmp_path / "out"
+    ended = run(out, bad=[7, "picture"])
+    shapes = data.open_source(config.from_json((out / "config.json").read_text()))
+    index = data.fetch(shapes, None, 0, 8, 4, 7, 1)["index"][2].item()
+    assert ended["codes"] == [3]
+    error(ended, f"the loss of samples [{index}] is not finite at step 8", "block 0 ", "block 1 nan", "--lr")
+    assert checkpoint.steps(out) == [4] and [line["step"] for line in log.read(out)] == [3, 4, 6]
+    status = log.read_status(out)
+    assert (status["state"], status["exit_code"], status["step"]) == ("failed:nonfinite", 3, 8)
+
+    for _ in range(2):                                      # unchanged, it is refused, and again
+        before = leaves_of_a_failure(out)
+        ended = run(out, bad=[7, "picture"])
+        assert ended["codes"] == [3] and "step 3/12" not in ended["text"]
+        error(ended, "not finite at step 8", "--lr", "--clip", "status.json")
+        assert leaves_of_a_failure(out) == before
+    assert run(out, "--lr=5e-4", bad=[7, "picture"])["codes"] == [3]
+    finish(run, out, "--lr=4e-4")
+    assert leaves(out)["state"] == "done" and leaves(out)["weights"] != leaves(straight[0])["weights"]
+
+
+def leaves_of_a_failure(out):
+    return {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+
+@needs_fork
+def test_a_loss_that_is_not_finite_on_one_process_stops_both(run, tmp_path):
+    ended = run(tmp_path / "out", world=2, bad=[7, "picture"])
+    assert ended["codes"] == [3, 3] and ended["text"].count("is not finite at step 8") == 1
+    assert log.read_status(tmp_path / "out")["state"] == "failed:nonfinite"
+
+
+@needs_fork
+def test_weights_that_are_not_finite_are_not_saved(run, tmp_path):
+    ended = run(tmp_path / "out", bad=[7, "rate"])
+    assert ended["codes"] == [3] and checkpoint.steps(tmp_path / "out") == [4]
+    error(ended, "net.", "not finite at step 8; nothing was saved")
+
+
+def test_after_a_bad_gradient_the_optimizer_touches_nothing():
+    cfg, window = config.Config(lr=0.1), train.Window(torch.device("cpu"))
+    net = torch.nn.Linear(4, 3)
+    opt = train.optimizer(net, cfg, window)
+    def step(k, value):
+        for p in net.parameters():
+            p.grad = torch.full_like(p, value)
+        window.add_norm(torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.clip), k)
+        opt.step()
+        return [v.clone() for p in net.parameters() for v in (p.detach(), *opt.state[p].values())]
+    first, second = step(0, 0.3), step(1, 0.2)
+    assert not any(torch.equal(a, b) for a, b in zip(first, second))
+    for k, value in ((2, math.nan), (3, 0.1), (4, math.inf), (5, 0.1)):
+        assert all(torch.equal(a, b) for a, b in zip(second, step(k, value)))
+    assert window.bad.item() == 1 and window.bad_step.item() == 2
+    assert [opt.state[p]["step"].item() for p in net.parameters()] == [2, 2]
+
+
+# ---------------------------------------------------------------- what is not resumed
+
+@needs_fork
+@pytest.mark.parametrize("flags, parts", [
+    (["--model.depth=3"], ["model.depth: 2 -> 3", "another --out"]),
+    (["--seed=1", "--batch=16"], ["seed: 0 -> 1", "batch: 8 -> 16", "data fingerprint"]),
+    (["--micro=8"], ["micro: 4 -> 8"]), (["--ema=0.05"], ["ema: 0.1 -> 0.05"]),
+    (["--steps=8"], ["step 12 already", "steps=8"]),
+])
+def test_a_run_that_is_another_one_is_refused_by_name(run, straight, flags, parts):
+    before = leaves_of_a_failure(straight[0])
+    ended = run(straight[0], *flags)
+    assert ended["codes"] == [2]
+    error(ended, "cannot resume" if len(flags) and "steps" not in flags[0] else "past", *parts)
+    after = leaves_of_a_failure(straight[0])
+    assert {p for p in before if before[p] != after[p]} == {straight[0] / "status.json"}
+    assert before.keys() == after.keys()
+    run(straight[0])                                        # the status as it was
+
+
+@needs_fork
+def test_a_damaged_checkpoint_falls_back_and_two_are_an_error(run, straight, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(straight[0], out)
+    state = out / "step-00000012" / "state.safetensors"
+    state.write_bytes(flip(state.read_bytes(), 1000))
+    text = finish(run, out)
+    assert "step-00000012: sha256 mismatch" in text and "from step 8 " in text
+    assert leaves(out) == leaves(straight[0])
+
+    for where in out.glob("step-*"):
+        os.truncate(where / "state.safetensors", 5000)
+    ended = run(out)
+    assert ended["codes"] == [2] and checkpoint.steps(out) == [12, 8]
+    error(ended, "none of the 2 checkpoints", "step-00000012", "another --out")
+    for where in out.glob("step-*"):
+        shutil.rmtree(where)
+    ended = run(out)
+    assert ended["codes"] == [2]
+    error(ended, "weights.safetensors but no checkpoint")
+
+
+def flip(content, at, bit=3):
+    return content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1:]
+
+
+@needs_fork
+def test_data_that_has_changed_is_named_and_data_that_has_moved_is_not(run, tmp_path):
+    for k in range(8):
+        path = tmp_path / "pictures" / f"class {k % 2}" / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (30 * k, 9, 90)).save(path)
+    flags = ["--model.semantics=class", "--workers=2", "--augment=crop+flip"]
+    finish(run, tmp_path / "out", *flags, f"--data={tmp_path / 'pictures'}", "--steps=4")
+    (tmp_path / "pictures").rename(tmp_path / "moved")
+    flags.append(f"--data={tmp_path / 'moved'}")
+    assert "from step 4" in finish(run, tmp_path / "out", *flags, "--steps=8")
+    shutil.copy(tmp_path / "moved/class 0/0.png", tmp_path / "moved/class 0/9.png")
+    error(run(tmp_path / "out", *flags, "--steps=12"), "cannot resume", "data fingerprint: ", " -> ")
+    with open(tmp_path / "moved/class 0/0.png", "r+b") as file:
+        file.truncate(30)
+    ended = run(tmp_path / "new", *flags, "--max_bad=0")
+    assert ended["codes"] == [2] and log.read_status(tmp_path / "new")["state"] == "failed:user"
+    error(ended, "class 0/0.png", "--max_bad")
+
+
+@needs_fork
+def test_one_run_at_a_time_writes_to_a_folder(run, straight, tmp_path):
+    shutil.copytree(straight[0], tmp_path / "out")
+    with checkpoint.lock(tmp_path / "out"):
+        ended = run(tmp_path / "out", "--steps=14")
+    assert ended["codes"] == [2]
+    error(ended, "another run is writing to")
+    assert leaves(tmp_path / "out") == leaves(straight[0])
+    finish(run, tmp_path / "out", "--steps=14")
+
+
+# ---------------------------------------------------------------- the disk
+
+@needs_fork
+def test_a_disk_that_fails_costs_a_checkpoint_and_not_the_run(run, straight, tmp_path):
+    check_full(run, straight, tmp_path, range(5, straight[1], 9))
+
+
+@needs_fork
+@pytest.mark.slow
+def test_a_disk_that_fails_at_any_call_costs_a_checkpoint_and_not_the_run(run, straight, tmp_path):
+    check_full(run, straight, tmp_path, range(straight[1]))
+
+
+def check_full(run, straight, tmp_path, points):
+    for k in points:
+        out = tmp_path / str(k)
+        ended = run(out, faults=["full", k, 1])
+        assert ended["codes"] in ([0], [2]) and "Traceback" not in ended["text"], (k, ended["text"])
+        assert "No space left" in ended["text"] or last(out) == last(straight[0]), (k, ended["text"])
+        finish(run, out)
+        assert last(out) == last(straight[0]), k
+
+
+@needs_fork
+def test_a_disk_that_stays_full_is_said_at_the_end(run, straight, tmp_path):
+    out = tmp_path / "out"
+    ended = run(out, faults=["full", straight[1] // 2, 10 ** 6])
+    assert ended["codes"] == [2] and checkpoint.newest(out)["step"] == 4
+    error(ended, "all 12 steps are done", "does not take the last checkpoint", "goes on from step 4")
+    assert "warning: checkpoint at step 8 not written" in ended["text"]
+    assert "last good checkpoint: step 4." in ended["text"]
+    finish(run, out)
+    assert last(out) == last(straight[0])
+
+
+def last(out):
+    """The last checkpoint and the weights; lines and earlier checkpoints may have been lost."""
+    found = leaves(out)
+    return found["weights"], found["hashes"]["step-00000012/state.safetensors"], found["state"]
+
+
+@needs_fork
+def test_a_disk_without_room_for_one_checkpoint_is_an_error_before_training(run, tmp_path):
+    ended = run(tmp_path / "out", bad=[-1, "disk"])
+    assert ended["codes"] == [2] and "step 3/12" not in ended["text"]
+    error(ended, "cannot write to", "GB free", "GB needed")
+
+
+# ---------------------------------------------------------------- errors before training
+
+@pytest.mark.parametrize("flags, parts", [
+    (["--batch=17"], ["batch=17", "micro=4", "--micro=1"]), (["--batch=0"], ["batch=0", "1"]),
+    (["--micro=0"], ["micro=0"]), (["--steps=-1"], ["steps=-1"]), (["--lr=nan"], ["lr=nan"]),
+    (["--lr=inf"], ["lr=inf"]), (["--lr=-1"], ["lr=-1"]), (["--ema=0.5"], ["ema=0.5", "0.288"]),
+    (["--drop=1.5"], ["drop=1.5"]),
+    (["--threads=-1"], ["threads=-1"]), (["--workers=-1"], ["workers=-1"]), (["--cooldown=2"], ["cooldown=2"]),
+    (["--beta1=1"], ["beta1=1"]), (["--sample_every=-1"], ["sample_every=-1"]), (["--log_every=0"], ["log_every=0"]),
+    (["--model.patch=5"], ["model.resolution=16", "model.patch=5"]), (["--model.width=18"], ["model.width=18"]),
+    (["--model.heads=3"], ["model.width=16", "model.heads=3"]), (["--model.resolution=0"], ["model.resolution=0"]),
+    (["--model.arch=ditt"], ["ditt", "dit, mmdit"]), (["--schedule=cosine"], ["cosine", "scaled_linear, linear"]),
+    (["--dtype=float16"], ["float16", "auto, float32, bfloat16"]), (["--compile=yes"], ["yes", "auto, on, off"]),
+    (["--data=/nowhere"], ["/nowhere"]), (["--augment=zoom"], ["zoom", "crop, flip, size"]),
+    (["--model.controls=zoom"], ["zoom"]), (["--objects=0"], ["objects=0"]),
+    (["--model.semantics=class", "--model.classes=1"], ["model.classes=1"]), (["--stepz=3"], ["--stepz", "--steps"]),
+    (["--steps=many"], ["--steps", "'many'"]), (["--config=none.py"], ["none.py"]), (["--steps=1e30"], ["steps=1"]),
+    (["--out=/dev/null/x"], ["/dev/null/x", "another --out"]),
+])
+def test_what_cannot_run_is_one_line_before_training(flags, parts, tmp_path, capfd):
+    code = train.run([*TINY, f"--out={tmp_path / 'out'}", *flags])
+    lines = capfd.readouterr().err.splitlines()
+    assert code == 2 and lines[-1].startswith("error: ") and lines[-1].endswith("."), lines
+    assert len(lines) == 1 and all(part in lines[0] for part in parts), lines
+    assert not (tmp_path / "out" / "log.jsonl").exists()
+
+
+def test_microbatches_that_processes_cannot_share_are_an_error():
+    with pytest.raises(config.UserError, match="8 microbatches, which 3 processes cannot share; use 1, 2, 4, 8 proc"):
+        train.check(config.Config(batch=256, micro=32), world=3)
+    train.check(config.Config(batch=256, micro=32), world=4)
+
+
+def test_a_crash_keeps_its_traceback_and_its_status(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "matmul_peak", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.run([*TINY, f"--out={tmp_path}"])
+    status = log.read_status(tmp_path)
+    assert (status["state"], status["exit_code"]) == ("failed:crash", 1) and "ZeroDivisionError" in status["reason"]
+    with checkpoint.lock(tmp_path):                         # the lock has gone with it
+        pass
+
+
+# ---------------------------------------------------------------- one step
+
+def test_the_first_step_is_what_a_loop_by_hand_gives(tmp_path, monkeypatch):
+    """Loss, gradient norm, weights after AdamW: four microbatches are the mean over all their pictures."""
+    monkeypatch.setattr(machine, "matmul_peak", lambda *_: 1.0)
+    monkeypatch.setattr(machine, "find_device", lambda *_: torch.device("cpu"))
+    flags = [*TINY, f"--out={tmp_path}", "--batch=16", "--steps=1", "--log_every=1", "--warmup=4", "--clip=0.01"]
+    assert train.run(flags) == 0
+    cfg = config.from_json((tmp_path / "config.json").read_text())
+    source, alpha_bar = data.open_source(cfg), train.SCHEDULES[cfg.schedule](1000).float()
+    torch.manual_seed(config.seed64(0, "weights"))
+    net = model.build(cfg.model)
+
+    losses, quarters = [], []
+    for m in range(4):
+        g = torch.Generator().manual_seed(config.seed64(0, "noise", 0, m))
+        x0 = data.fetch(source, None, 0, 16, 4, 0, m)["image"]
+        loss, i = train.denoising_loss(net, x0, train.Condition(), g, alpha_bar, cfg)
+        losses, quarters = losses + [loss], quarters + (i // 250).tolist()
+    loss = torch.cat(losses)
+    loss.mean().backward()
+    norm = torch.sqrt(sum(p.grad.square().sum() for p in net.parameters()))
+    for p in net.parameters():
+        p.grad *= 0.01 / norm
+    torch.optim.AdamW(net.parameters(), 1e-3 / 4, (0.9, 0.95), weight_decay=cfg.weight_decay, foreach=False).step()
+
+    line = log.read(tmp_path)[0]
+    means = [loss[[q == k for q in quarters]].mean().item() for k in range(4)]
+    assert line["loss"] == pytest.approx(loss.mean().item(), rel=1e-5)
+    assert line["loss_by_noise"] == pytest.approx(means, rel=1e-5)
+    assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-4) and line["lr"] == pytest.approx(1e-3 / 4)
+    for name, tensor in weights(tmp_path).items():          # the average of one step is that step
+        assert torch.allclose(tensor, net.state_dict()[name], atol=2e-6), name
+
+
+def test_the_learning_rate_is_a_function_of_the_step():
+    cfg = config.Config(steps=100, lr=2.0, warmup=10, cooldown=0.2)
+    rates = [train.learning_rate(step, cfg) for step in range(100)]
+    assert rates[:3] == pytest.approx([0.2, 0.4, 0.6]) and rates[9:81] == [2.0] * 72
+    assert rates[81] == pytest.approx(1.9) and rates[99] == pytest.approx(0.1)
+    assert train.learning_rate(0, config.Config(warmup=0, lr=3.0)) == 3.0
+
+
+class Reads(TorchDispatchMode):
+    """Notes every operation whose result the host waits for, outside of the making of a batch."""
+    WAITS = {"_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "item"}
+
+    def __init__(self):
+        super().__init__()
+        self.step, self.seen, self.inside = -1, {}, False
+
+    def note(self, what):
+        if not self.inside:
+            self.seen.setdefault(self.step, []).append(what)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in self.WAITS:
+            self.note(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_loop_waits_for_the_device_at_lines_of_the_log_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "matmul_peak", lambda *_: 1.0)
+    reads, real = Reads(), data.fetch
+    def fetch(*args):
+        reads.inside = True
+        out = real(*args)
+        reads.step, reads.inside = args[5], False
+        return out
+    monkeypatch.setattr(data, "fetch", fetch)
+    for name in ("tolist", "numpy", "cpu", "item"):
+        method = getattr(torch.Tensor, name)
+        def noted(self, *args, method=method, name=name, **kwargs):
+            reads.note(name)
+            return method(self, *args, **kwargs)
+        monkeypatch.setattr(torch.Tensor, name, noted)
+    with reads:
+        assert train.run([*TINY, f"--out={tmp_path}", "--steps=20", "--log_every=10", "--save_every=20"]) == 0
+    at = {k for k, v in reads.seen.items() if k >= 0}
+    assert at == {9, 19}                                    # read after these, before the next begins
+    assert reads.seen[9] == ["tolist"]
+
+
+# ---------------------------------------------------------------- what is seen
+
+@needs_fork
+def test_without_a_terminal_there_is_one_line_for_each_of_the_log(run, straight):
+    text = straight[2]
+    assert "\r" not in text and "it/s" not in text
+    lines = [line for line in text.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in lines] == ["3/12", "4/12", "6/12", "8/12", "9/12", "12/12"]
+    assert all("loss " in line and "images/s" in line and "left" in line for line in lines)
+    assert "batch = 8" in text and "2 x 4" in text
+
+
+@needs_fork
+def test_on_a_terminal_there_is_a_bar(run, tmp_path):
+    text = run(tmp_path / "out", tty=True)["text"]
+    assert "\r" in text and "12/12" in text and "images/s" in text and "step 3/12" not in text
+
+
+@needs_fork
+def test_the_log_says_how_fast_it_was(straight):
+    for line in log.read(straight[0]):
+        assert CLOCK | {"step", "loss", "loss_by_noise", "grad_norm", "lr"} == set(line)
+        assert all(line[key] >= 0 for key in CLOCK) and line["waited_for_data"] <= 1
+        flops = 3 * model.flops(config.from_json((straight[0] / "config.json").read_text()).model)
+        assert line["tflops"] == pytest.approx(line["images_per_second"] * flops / 1e12, rel=1e-4)
+        assert line["share_of_peak"] == pytest.approx(line["tflops"], rel=1e-4)
+
+
+@needs_fork
+def test_previews_are_drawn_once_and_again_when_lost(run, tmp_path):
+    flags = ["--sample_every=6", "--model.resolution=8", "--steps=6"]
+    finish(run, tmp_path, *flags)
+    picture = tmp_path / "samples" / "step-00000006.png"
+    first = picture.read_bytes()
+    picture.unlink()
+    finish(run, tmp_path, *flags)
+    assert picture.read_bytes() == first and [p.name for p in picture.parent.iterdir()] == [picture.name]
+
+
+def test_weights_carry_what_sampling_needs(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "matmul_peak", lambda *_: 1.0)
+    flags = ["--model.semantics=class", "--model.controls=size+crop", "--augment=size+crop", "--steps=1"]
+    assert train.run([*TINY, f"--out={tmp_path}", *flags]) == 0
+    header, (net, cfg) = checkpoint.read_header(tmp_path / "weights.safetensors"), model.load(tmp_path)
+    classes = json.loads(header["classes"])
+    assert len(classes) == cfg.model.classes == int(header["null_class"]) > 1 and header["step"] == "1"
+    controls = json.loads(header["controls"])
+    assert set(controls) == {"size", "crop"} and len(controls["size"]) == train.CONTROL_ROWS
+    assert not any(name.startswith(("module.", "_orig_mod.")) for name in net.state_dict())
+
+
+def test_starting_is_quick_and_brings_in_nothing_heavy():
+    code = ("import sys, time, torch, torch._dynamo, torch.distributed; t = time.process_time(); import train; "
+            "print(time.process_time() - t); print(' '.join(sys.modules))")
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    seconds, modules = out.split("\n")[:2]
+    heavy = {"torchvision", "open_clip", "lpips", "scipy", "diffusers", "transformers", "matplotlib", "pandas"}
+    assert float(seconds) < 3 and not heavy & set(modules.split())
+
+
+if __name__ == "__main__":
+    serve()
