@@ -71,6 +71,7 @@ class Config:
     clip: float = 1.0               # largest gradient norm; 0 = no clipping
     ema: float = 0.1                # width of the power-function average, as a share of the run so far
     drop: float = 0.1               # share of samples trained without semantics, for guidance
+    noise_weight: float = 0.0       # weight the loss by sigma to this power; 0 = the paper's, 1 favours composition
     schedule: str = "scaled_linear" # alpha-bar table: scaled_linear or linear
     dtype: str = "auto"             # auto, float32 or bfloat16; auto = bfloat16 where the hardware multiplies it
     compile: str = "auto"           # auto, on or off; auto = on for CUDA
@@ -115,11 +116,11 @@ def check_types(options: Any) -> Any:
 
 # Least and most of every number that has bounds of its own; ModelConfig's are checked by model.check.
 MANY = 2 ** 31
-RANGES = {"batch": (1, MANY), "micro": (1, MANY), "steps": (1, MANY), "warmup": (0, MANY), "log_every": (1, MANY),
+RANGES = {"batch": (1, 2 ** 20), "micro": (1, 2 ** 20), "steps": (1, MANY), "warmup": (0, MANY), "log_every": (1, MANY),
           "save_every": (1, MANY), "sample_every": (0, MANY), "objects": (1, MANY), "workers": (0, 256),
           "threads": (0, 1024), "lr": (0, 1e3), "cooldown": (0, 1), "beta1": (0, 0.9999), "beta2": (0, 0.999999),
           "weight_decay": (0, 1e3), "clip": (0, 1e30), "ema": (0.001, 0.288), "drop": (0, 1), "max_bad": (0, 1),
-          "lam": (-1e3, 1e3)}
+          "lam": (-1e3, 1e3), "noise_weight": (-8, 8)}
 
 
 def check_ranges(cfg: Config) -> None:

@@ -5,12 +5,14 @@ python demo.py --minutes=5          (run again to go on after a stop; --minutes=
 Leaves <out>/samples/demo.png (pictures with the captions they were drawn from), <out>/loss.png and <out>/scorecard.txt.
 Dimensions: B batch, R resolution.
 """
-import json
+import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ import torch
 import checkpoint
 import config
 import data
+import log
 import machine
 import model
 import plot
@@ -32,7 +35,7 @@ MEASURED = 200                          # pictures behind every number of the sc
 ASKED = {"color": "named colours are there", "side": "left and right as asked", "level": "above and below as asked",
          "size": "small or large as asked", "shape": "shape as asked, of eight", "count": "number of objects"}
 TRIAL = 40                              # steps that measure this machine's speed
-DRAWING = 0.85                          # share of the minutes for steps; starting and saving take the rest
+STEPPING = 0.85                         # share of the minutes for steps; starting and saving take the rest
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Options:
     """How long, and where to."""
     minutes: float = 5.0            # training time; the number of steps follows from this machine's speed
     config: str = "configs/shapes.py"   # config file of the run
-    out: str = "out/demo"           # run folder
+    out: str = ""                   # run folder; empty = out/demo, with the minutes in its name if they are not five
 
 
 def train(o: Options, out: str, *flags: str) -> None:
@@ -50,17 +53,32 @@ def train(o: Options, out: str, *flags: str) -> None:
         sys.exit(code)
 
 
-def steps_for(o: Options) -> int:
-    """How many steps fit into the minutes on this machine, from a short trial; those of the run if there is one."""
+def plan(o: Options) -> tuple[int, str]:
+    """Steps that fit into the minutes on this machine, and whether to compile, from a short trial of each.
+
+    Those of the run if there is one: a plan is made once."""
     if (Path(o.out) / "config.json").is_file():
-        return config.from_json((Path(o.out) / "config.json").read_text()).steps
-    print(f"measuring the speed of this machine with {TRIAL} steps ...", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        train(o, folder, f"--steps={TRIAL}", "--log_every=10", f"--save_every={TRIAL}", "--sample_every=0")
-        lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-        batch = json.loads((Path(folder) / "config.json").read_text())["batch"]
-    rate = sorted(line["images_per_second"] for line in lines[1:])[len(lines[1:]) // 2]
-    return max(1, int(DRAWING * 60 * o.minutes * rate / batch / 100)) * 100
+        cfg = config.from_json((Path(o.out) / "config.json").read_text(encoding="utf-8"))
+        return cfg.steps, cfg.compile
+    rates, cfg = {}, config.load(o.config)
+    for choice in ("on", "off") if can_compile() else ("off",):
+        print(f"{TRIAL} steps to see how fast this machine is, compile={choice} ...", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            flags = (f"--out={folder}", f"--compile={choice}", f"--steps={TRIAL}", "--log_every=5", "--sample_every=0")
+            tried = subprocess.run([sys.executable, "train.py", f"--config={o.config}", *flags], stderr=subprocess.PIPE,
+                                   encoding="utf-8", errors="replace")
+            if tried.returncode == 0:
+                rates[choice] = sorted(line["images_per_second"] for line in log.read(Path(folder)))[-3]
+    if not rates:
+        sys.exit(tried.stderr)
+    choice = max(rates, key=rates.get)
+    return max(1, int(STEPPING * 60 * o.minutes * rates[choice] / cfg.batch / 100)) * 100, choice
+
+
+def can_compile() -> bool:
+    """Whether torch.compile finds on this CPU what it needs: a C++ compiler and Python's headers."""
+    headers = os.path.isfile(os.path.join(sysconfig.get_paths()["include"], "Python.h"))
+    return headers and bool(shutil.which("g++") or shutil.which("clang++"))
 
 
 def scorecard(o: Options) -> str:
@@ -74,7 +92,9 @@ def scorecard(o: Options) -> str:
     options = sample.Options(out=o.out, n=MEASURED)
     wishes = sample.Wishes(options, cfg, checkpoint.read_header(Path(o.out) / "weights.safetensors"))
     cond, captions = wishes(np.arange(MEASURED))
-    drawn = sample.draw(net.to(place.device), cfg, cond, range(MEASURED), options, place.device).cpu()
+    parts = torch.arange(MEASURED).split(options.batch)
+    drawn = torch.cat([sample.draw(net.to(place.device), cfg, cond.map(lambda v: v[part]), part.tolist(), options,
+                                   place.device).cpu() for part in parts])
     others = captions[1:] + captions[:1]
     columns = [score(drawn, captions), score(drawn, others), score(batch["image"], captions)]
     lines = [f"{'share that is right':28} {'drawn':>12} {'by chance':>10} {'real':>6} {'asked':>6}"]
@@ -88,9 +108,10 @@ def scorecard(o: Options) -> str:
 
 def main(argv: list[str]) -> None:
     o, begun = config.parse(argv, Options()), time.monotonic()
-    steps = steps_for(o)
-    print(f"training {steps:,} steps, about {o.minutes:g} minutes ...", flush=True)
-    train(o, o.out, f"--steps={steps}")
+    o = replace(o, out=o.out or ("out/demo" if o.minutes == Options.minutes else f"out/demo-{o.minutes:g}-minutes"))
+    steps, choice = plan(o)
+    print(f"training {steps:,} steps, about {o.minutes:g} minutes, compile={choice} ...", flush=True)
+    train(o, o.out, f"--steps={steps}", f"--compile={choice}")
     card = scorecard(o)
     checkpoint.write_text(Path(o.out) / "scorecard.txt", card + "\n")
     sample.main([f"--out={o.out}", f"--prompt={';'.join(PROMPTS)}", f"--n={2 * len(PROMPTS)}", "--name=demo"])

@@ -55,6 +55,15 @@ def add_noise(x0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
     return (alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps).to(x0.dtype)
 
 
+def loss_weights(alpha_bar: Tensor, power: float) -> Tensor:
+    """sigma_i^power over its mean over i: what the loss at index i is multiplied by. (T,)
+
+    Power 0 is the plain loss of [DDPM] eq. 14; its gradient goes mostly to the last traces of noise. With power 1 the
+    four quarters of the noise range weigh about the same, so that a short run gets to composition (LOG.md)."""
+    weights = to_sigma(alpha_bar) ** power
+    return weights / weights.mean()
+
+
 def ddim_indices(T: int, steps: int, spacing: str = "trailing") -> Tensor:
     """[DDIM] sec. 4.2: the noise indices that a sampler of `steps` steps visits, noisiest first. (steps,) int64
 

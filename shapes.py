@@ -190,7 +190,7 @@ def score(images: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
     """Is each picture (B, 3, R, R), in [-1, 1], what its caption says? By pixel arithmetic, no network.
 
     Answers (B,) float32, 1 yes, 0 no, NaN where the caption does not ask:
-    color       every colour that is named is there
+    color       the colours that are named are there, and no other is
     count       as many objects as the caption has
     background  the one that is named
     shape       every object found by its colour has the stated shape, of all eight
@@ -222,6 +222,9 @@ def score(images: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
     mask = mask * around(mask > 0.5, R // 16)                                               # (K, R, R)
     found = (mask > 0.5).sum((1, 2)) >= least(R)
     answer("color", row, found)
+    area = np.stack([((owner == c) & (share > 0.5)).sum((1, 2)) for c in range(len(COLORS))], axis=1)
+    unasked = np.array([[name not in f.colors for name in COLORS] for f in facts])          # (B, colours)
+    answer("color", range(len(facts)), ~((area >= least(R)) & unasked).any(1))
 
     judged = np.flatnonzero(found & alone)
     seen_as = fit(mask[judged])

@@ -36,7 +36,7 @@ from config import Config, UserError, check_ranges, differences, fields, from_js
 from ema import PowerEMA
 from log import Window
 from plot import plot
-from schedule import SCHEDULES, add_noise
+from schedule import SCHEDULES, add_noise, loss_weights
 
 PREVIEWS = 16                           # pictures in a preview grid
 PREVIEW_STEPS = 20                      # sampling steps of a preview
@@ -192,15 +192,14 @@ def announce(cfg: Config, net: nn.Module, source: data.Source, place: machine.Pl
                    f"{len(source):,} images of {cfg.data}")
 
 
-def preview(net: nn.Module, cfg: Config, batch: data.Batch, place: machine.Place, path: Path) -> None:
+def preview(net: nn.Module, cfg: Config, batch: data.Batch, names: list[str], place: machine.Place, path: Path) -> None:
     """Draw the same pictures as at every other time with the averaged network, into one PNG, if it is not there yet."""
     if path.exists():
         return
-    options = sample.Options(steps=PREVIEW_STEPS, seed=cfg.seed)
     cond = from_batch(batch, cfg.model.semantics, model.control_names(cfg.model))
-    images = sample.draw(net, cfg, cond, list(range(PREVIEWS)), options, place.device)
+    images = sample.draw(net, cfg, cond, range(PREVIEWS), sample.Options(steps=PREVIEW_STEPS), place.device)
     png = io.BytesIO()
-    data.grid(images.float().cpu(), 4, data.titles(batch)).save(png, "png")
+    data.grid(images.float().cpu(), 4, data.titles(batch, names)).save(png, "png")
     with checkpoint.tolerate(str(path)):
         path.parent.mkdir(exist_ok=True)
         checkpoint.write_bytes(path, png.getvalue())
@@ -269,6 +268,7 @@ def main(argv: list[str], held: ExitStack, status: log.Status) -> None:
     cfg = complete(cfg, source, encoder)
     out, user_file, chief = Path(cfg.out), Path(cfg.out) / "weights.safetensors", place.rank == 0
     alpha_bar = SCHEDULES[cfg.schedule](cfg.model.noise_steps).float().to(place.device)
+    weight = loss_weights(alpha_bar, cfg.noise_weight)
     controls, semantics = model.control_names(cfg.model), cfg.model.semantics
     stop, window = held.enter_context(machine.Stop(loud=chief)), Window(place.device)
 
@@ -332,7 +332,7 @@ def main(argv: list[str], held: ExitStack, status: log.Status) -> None:
             with checkpoint.tolerate("weights.safetensors"):
                 checkpoint.write_weights(user_file, ema.net.state_dict(), {**about, "step": str(step)})
         if chief and step > 0 and cfg.sample_every and (step % cfg.sample_every == 0 or last):
-            preview(ema.net, cfg, shown, place, out / "samples" / f"step-{step:08d}.png")
+            preview(ema.net, cfg, shown, source.classes, place, out / f"samples/step-{step:08d}.png")
         if asked or last:
             stop.deaf = True                                # torchrun signals the others as soon as the first has left
             saved = machine.agree(saved, place)             # wait until rank 0 has written
@@ -351,7 +351,7 @@ def main(argv: list[str], held: ExitStack, status: log.Status) -> None:
             waited += time.monotonic() - before
             ddp.require_backward_grad_sync = r == rounds - 1
             loss, i = denoising_loss(ddp, *inputs(batch, step, place.rank + r * place.world), alpha_bar, cfg)
-            (loss.mean() / rounds).backward()
+            ((weight[i] * loss).mean() / rounds).backward()
             window.add(loss, i, len(alpha_bar))
         window.add_norm(torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.clip or math.inf, foreach=True), step)
         opt.step()

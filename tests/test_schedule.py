@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from schedule import (SCHEDULES, add_noise, ddim_indices, linear_alpha_bar, rescale_alpha_bar, rescale_guidance,
-                      scaled_linear_alpha_bar, to_sigma)
+                      scaled_linear_alpha_bar, to_sigma, loss_weights)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -146,3 +146,12 @@ def test_too_few_or_too_many_steps(steps):
 def test_unknown_spacing():
     with pytest.raises(ValueError, match="'even'.*leading, trailing, linspace"):
         ddim_indices(1000, 10, "even")
+
+
+def test_loss_weights_are_a_power_of_sigma_with_mean_one():
+    table = scaled_linear_alpha_bar()
+    assert torch.equal(loss_weights(table, 0.0), torch.ones(1000, dtype=torch.float64))
+    for power in (0.5, 1.0, 2.0):
+        weights = loss_weights(table, power)
+        assert weights.mean().item() == pytest.approx(1, abs=1e-12)
+        assert weights[562].item() / weights[353].item() == pytest.approx(2 ** power, rel=0.01)    # sigma 2 and 1
