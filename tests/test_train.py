@@ -5,8 +5,8 @@ run costs its steps and no start-up. It is asked over pipes, one line of JSON a 
     argv    flags of train.py                         world   processes, as torchrun would start them
     kill    SIGKILL to all after so many seconds      faults  [how, k, n]: n calls to the disk fail, from the k-th on
     signals [step, rank, [pause, number], ...]: what this rank sends itself when it fetches that step
-    bad     [step, what]: "picture" or "rate" is not finite there; "flip": a bit of a weight of rank 1 is flipped there;
-            "disk": it is nearly full from the start
+    bad     [step, what]: "picture" or "rate" is not finite there; for rank 1 "flip" is a flipped bit of a weight and
+            "user" an error of its data; "disk": it is nearly full from the start
     tty     give it a terminal
 How a call fails: "kill" before it, "half" with half of it done and then killed, "full" with no space left on the disk.
 """
@@ -161,9 +161,11 @@ def feed(job, rank):
                 os.kill(os.getpid(), number)
         if step == bad and m == 1 and what == "picture":
             out["image"][2, 0, 3, 3] = math.nan
+        if step == bad and rank == 1 and what == "user":
+            raise config.UserError("too many images cannot be read")
         if step == bad and rank == 1 and what == "flip":    # one bit of one weight of one process
             net = next(o for o in gc.get_objects() if isinstance(o, model.Denoiser) and o.training)
-            net.final_layer.linear.bias.data.view(torch.int32)[1] ^= 1
+            net.final_layer.linear.bias.data.view(torch.int32)[1] ^= 1 << 20
         return out
     data.fetch = fetch
 
@@ -332,6 +334,15 @@ def test_weights_that_differ_between_processes_are_not_saved(run, tmp_path):
     assert "weights differ between processes at step 8; nothing was saved" in ended["text"]
     assert checkpoint.steps(tmp_path / "out") == [4]
     assert log.read_status(tmp_path / "out")["state"] == "failed:crash"
+
+
+@needs_fork
+def test_an_error_of_one_process_is_shown_and_is_the_status(run, tmp_path):
+    ended = run(tmp_path / "out", world=2, bad=[5, "user"])
+    assert ended["codes"][1] == 2 and ended["codes"][0] != 0
+    assert "rank 1: error: too many images cannot be read." in ended["text"]
+    status = log.read_status(tmp_path / "out")
+    assert (status["state"], status["exit_code"]) == ("failed:user", 2) and "too many images" in status["reason"]
 
 
 # ---------------------------------------------------------------- signals
@@ -507,6 +518,14 @@ def test_a_damaged_checkpoint_falls_back_and_two_are_an_error(run, straight, tmp
     error(ended, "weights.safetensors but no checkpoint")
 
 
+@needs_fork
+def test_checkpoints_that_a_kill_left_over_go_when_the_run_goes_on(run, straight, tmp_path):
+    shutil.copytree(straight[0], tmp_path / "out")
+    shutil.copytree(tmp_path / "out" / "step-00000008", tmp_path / "out" / "step-00000004")
+    finish(run, tmp_path / "out")
+    assert leaves(tmp_path / "out") == leaves(straight[0])
+
+
 def flip(content, at, bit=3):
     return content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1:]
 
@@ -621,6 +640,19 @@ def test_microbatches_that_processes_cannot_share_are_an_error():
     with pytest.raises(config.UserError, match="8 microbatches, which 3 processes cannot share; use 1, 2, 4, 8 proc"):
         train.check(config.Config(batch=256, micro=32), world=3)
     train.check(config.Config(batch=256, micro=32), world=4)
+
+
+@pytest.mark.parametrize("error, code, parts", [
+    (KeyboardInterrupt(), 130, ["stopped by SIGINT before training began"]),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.\nMore."), 2, ["--micro", "allocate 3 GiB"]),
+])
+def test_other_endings_are_one_line_too(error, code, parts, tmp_path, monkeypatch, capfd):
+    def fail(*args):
+        raise error
+    monkeypatch.setattr(model, "build", fail)
+    assert train.run([*TINY, f"--out={tmp_path}"]) == code
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1 and all(part in lines[0] for part in parts), lines
 
 
 def test_a_crash_keeps_its_traceback_and_its_status(tmp_path, monkeypatch):
