@@ -260,6 +260,7 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
+        machine.leave()
     except UserError as e:
         checkpoint.say(f"error: {e}.")
         sys.exit(2)

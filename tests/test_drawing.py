@@ -112,9 +112,10 @@ def test_after_a_stop_the_same_command_draws_only_what_is_missing(tmp_path, monk
 def test_two_processes_draw_the_same_pictures(tmp_path):
     out = run_folder(tmp_path / "run")
     flags = ["--n=7", "--batch=2", "--steps=3", "--dtype=float32", "--threads=1", f"--out={out}"]
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--",
-                    str(ROOT / "sample.py"), *flags, "--name=two"], check=True, cwd=ROOT, capture_output=True, timeout=120,
-                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--",
+                           str(ROOT / "sample.py"), *flags, "--name=two"], cwd=ROOT, capture_output=True, timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, encoding="utf-8", errors="replace")
+    assert done.returncode == 0, done.stderr
     with np.load(out / "samples" / "two.npz") as file:
         assert np.array_equal(file["arr_0"], drawn(out, *flags)[0])
 
