@@ -29,7 +29,7 @@ from config import UserError
 FORMAT = 1                              # of checkpoints; a newer one is refused
 KEEP = 2                                # checkpoints that stay
 MARGIN = 1.2                            # free disk space wanted, as a multiple of what is to be written
-TEMPORARY = ".tmp-"                     # how the name of an unfinished file or folder begins
+TEMPORARY = ".tmp"                      # how the name of an unfinished file or folder begins, safetensors' own too
 
 
 def say(line: str) -> None:
@@ -101,7 +101,7 @@ def need_space(out: Path, tensors: dict[str, Tensor]) -> None:
 
 def save(out: Path, step: int, tensors: dict[str, Tensor], meta: dict) -> bool:
     """Write one checkpoint, then drop old ones. False, with a warning, when the disk says no: training can go on."""
-    tmp, final = out / f"{TEMPORARY}{step:08d}", folder(out, step)
+    tmp, final = out / f"{TEMPORARY}-{step:08d}", folder(out, step)
     try:
         _remove(tmp)
         need_space(out, tensors)
@@ -241,7 +241,7 @@ def read_header(path: Path) -> dict[str, str]:
 @contextmanager
 def _whole(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, renamed to it if all goes well and removed if not."""
-    tmp = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    tmp = path.with_name(f"{TEMPORARY}-{os.getpid()}-{path.name}")
     try:
         yield tmp
         os.replace(tmp, path)

@@ -204,7 +204,8 @@ def draw_all(o: Options, net: Denoise, cfg: Config, wishes: Wishes, place: machi
 
     A batch is marked when it is on the disk, so that the same command after a stop draws only the missing ones."""
     side, batches = cfg.model.resolution, -(-o.n // o.batch)
-    files = (((o.n, side, side, cfg.model.channels), path.with_suffix(".part")), ((batches,), path.with_suffix(".done")))
+    files = (((o.n, side, side, cfg.model.channels), path.with_suffix(".part")),
+             ((batches,), path.with_suffix(".done")))
     if place.rank == 0:
         for shape, file in files:
             if not file.exists() or file.stat().st_size != math.prod(shape):

@@ -20,7 +20,8 @@ def trials(monkeypatch, rates: dict[str, float]) -> list[str]:
         tried.append(flags["compile"])
         if flags["compile"] not in rates:
             return SimpleNamespace(returncode=1, stderr="no compiler")
-        lines = [{"step": k, "images_per_second": rates[flags["compile"]] * (0.1 if k == 5 else 1)} for k in range(5, 41, 5)]
+        rate = rates[flags["compile"]]
+        lines = [{"step": k, "images_per_second": rate * (0.1 if k == 5 else 1)} for k in range(5, 41, 5)]
         Path(flags["out"], "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         return SimpleNamespace(returncode=0, stderr="")
     monkeypatch.setattr(demo.subprocess, "run", run)

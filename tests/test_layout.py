@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "fid": "captions config checkpoint data machine shapes",
     "fine": "checkpoint conditioning config model schedule",
     "mup": "conditioning config model", "probe": "checkpoint conditioning config data machine model schedule",
-    "demo": "captions checkpoint config data fid machine model plot sample shapes",
+    "demo": "captions checkpoint config data fid log machine model plot sample shapes",
     "train": "*", "bench": "* train", "claims": "* train",
 }
 OUTSIDE = {"torch", "numpy", "PIL", "tqdm", "safetensors"}      # what may be imported at the top of a file
