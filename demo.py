@@ -35,7 +35,7 @@ MEASURED = 200                          # pictures behind every number of the sc
 ASKED = {"color": "named colours are there", "side": "left and right as asked", "level": "above and below as asked",
          "size": "small or large as asked", "shape": "shape as asked, of eight", "count": "number of objects"}
 TRIAL = 40                              # steps that measure this machine's speed
-STEPPING = 0.85                         # share of the minutes for steps; starting and saving take the rest
+STEPPING = 0.88                         # share of the minutes for steps; starting and saving take the rest
 
 
 @dataclass(frozen=True)
