@@ -72,7 +72,7 @@ def plan(o: Options) -> tuple[int, str]:
     if not rates:
         sys.exit(tried.stderr)
     choice = max(rates, key=rates.get)
-    return max(1, int(STEPPING * 60 * o.minutes * rates[choice] / cfg.batch / 100)) * 100, choice
+    return max(1, int(STEPPING * 60 * o.minutes * rates[choice] / cfg.batch / 10)) * 10, choice
 
 
 def can_compile() -> bool:

@@ -36,8 +36,8 @@ def test_the_faster_way_is_taken_for_as_many_steps_as_fit(monkeypatch, tmp_path,
     o = demo.Options(minutes=2.0, out=str(tmp_path))
     steps, chosen = demo.plan(o)
     batch = config.load(o.config).batch
-    assert tried == ["on", "off"] and chosen == choice and steps % 100 == 0
-    assert steps == math.floor(demo.STEPPING * 120 * rates[choice] / batch / 100) * 100 > 0
+    assert tried == ["on", "off"] and chosen == choice and steps % 10 == 0
+    assert steps == math.floor(demo.STEPPING * 120 * rates[choice] / batch / 10) * 10 > 0
 
 
 def test_a_machine_that_cannot_train_says_why(monkeypatch, tmp_path):

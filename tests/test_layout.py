@@ -30,7 +30,6 @@ MAY_IMPORT = {
     "model": "checkpoint conditioning config mp_layers",
     "sample": "checkpoint conditioning config data ema latents machine model schedule",
     "fid": "captions config checkpoint data machine shapes",
-    "fine": "checkpoint conditioning config model schedule",
     "mup": "conditioning config model", "probe": "checkpoint conditioning config data machine model schedule",
     "demo": "captions checkpoint config data fid log machine model plot sample shapes",
     "train": "*", "bench": "* train", "claims": "* train",
