@@ -379,7 +379,6 @@ def test_a_second_signal_ends_it_at_once_and_an_echo_of_the_first_does_not(run, 
     assert ended["codes"] == [130] and checkpoint.steps(tmp_path / "out") == [6, 4]
 
 
-@pytest.mark.slow
 @needs_fork
 @pytest.mark.slow
 @pytest.mark.parametrize("number, whole_group", [(signal.SIGINT, True), (signal.SIGTERM, False)])
@@ -562,6 +561,7 @@ def test_one_run_at_a_time_writes_to_a_folder(run, straight, tmp_path):
     finish(run, tmp_path / "out", "--steps=14")
 
 
+@pytest.mark.slow
 # ---------------------------------------------------------------- the disk
 
 @needs_fork
