@@ -561,10 +561,10 @@ def test_one_run_at_a_time_writes_to_a_folder(run, straight, tmp_path):
     finish(run, tmp_path / "out", "--steps=14")
 
 
-@pytest.mark.slow
 # ---------------------------------------------------------------- the disk
 
 @needs_fork
+@pytest.mark.slow
 def test_a_disk_that_fails_costs_a_checkpoint_and_not_the_run(run, straight, tmp_path):
     check_full(run, straight, tmp_path, range(5, straight[1], 9))
 
