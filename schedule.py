@@ -58,8 +58,8 @@ def add_noise(x0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
 def loss_weights(alpha_bar: Tensor, power: float) -> Tensor:
     """sigma_i^power over its mean over i: what the loss at index i is multiplied by. (T,)
 
-    Power 0 is the plain loss of [DDPM] eq. 14; its gradient goes mostly to the last traces of noise. With power 1 the
-    four quarters of the noise range weigh about the same, so that a short run gets to composition (LOG.md)."""
+    Power 0 is the plain loss of [DDPM] eq. 14. A higher power moves the gradient from the last traces of noise to
+    high noise, where composition is decided."""
     weights = to_sigma(alpha_bar) ** power
     return weights / weights.mean()
 

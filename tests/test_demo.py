@@ -64,6 +64,16 @@ def test_the_scorecard_holds_pictures_against_chance_and_renders(monkeypatch, tm
     assert drawn < 0.5 and chance < 0.5 and real > 0.95 and asked == 70     # a random network draws no red rings
 
 
+def test_chance_is_measured_against_captions_of_others(monkeypatch, tmp_path):
+    monkeypatch.setattr(demo, "MEASURED", 70)
+    monkeypatch.setattr(demo.machine, "setup", lambda: SimpleNamespace(device=demo.torch.device("cpu")))
+    monkeypatch.setattr(demo.sample, "draw", lambda net, cfg, cond, indices, o, device:         # a perfect network
+                        demo.data.open_source(cfg, "test").records(indices, [0] * len(indices))["image"])
+    out = run_folder(tmp_path / "run")
+    color = demo.scorecard(demo.Options(out=str(out))).splitlines()[1].split()
+    assert float(color[-5]) > 0.95 and float(color[-3]) < 0.3
+
+
 def test_every_prompt_of_the_demo_is_in_the_grammar():
     from shapes import Shapes, WordVectors
     tokens, lengths = WordVectors(config.load("configs/shapes.py").model.text_length).encode(list(demo.PROMPTS))
