@@ -34,7 +34,7 @@ from config import SIZES, Config, ModelConfig, UserError, help_text, parse
 from ema import PowerEMA
 from log import Window
 from sample import ddim, guided
-from schedule import SCHEDULES, add_noise
+from schedule import add_noise, alpha_bar_table
 
 WARMUP = 2                              # untimed turns before the timed ones
 LAM = 2.0                               # guidance scale: two passes, with the class or caption and without
@@ -145,8 +145,8 @@ def make_inputs(cfg: Config, B: int, device: torch.device) -> Inputs:
     cond = Condition(label=whole(m.classes) if m.semantics == "class" else None,
                      text=normal(B, m.text_length, m.text_dim) if m.semantics == "text" else None,
                      steered=torch.ones(B, device=device) if controls else None, **controls)
-    x, alpha_bar = normal(B, m.channels, m.resolution, m.resolution), SCHEDULES[cfg.schedule](m.noise_steps)
-    return Inputs(x, whole(m.noise_steps).float(), cond, alpha_bar.float().to(device))
+    alpha_bar = alpha_bar_table(m.schedule, m.noise_steps, m.rescale).float().to(device)
+    return Inputs(normal(B, m.channels, m.resolution, m.resolution), whole(m.noise_steps).float(), cond, alpha_bar)
 
 
 def randomize(net: nn.Module) -> None:

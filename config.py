@@ -45,9 +45,14 @@ class ModelConfig:
     depth: int = 6                  # number of blocks
     heads: int = 4                  # H
     noise_steps: int = 1000         # T, the number of noise levels
+    schedule: str = "scaled_linear" # alpha-bar table: scaled_linear or linear
+    rescale: float = 1.0            # s'/s: sigma is multiplied by it; 2 when the side of the pictures has doubled
     controls: str = ""              # steered by, joined with +: any of crop, flip, size; empty = none
     control_weight: str = "cosine"  # gamma_c(t) on size: cosine, uniform, linear, step, zero
-    control_alpha: float = 8.0      # power of the cosine weight
+    control_alpha: float = 8.0      # power of the cosine weight; of step: the sigma below which size acts
+    positions: str = "grid"         # grid: 0, 1, 2, ...; resample: a fixed extent, finer; interpolate: a resized table
+    base: int = 0                   # patches a side that resample and interpolate start from; 0 = this resolution's
+    prediction: str = "eps"         # what the last layer states: eps, the noise, or v, noise and picture mixed
 
 
 @dataclass(frozen=True)
@@ -56,9 +61,14 @@ class Config:
     out: str = "out/shapes"         # run folder; the same command again resumes from it
     data: str = "shapes"            # "shapes", or the path of a folder of class folders
     augment: str = "crop+flip"      # what varies in how a picture is taken, joined with +: crop, flip, size
+    crop: str = "global"            # side of a random crop, of the short side: global .9-1, local .4-.6, mix .4-1
     objects: int = 2                # shapes only: most objects in a picture
     seed: int = 0                   # keys every random draw: initial weights, data order, noise, samples
     model: ModelConfig = field(default_factory=ModelConfig)
+    init: str = ""                  # run folder or weights file whose averaged weights to start from; empty = fresh
+    encoder: str = "words"          # of captions: words (shapes), or clip:PATH, an open_clip model folder or hub name
+    padding: str = "zero"           # of short captions: zero, replicate (tokens again) or noisy (with noise on them)
+    padding_noise: float = 0.02     # beta of noisy padding, in standard deviations of a caption's tokens
     steps: int = 2000               # optimizer steps of the whole run
     batch: int = 64                 # global batch: images an optimizer step, whatever the number of processes
     micro: int = 64                 # images a forward pass; batch/micro microbatches are shared by the processes
@@ -70,9 +80,9 @@ class Config:
     weight_decay: float = 0.03      # AdamW
     clip: float = 1.0               # largest gradient norm; 0 = no clipping
     ema: float = 0.1                # width of the power-function average, as a share of the run so far
-    drop: float = 0.1               # share of samples trained without semantics, for guidance
+    drop: float = 0.1               # share of samples trained without semantics and without controls, for guidance
+    drop_controls: float = 0.1      # share trained with semantics and without controls
     noise_weight: float = 0.0       # weight the loss by sigma to this power; 0 = the paper's, 1 favours composition
-    schedule: str = "scaled_linear" # alpha-bar table: scaled_linear or linear
     dtype: str = "auto"             # auto, float32 or bfloat16; auto = bfloat16 where the hardware multiplies it
     compile: str = "auto"           # auto, on or off; auto = on for CUDA
     workers: int = 2                # threads that load and decode images ahead of the loop
@@ -120,7 +130,7 @@ RANGES = {"batch": (1, 2 ** 20), "micro": (1, 2 ** 20), "steps": (1, MANY), "war
           "save_every": (1, MANY), "sample_every": (0, MANY), "objects": (1, MANY), "workers": (0, 256),
           "threads": (0, 1024), "lr": (0, 1e3), "cooldown": (0, 1), "beta1": (0, 0.9999), "beta2": (0, 0.999999),
           "weight_decay": (0, 1e3), "clip": (0, 1e30), "ema": (0.001, 0.288), "drop": (0, 1), "max_bad": (0, 1),
-          "lam": (-1e3, 1e3), "noise_weight": (-8, 8)}
+          "lam": (-1e3, 1e3), "noise_weight": (-8, 8), "drop_controls": (0, 1), "padding_noise": (0, 10)}
 
 
 def check_ranges(cfg: Config) -> None:

@@ -18,8 +18,11 @@ import checkpoint
 from conditioning import (CONTROL_WEIGHTS, CONTROLS, ClassContext, Condition, ControlEmbedding, LabelEmbedder,
                           LearnedContext, Linear, TextContext, TimestepEmbedder, sincos_2d)
 from config import SIZES, Config, ModelConfig, UserError, from_json
+from schedule import SCHEDULES, alpha_bar_table, velocity_to_eps
 
 MLP_RATIO = 4                           # hidden width of a block's MLP over D, [DiT]
+POSITIONS = ("grid", "resample", "interpolate")
+PREDICTIONS = ("eps", "v")
 PLAIN_ATTENTION = 1024                  # up to this many tokens a CPU's fused bf16 attention loses to plain products
 
 
@@ -198,6 +201,8 @@ class Denoiser(nn.Module):
         self.blocks = nn.ModuleList(self.Block(D, cfg.heads, k == cfg.depth - 1) for k in range(cfg.depth))
         self.final_layer = FinalLayer(D, P, cfg.channels)
         self.register_buffer("pos_embed", sincos_2d(grid, grid, D), persistent=False)
+        table = alpha_bar_table(cfg.schedule, cfg.noise_steps, cfg.rescale).float()
+        self.register_buffer("alpha_bar", table, persistent=False)              # (T,)
         self.initialize()
 
     @staticmethod
@@ -238,7 +243,8 @@ class Denoiser(nn.Module):
         c, ctx = self.condition(i, cond)
         for block in self.blocks:
             x, ctx = block(x, ctx, c)
-        return self.final_layer(x, c, h, w).float()
+        out = self.final_layer(x, c, h, w).float()                              # (B, C, h P, w P)
+        return out if self.cfg.prediction == "eps" else velocity_to_eps(out, x_t, self.alpha_bar[i.long()])
 
 
 class DiT(Denoiser):
@@ -312,6 +318,13 @@ def check(cfg: ModelConfig) -> None:
     if cfg.semantics == "text" and min(cfg.text_dim, cfg.text_length) < 1:
         raise UserError(f"model.semantics='text' needs model.text_dim and model.text_length, got {cfg.text_dim} and "
                         f"{cfg.text_length}")
+    for key, known in (("schedule", SCHEDULES), ("prediction", PREDICTIONS), ("positions", POSITIONS)):
+        if getattr(cfg, key) not in known:
+            raise UserError(f"unknown model.{key}={getattr(cfg, key)!r}; there are {', '.join(known)}")
+    if not 0.001 <= cfg.rescale <= 1000:
+        raise UserError(f"model.rescale={cfg.rescale} must be between 0.001 and 1000")
+    if cfg.base < 0:
+        raise UserError(f"model.base={cfg.base} must be a number of patches, or 0 for this resolution's")
     if cfg.noise_steps < 2:
         raise UserError(f"model.noise_steps={cfg.noise_steps} must be at least 2")
     if control_names(cfg) and cfg.control_weight not in CONTROL_WEIGHTS:

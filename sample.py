@@ -27,7 +27,7 @@ import machine
 import model
 from conditioning import Condition, concatenate, guide
 from config import Config, UserError, parse, seed64
-from schedule import SCHEDULES, ddim_indices, to_sigma
+from schedule import alpha_bar_table, ddim_indices, to_sigma
 
 Denoise = Callable[[Tensor, Tensor], Tensor]        # (x (B, C, h, w), i (B,)) -> eps like x
 
@@ -129,7 +129,7 @@ def draw(net: Denoise, cfg: Config, cond: Condition, indices: Sequence[int], o: 
          device: torch.device) -> Tensor:
     """Pictures (or latents) number `indices` under `cond`, one row each. (B, C, R, R), about [-1, 1]"""
     shape = (cfg.model.channels, cfg.model.resolution, cfg.model.resolution)
-    alpha_bar = SCHEDULES[cfg.schedule](cfg.model.noise_steps)
+    alpha_bar = alpha_bar_table(cfg.model.schedule, cfg.model.noise_steps, cfg.model.rescale)
     denoise = guided(net, cond.to(device), cfg.lam if o.lam < 0 else o.lam)
     noise, spacing = noise_for(indices, shape, o.seed).to(device), o.spacing or SPACING[o.sampler]
     with torch.inference_mode():

@@ -31,6 +31,11 @@ def _alpha_bar(beta: Tensor) -> Tensor:
 SCHEDULES = {"scaled_linear": scaled_linear_alpha_bar, "linear": linear_alpha_bar}
 
 
+def alpha_bar_table(name: str, T: int, rescale: float = 1.0) -> Tensor:
+    """The table of a model, in training and sampling: one of SCHEDULES, every sigma `rescale` times as large. (T,)"""
+    return rescale_alpha_bar(SCHEDULES[name](T), 1.0, rescale)
+
+
 def rescale_alpha_bar(alpha_bar: Tensor, s: float, s_new: float) -> Tensor:
     """[COND] eq. 3: alpha_bar' = s^2 alpha_bar / (s'^2 + alpha_bar (s^2 - s'^2)), from side s to side s'.
 
@@ -53,6 +58,14 @@ def add_noise(x0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
     """[DDPM] eq. 4: x_t = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps, for x0, eps (B, ...) and alpha_bar (B,)."""
     alpha_bar = alpha_bar.view(-1, *[1] * (x0.ndim - 1))                        # (B, 1, ...)
     return (alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps).to(x0.dtype)
+
+
+def velocity_to_eps(v: Tensor, x_t: Tensor, alpha_bar: Tensor) -> Tensor:
+    """[PD] app. D: eps = sqrt(1-alpha_bar) x_t + sqrt(alpha_bar) v, v = sqrt(alpha_bar) eps - sqrt(1-alpha_bar) x0.
+
+    At high noise eps is nearly x_t, which a network that states v need not copy. v, x_t (B, ...), alpha_bar (B,)."""
+    alpha_bar = alpha_bar.view(-1, *[1] * (v.ndim - 1))                         # (B, 1, ...)
+    return (1 - alpha_bar).sqrt() * x_t + alpha_bar.sqrt() * v
 
 
 def loss_weights(alpha_bar: Tensor, power: float) -> Tensor:

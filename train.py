@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 
@@ -32,103 +32,21 @@ import machine
 import model
 import sample
 from conditioning import Condition, from_batch
-from config import Config, UserError, check_ranges, differences, fields, from_json, load, parse, seed64, to_json
+from config import Config, UserError, fields, seed64, to_json
 from ema import PowerEMA
 from log import Window
 from plot import plot
-from schedule import SCHEDULES, add_noise, loss_weights
+from preflight import TRY, Nonfinite, check, check_resume, check_retry, complete, read_config
+from schedule import add_noise, alpha_bar_table, loss_weights
 
 PREVIEWS = 16                           # pictures in a preview grid
 PREVIEW_STEPS = 20                      # sampling steps of a preview
 CONTROL_ROWS = 1000                     # control values kept with the weights, for sampling from their distribution
 NAMED = 16                              # samples that an error names
-CURES = ("lr", "warmup", "cooldown", "clip", "dtype")   # what to change after a loss that is not finite
-# What a run may change when it is resumed; all else must stay, or the result is neither the old run nor a new one.
-# Where the data lies may change, not what it is: that is in its fingerprint.
-MAY_CHANGE = {*CURES, "out", "data", "steps", "workers", "max_bad", "log_every", "save_every", "sample_every", "lam",
-              "threads", "compile"}
-TRY = f"change {' or '.join('--' + key for key in CURES)}"
 
 
 class Stopped(Exception):
     """A signal asked the run to stop: the signal, and what became of it."""
-
-
-class Nonfinite(Exception):
-    """The loss, a gradient or a weight is inf or nan."""
-
-
-# ---------------------------------------------------------------- before the loop
-
-def read_config(argv: list[str]) -> Config:
-    """The config of --config=FILE with the other flags put in; the default config if there is none."""
-    rest, path = [], None
-    words = iter(argv)
-    for word in words:
-        if word == "--config" or word.startswith("--config="):
-            path = word.partition("=")[2] or next(words, "")
-        else:
-            rest.append(word)
-    return parse(rest, load(path) if path is not None else Config())
-
-
-def check(cfg: Config, world: int) -> None:
-    """UserError for a config that cannot run, before anything is opened or built."""
-    check_ranges(cfg)
-    for key, known in (("schedule", tuple(SCHEDULES)), ("compile", ("auto", "on", "off")), ("dtype", machine.DTYPES)):
-        if getattr(cfg, key) not in known:
-            raise UserError(f"unknown {key}={getattr(cfg, key)!r}; there are {', '.join(known)}")
-    if cfg.batch % cfg.micro:
-        near = max(d for d in range(1, min(cfg.micro, cfg.batch) + 1) if cfg.batch % d == 0)
-        raise UserError(f"batch={cfg.batch} is not a multiple of micro={cfg.micro}; try --micro={near}")
-    n = cfg.batch // cfg.micro
-    if n % world:
-        fit = [w for w in range(1, n + 1) if n % w == 0]
-        raise UserError(f"batch={cfg.batch} with micro={cfg.micro} is {n} microbatches, which {world} processes "
-                        f"cannot share; use {', '.join(map(str, fit))} processes, or another micro")
-    m, open_ended = cfg.model, ("classes", "text_dim", "text_length")       # 0 = for the data to say
-    model.check(dataclasses.replace(m, **{key: getattr(m, key) or 1 for key in open_ended}))
-
-
-def complete(cfg: Config, source: data.Source, encoder: data.TextEncoder | None) -> Config:
-    """The config with what only the data set knows filled in: number of classes, size of a caption's encoding."""
-    m = cfg.model
-    if m.semantics == "class":
-        if m.classes not in (0, len(source.classes)):
-            raise UserError(f"{cfg.data} has {len(source.classes)} classes, but model.classes={m.classes}")
-        m = dataclasses.replace(m, classes=len(source.classes))
-    if m.semantics == "text":
-        m = dataclasses.replace(m, text_dim=encoder.dim, text_length=encoder.length)
-    model.check(m)
-    return dataclasses.replace(cfg, model=m)
-
-
-def check_retry(cfg: Config, out: Path) -> None:
-    """Nonfinite if the last run in `out` ended so and nothing has changed that could make this one end otherwise."""
-    last, path = log.read_status(out), out / "config.json"
-    if last.get("state") != "failed:nonfinite" or not path.is_file():
-        return
-    with suppress(UserError):                               # a config of another version
-        old = from_json(path.read_text(encoding="utf-8"))
-        if all(getattr(old, key) == getattr(cfg, key) for key in CURES):
-            raise Nonfinite(f"the last run in {out} was not finite at step {last.get('step')} and this one would not "
-                            f"be; {TRY}, or delete {out / 'status.json'} to try anyway")
-
-
-def check_resume(cfg: Config, meta: dict, fingerprint: str, out: Path) -> None:
-    """UserError if the run in `out` is another one than this config describes."""
-    old = from_json(json.dumps(meta["config"]))
-    changed = [d for d in differences(old, cfg) if d.split(":")[0] not in MAY_CHANGE]
-    if meta["data"] != fingerprint:
-        changed.append(f"data fingerprint: {meta['data'][:8]} -> {fingerprint[:8]}")
-    if changed:
-        raise UserError(f"cannot resume {out}: {', '.join(changed)}. Choose another --out, or set these back")
-    if meta["step"] > cfg.steps:
-        raise UserError(f"{out} is at step {meta['step']:,} already, past steps={cfg.steps:,}; choose more --steps "
-                        "or another --out")
-    now = {"threads": torch.get_num_threads(), **machine.versions()}
-    if other := [f"{k} {meta.get(k)} -> {v}" for k, v in now.items() if meta.get(k) != v]:
-        checkpoint.say(f"note: {', '.join(other)}; sums may differ in the last bit.")
 
 
 # ---------------------------------------------------------------- one step
@@ -267,9 +185,10 @@ def main(argv: list[str], held: ExitStack, status: log.Status) -> None:
     source, encoder = data.open_source(cfg), data.text_encoder(cfg)
     cfg = complete(cfg, source, encoder)
     out, user_file, chief = Path(cfg.out), Path(cfg.out) / "weights.safetensors", place.rank == 0
-    alpha_bar = SCHEDULES[cfg.schedule](cfg.model.noise_steps).float().to(place.device)
+    m = cfg.model
+    alpha_bar = alpha_bar_table(m.schedule, m.noise_steps, m.rescale).float().to(place.device)
     weight = loss_weights(alpha_bar, cfg.noise_weight)
-    controls, semantics = model.control_names(cfg.model), cfg.model.semantics
+    controls, semantics = model.control_names(m), m.semantics
     stop, window = held.enter_context(machine.Stop(loud=chief)), Window(place.device)
 
     # net: the weights; ema.net: their average; ddp: what is called. The order of these lines keeps every name in a

@@ -18,6 +18,7 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 import data
+import pictures
 from config import Config, UserError
 
 MODEL = replace(Config().model, semantics="class", resolution=16)
@@ -36,7 +37,7 @@ def encoded(image, format, **options):
 
 
 def rgb(content):
-    return np.asarray(data.open_image(io.BytesIO(content))[0]).astype(float)
+    return np.asarray(pictures.open_image(io.BytesIO(content))[0]).astype(float)
 
 
 def png_header(w, h):
@@ -119,14 +120,14 @@ def test_a_step_is_the_same_samples_however_it_is_cut_into_microbatches():
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
 def test_three_formats_are_read(format):
-    picture, size = data.open_image(io.BytesIO(encoded(smooth(40, 52), format, quality=95)))
+    picture, size = pictures.open_image(io.BytesIO(encoded(smooth(40, 52), format, quality=95)))
     assert picture.mode == "RGB" and size == (40, 52)
     assert np.abs(np.asarray(picture).astype(float) - np.asarray(smooth(40, 52))).mean() < 4
 
 
 @pytest.mark.parametrize("format", ["GIF", "BMP", "TIFF"])
 def test_other_formats_stay_closed(format):
-    with pytest.raises(data.BadImage, match="not a JPEG, PNG or WebP"):
+    with pytest.raises(pictures.BadImage, match="not a JPEG, PNG or WebP"):
         rgb(encoded(smooth(40, 52), format))
 
 
@@ -167,7 +168,7 @@ def test_exif_orientation_is_undone(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored = Image.fromarray(np.ascontiguousarray(store[orientation](upright)))
-    picture, size = data.open_image(io.BytesIO(encoded(stored, "JPEG", quality=95, exif=exif)))
+    picture, size = pictures.open_image(io.BytesIO(encoded(stored, "JPEG", quality=95, exif=exif)))
     assert size == (40, 52) and np.abs(np.asarray(picture).astype(float) - upright).mean() < 4
 
 
@@ -180,11 +181,11 @@ def test_a_damaged_exif_block_leaves_the_picture():
 
 def test_big_jpegs_are_decoded_smaller_but_keep_their_size():
     content = encoded(smooth(801, 1003), "JPEG", quality=95)
-    picture, size = data.open_image(io.BytesIO(content), short=150)
+    picture, size = pictures.open_image(io.BytesIO(content), short=150)
     assert size == (801, 1003) and 150 <= min(picture.size) <= 300
     enlarged = np.asarray(picture.resize((1003, 801))).astype(float)
     assert np.abs(enlarged - np.asarray(smooth(801, 1003))).mean() < 3
-    assert data.open_image(io.BytesIO(content), short=500)[0].size == (1003, 801)
+    assert pictures.open_image(io.BytesIO(content), short=500)[0].size == (1003, 801)
 
 
 def broken_files():
@@ -206,25 +207,25 @@ def broken_files():
 @pytest.mark.parametrize("name", broken_files())
 def test_what_is_no_picture_is_named_so(name):
     words = {"100 MP": "64,000,000", "70 MP": "64,000,000", "1x1": "side of 8", "animated png": "2 frames"}
-    with pytest.raises(data.BadImage, match=words.get(name)):
+    with pytest.raises(pictures.BadImage, match=words.get(name)):
         rgb(broken_files()[name])
 
 
 def test_floating_point_pixels_are_refused():
-    with pytest.raises(data.BadImage, match="floating-point"):
-        data.to_rgb(Image.fromarray(np.zeros((9, 9), np.float32)))
+    with pytest.raises(pictures.BadImage, match="floating-point"):
+        pictures.to_rgb(Image.fromarray(np.zeros((9, 9), np.float32)))
 
 
 @pytest.mark.filterwarnings("ignore")
 @settings(max_examples=150, deadline=None)
-@given(st.integers(0, 900), st.integers(0, 900), st.integers(0, 255), st.sampled_from(data.FORMATS))
+@given(st.integers(0, 900), st.integers(0, 900), st.integers(0, 255), st.sampled_from(pictures.FORMATS))
 def test_any_bytes_give_a_picture_or_badimage(cut, at, byte, kind):
     content = bytearray(encoded(smooth(40, 52), kind))
     content[at % len(content)] = byte
     try:
-        picture, size = data.open_image(io.BytesIO(bytes(content[:max(cut, 1) if cut < 450 else None])))
+        picture, size = pictures.open_image(io.BytesIO(bytes(content[:max(cut, 1) if cut < 450 else None])))
         assert picture.mode == "RGB" and min(size) >= 8
-    except data.BadImage:
+    except pictures.BadImage:
         pass
 
 
@@ -474,7 +475,7 @@ def test_prefetch_reads_no_further_ahead_than_it_says_and_leaves_no_thread():
 def test_grid_shows_each_image_in_its_place():
     colors = torch.tensor([[1.0, -1, -1], [-1, 1, -1], [-1, -1, 1], [0, 0, 0], [9, -9, 0.5]])
     images = colors[:, :, None, None].expand(-1, -1, 20, 30)
-    page = data.grid(images, 3, [f"number {k}" for k in range(5)])
+    page = pictures.grid(images, 3, [f"number {k}" for k in range(5)])
     seen = np.asarray(page)
     assert page.size == (8 + 3 * (30 * 4 + 8), 8 + 2 * (20 * 4 + 8 + 15))
     for k, (row, column) in enumerate([(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]):
@@ -487,23 +488,23 @@ def test_grid_shows_each_image_in_its_place():
 
 
 def test_grid_sizes_captions_and_channels():
-    plain = data.grid(torch.zeros(2, 1, 200, 150), 5)
+    plain = pictures.grid(torch.zeros(2, 1, 200, 150), 5)
     assert plain.size == (8 + 2 * 158, 8 + 208)
-    assert data.grid(torch.zeros(1, 3, 8, 8), 1, scale=2).size == (32, 32)
-    one, many = (data.grid(torch.zeros(1, 3, 32, 32), 1, [text]).height for text in ("short", "words " * 300))
+    assert pictures.grid(torch.zeros(1, 3, 8, 8), 1, scale=2).size == (32, 32)
+    one, many = (pictures.grid(torch.zeros(1, 3, 32, 32), 1, [text]).height for text in ("short", "words " * 300))
     assert one < many == one + 5 * 15
     for text in ("", "\n", "\x00\x07", "W" * 500, "日本語 ✓ é"):
-        assert data.grid(torch.zeros(1, 3, 32, 32), 1, [text]).width == 112
+        assert pictures.grid(torch.zeros(1, 3, 32, 32), 1, [text]).width == 112
     with pytest.raises(ValueError, match="1 or 3 channels, got 4"):
-        data.grid(torch.zeros(1, 4, 8, 8), 1)
+        pictures.grid(torch.zeros(1, 4, 8, 8), 1)
 
 
 def test_grid_enlarges_without_blur_and_marks_what_it_cuts():
-    page = np.asarray(data.grid(torch.tensor([[1.0, -1], [-1, 1]])[None, None], 1))
+    page = np.asarray(pictures.grid(torch.tensor([[1.0, -1], [-1, 1]])[None, None], 1))
     assert set(np.unique(page)) == {0, 255} and page[8, 8, 0] == 255 and page[8, 60, 0] == 0
     font = data.ImageFont.load_default(size=11)
-    assert data._wrap("many words " * 99, font, 96)[-1].endswith("[...]")
-    assert data._wrap("one\ntwo", font, 96) == ["one", "two"]
+    assert pictures._wrap("many words " * 99, font, 96)[-1].endswith("[...]")
+    assert pictures._wrap("one\ntwo", font, 96) == ["one", "two"]
 
 
 def test_titles():

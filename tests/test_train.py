@@ -621,7 +621,7 @@ def test_a_disk_without_room_for_one_checkpoint_is_an_error_before_training(run,
     (["--beta1=1"], ["beta1=1"]), (["--sample_every=-1"], ["sample_every=-1"]), (["--log_every=0"], ["log_every=0"]),
     (["--model.patch=5"], ["model.resolution=16", "model.patch=5"]), (["--model.width=18"], ["model.width=18"]),
     (["--model.heads=3"], ["model.width=16", "model.heads=3"]), (["--model.resolution=0"], ["model.resolution=0"]),
-    (["--model.arch=ditt"], ["ditt", "dit, mmdit"]), (["--schedule=cosine"], ["cosine", "scaled_linear, linear"]),
+    (["--model.arch=ditt"], ["ditt", "dit, mmdit"]), (["--model.schedule=cosine"], ["cosine", "scaled_linear, linear"]),
     (["--dtype=float16"], ["float16", "auto, float32, bfloat16"]), (["--compile=yes"], ["yes", "auto, on, off"]),
     (["--data=/nowhere"], ["/nowhere"]), (["--augment=zoom"], ["zoom", "crop, flip, size"]),
     (["--model.controls=zoom"], ["zoom"]), (["--objects=0"], ["objects=0"]),
@@ -675,7 +675,7 @@ def test_the_first_step_is_what_a_loop_by_hand_gives(tmp_path, monkeypatch):
     flags = [*TINY, f"--out={tmp_path}", "--batch=16", "--steps=1", "--log_every=1", "--warmup=4", "--clip=0.01"]
     assert train.run(flags) == 0
     cfg = config.from_json((tmp_path / "config.json").read_text())
-    source, alpha_bar = data.open_source(cfg), train.SCHEDULES[cfg.schedule](1000).float()
+    source, alpha_bar = data.open_source(cfg), model.build(config.ModelConfig()).alpha_bar
     torch.manual_seed(config.seed64(0, "weights"))
     net = model.build(cfg.model)
 
