@@ -3,7 +3,8 @@
 Semantics say what the picture is of: a class (`label`) or a caption (`text`). Controls say how it was taken: where it
 was cropped, whether it was mirrored, how large the original was. A sample without semantics or controls, for training
 and for guidance, is made by `Condition.drop` and nowhere else.
-Dimensions: B batch, L context tokens, E width of a text token, D width, h x w image tokens.
+Dimensions: B batch, L context tokens, n tokens of one caption, E width of a text token, D width, h x w image tokens,
+T noise levels.
 """
 import math
 from collections.abc import Callable
@@ -19,6 +20,7 @@ TIME_FEATURES = 256                     # width of the sinusoid that an MLP turn
 
 CONTROLS = {"crop": 2, "flip": 1, "size": 2}    # numbers a control has: (top, left), 0 or 1, (h, w)
 LOW_LEVEL = ("size",)                   # controls that change detail only, weighted by gamma_c(t)
+PADDINGS = ("zero", "replicate", "noisy")       # what stands after the end of a short caption
 
 
 @dataclass(frozen=True)
@@ -147,24 +149,72 @@ class LearnedContext(nn.Module):
         return self.token.to(dtype)
 
 
+# ---------------------------------------------------------------- short captions
+
+def replicate_pad(tokens: Tensor, lengths: Tensor, length: int = 77, beta: float = 0.02,
+                  generator: torch.Generator | None = None) -> Tensor:
+    """[COND] sec. 2.1, eq. 7: phi[j mod n] + beta sqrt(m-1) sigma_ch eps, m = ceil(length / n). (B, length, E) fp32
+
+    tokens (B, any, E), of which the first n = lengths (B,) count. The n tokens of a caption are repeated to the end;
+    noise then falls on every position, the first n too. sigma_ch (E,) is their population standard deviation. A caption
+    that fills all positions gets no noise (m = 1), nor does one of a single token (sigma_ch = 0). n = 0, the null
+    condition, stays all zeros. beta = 0 repeats without noise; ValueError for noise without a generator."""
+    if beta and generator is None:
+        raise ValueError(f"noise on repeated tokens (beta={beta}) needs a generator")
+    tokens = tokens.float()
+    n = lengths.to(tokens.device).clamp(max=tokens.shape[1])[:, None]           # (B, 1)
+    count = n.clamp(min=1)
+    source = torch.arange(length, device=tokens.device) % count                 # (B, length)
+    phi = tokens.gather(1, source[..., None].expand(-1, -1, tokens.shape[2]))   # (B, length, E)
+    phi = torch.where((n > 0)[..., None], phi, 0.0)
+    if not beta:
+        return phi
+    valid = (torch.arange(tokens.shape[1], device=tokens.device) < n)[..., None]
+    mean = torch.where(valid, tokens, 0.0).sum(1) / count                       # (B, E)
+    var = torch.where(valid, tokens - mean[:, None], 0.0).square().sum(1) / count
+    m = (length + count - 1) // count                                           # (B, 1) copies, a cut one counts
+    eps = torch.randn(phi.shape, generator=generator, device=generator.device).to(phi.device)
+    return phi + (beta * (m - 1).sqrt() * var.sqrt())[:, None] * eps
+
+
+def pad_text(tokens: Tensor, lengths: Tensor, mode: str, beta: float = 0.02,
+             generator: torch.Generator | None = None) -> Tensor:
+    """[COND] table 3: captions (B, L, E), zeros after their ends, with those ends filled as `mode`, one of PADDINGS.
+
+    zero leaves them, replicate repeats a caption's tokens, noisy adds noise of beta as well. ValueError for another."""
+    if mode not in PADDINGS:
+        raise ValueError(f"unknown padding {mode!r}; there are {', '.join(PADDINGS)}")
+    if mode == "zero":
+        return tokens
+    return replicate_pad(tokens, lengths, tokens.shape[1], beta if mode == "noisy" else 0.0, generator)
+
+
 # ---------------------------------------------------------------- control
 
-def control_weight(t: Tensor, kind: str = "cosine", alpha: float = 8.0) -> Tensor:
+def control_weight(t: Tensor, kind: str = "cosine", alpha: float = 8.0, sigma: Tensor | None = None) -> Tensor:
     """[COND] table A4: gamma_c(t) = [1 - cos(pi (1-t)^alpha)] / 2, computed as sin^2(pi (1-t)^alpha / 2). t in [0, 1]
 
     Zero at t = 1 (noise), one at t = 0: detail is steered only once the composition stands. The other kinds of table
-    A6: uniform 1; linear 1-t; zero 0; step 1 where (1-t)^alpha >= 1/2, the cosine's half-weight time."""
+    A6: uniform 1; linear 1-t; zero 0; step 1 where sigma(t) <= alpha, of the paper 1 or 2. Only step reads sigma (T,),
+    the table before any rescale, so that gamma stays a function of the index; ValueError without it."""
     if kind not in CONTROL_WEIGHTS:
         raise ValueError(f"unknown control weight {kind!r}; there are {', '.join(CONTROL_WEIGHTS)}")
-    return CONTROL_WEIGHTS[kind](t, alpha)
+    return CONTROL_WEIGHTS[kind](t, alpha, sigma)
 
 
-CONTROL_WEIGHTS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "cosine": lambda t, alpha: torch.sin(math.pi / 2 * (1 - t) ** alpha) ** 2,
-    "uniform": lambda t, alpha: torch.ones_like(t),
-    "linear": lambda t, alpha: 1 - t,
-    "step": lambda t, alpha: ((1 - t) ** alpha >= 0.5).to(t.dtype),
-    "zero": lambda t, alpha: torch.zeros_like(t),
+def _step(t: Tensor, alpha: float, sigma: Tensor | None) -> Tensor:
+    if sigma is None:
+        raise ValueError("the control weight 'step' is a threshold on sigma and needs its table")
+    i = (t * (len(sigma) - 1)).round().long()
+    return (sigma[i] <= alpha).to(t.dtype)
+
+
+CONTROL_WEIGHTS: dict[str, Callable[[Tensor, float, Tensor | None], Tensor]] = {
+    "cosine": lambda t, alpha, sigma: torch.sin(math.pi / 2 * (1 - t) ** alpha) ** 2,
+    "uniform": lambda t, alpha, sigma: torch.ones_like(t),
+    "linear": lambda t, alpha, sigma: 1 - t,
+    "step": _step,
+    "zero": lambda t, alpha, sigma: torch.zeros_like(t),
 }
 
 
@@ -172,9 +222,10 @@ class ControlEmbedding(nn.Module):
     """[COND] eq. 1: c_emb = E_h(phi_h) + gamma_c(t) E_l(phi_l), added to the time vector. -> (B, D)
 
     Every scalar becomes a sinusoid; the sinusoids of a group are concatenated and go through one two-layer MLP, whose
-    last layer starts at zero, so that at first the controls have no effect."""
-    def __init__(self, controls: tuple[str, ...], D: int, kind: str, alpha: float) -> None:
+    last layer starts at zero, so that at first the controls have no effect. kind, alpha, sigma: see control_weight."""
+    def __init__(self, controls: tuple[str, ...], D: int, kind: str, alpha: float, sigma: Tensor | None = None) -> None:
         super().__init__()
+        self.register_buffer("sigma", sigma, persistent=False)                  # (T,)
         self.high = [c for c in controls if c not in LOW_LEVEL]
         self.low = [c for c in controls if c in LOW_LEVEL]
         self.kind, self.alpha = kind, alpha
@@ -182,7 +233,7 @@ class ControlEmbedding(nn.Module):
                                    for name, group in (("high", self.high), ("low", self.low)) if group})
 
     def forward(self, cond: Condition, t: Tensor) -> Tensor:
-        gamma = control_weight(t, self.kind, self.alpha)[:, None]               # (B, 1)
+        gamma = control_weight(t, self.kind, self.alpha, self.sigma)[:, None]   # (B, 1)
         c_emb = 0
         if self.high:
             c_emb = self.mlps["high"](self.features(cond, self.high))           # (B, D)
@@ -212,3 +263,11 @@ def sincos_2d(h: int, w: int, dim: int, base: int | None = None) -> Tensor:
              zip(("row", "column"), torch.meshgrid(rows, columns, indexing="ij"))}  # (h w, dim/4) each
     waves = [f(angle[name]) for name in ("column", "row") for f in (torch.sin, torch.cos)]
     return torch.cat(waves, dim=1).float()
+
+
+def interpolate_2d(h: int, w: int, dim: int, base: int) -> Tensor:
+    """[COND] sec. 2.3, the comparison: the table of base x base patches resized bilinearly. (h w, dim) fp32
+
+    Averages of neighbours are shorter than sqrt(dim/2), the length that every row of sincos_2d has."""
+    table = sincos_2d(base, base, dim).unflatten(0, (base, base)).permute(2, 0, 1)      # (dim, base, base)
+    return F.interpolate(table[None], size=(h, w), mode="bilinear")[0].flatten(1).T.contiguous()

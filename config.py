@@ -66,7 +66,7 @@ class Config:
     seed: int = 0                   # keys every random draw: initial weights, data order, noise, samples
     model: ModelConfig = field(default_factory=ModelConfig)
     init: str = ""                  # run folder or weights file whose averaged weights to start from; empty = fresh
-    encoder: str = "words"          # of captions: words (shapes), or clip:PATH, an open_clip model folder or hub name
+    encoder: str = "words"          # of captions: words (shapes), or clip:PATH, CLIP weights (text.py says which PATHs)
     padding: str = "zero"           # of short captions: zero, replicate (tokens again) or noisy (with noise on them)
     padding_noise: float = 0.02     # beta of noisy padding, in standard deviations of a caption's tokens
     steps: int = 2000               # optimizer steps of the whole run

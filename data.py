@@ -41,6 +41,7 @@ Source, TextEncoder = Any, Any          # contracts, stated above and at text_en
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 ATTEMPTS = 20                           # to replace one unreadable image
+CROPS = {"global": (0.9, 1.0), "local": (0.4, 0.6), "mix": (0.4, 1.0)}  # [COND] 1.9: sides, over the short one
 
 
 # ---------------------------------------------------------------- which sample a step sees
@@ -95,7 +96,7 @@ class ImageFolder:
     channels = 3
 
     def __init__(self, path: str | Path, resolution: int, seed: int = 0, flip: bool = True,
-                 max_bad: float = 0.01, crop: str = "random", side: tuple[float, float] = (0.9, 1.0),
+                 max_bad: float = 0.01, crop: str = "random", side: tuple[float, float] = CROPS["global"],
                  classes: bool = True):
         if crop not in ("random", "center"):
             raise UserError(f"crop wants random or center, got {crop!r}")
@@ -196,29 +197,51 @@ def find_images(root: Path) -> tuple[list[tuple[str, int]], dict[str, str]]:
 
 
 def open_source(cfg: Config, split: str = "train") -> Source:
-    """The source of `cfg.data`; UserError where it lacks what the model needs. Only shapes have splits."""
+    """The source of `cfg.data`; UserError where it lacks what the model needs. Only shapes have splits.
+
+    A global crop of shapes is as wide as the picture and moves over a wider canvas, so that it cuts objects too."""
     want, folder, varied = cfg.model, Path(cfg.data).expanduser(), cfg.augment.split("+")
     if unknown := [a for a in varied if a not in ("", "crop", "flip", "size")]:
         raise UserError(f"augment={cfg.augment!r} names {unknown[0]!r}; there are crop, flip, size")
+    if cfg.crop not in CROPS:
+        raise UserError(f"unknown crop={cfg.crop!r}; there are {', '.join(CROPS)}")
     if cfg.data == "shapes":
         vary = [name in varied for name in ("size", "crop", "flip")]
-        source = Shapes(want.resolution, cfg.seed, split, tuple(range(1, cfg.objects + 1)), *vary)
+        side = (1.0, 1.0) if cfg.crop == "global" else CROPS[cfg.crop]
+        source = Shapes(want.resolution, cfg.seed, split, tuple(range(1, cfg.objects + 1)), *vary, side)
     elif want.semantics == "text" and folder.is_dir():
         raise UserError(f"folder {cfg.data!r} has no captions for model.semantics=text; use class or none")
     else:
         crop = "random" if "crop" in varied else "center"
         source = ImageFolder(folder, want.resolution, cfg.seed, "flip" in varied, cfg.max_bad, crop,
-                             classes=want.semantics == "class")
+                             CROPS[cfg.crop], want.semantics == "class")
 
     if want.channels != source.channels:
         raise UserError(f"--model.channels={want.channels}, but {cfg.data!r} has images of {source.channels}")
+    if lacking := [c for c in want.controls.split("+") if c and c not in source.controls]:
+        enough = "+".join(c for c in ("crop", "flip", "size") if c in varied or c in lacking)
+        raise UserError(f"model.controls={want.controls!r}, but {cfg.data!r} does not vary {' and '.join(lacking)} "
+                        f"with augment={cfg.augment!r}; it would with --augment={enough}")
     return source
 
 
 def text_encoder(cfg: Config) -> TextEncoder | None:
-    """Has `dim` E, `length` L and `encode(captions) -> (tokens, lengths)`; None for a model without text."""
-    length = [cfg.model.text_length] if cfg.model.text_length else []
-    return WordVectors(*length) if cfg.model.semantics == "text" else None
+    """Has `dim` E, `length` L and `encode(captions) -> (tokens, lengths)`; None for a model without text.
+
+    UserError for an encoder that there is not, and for a length that it cannot have."""
+    kind, colon, path = cfg.encoder.partition(":")
+    if (kind, bool(colon), bool(path)) not in (("words", False, False), ("clip", True, True)):
+        raise UserError(f"unknown encoder={cfg.encoder!r}; there are words and clip:PATH, where PATH is an open_clip "
+                        "model folder or hub name")
+    if cfg.model.semantics != "text":
+        return None
+    length = cfg.model.text_length
+    if kind == "words":
+        return WordVectors(length) if length else WordVectors()
+    if length not in (0, 77):
+        raise UserError(f"model.text_length={length}, but encoder={cfg.encoder!r} has 77 tokens; leave it at 0")
+    from text import CLIPText
+    return CLIPText(path)
 
 
 # ---------------------------------------------------------------- batches

@@ -1,185 +1,32 @@
-"""The denoiser: one trunk, one small class for each kind of block. net(x_t, i, cond) -> eps
+"""The denoiser: one trunk for every kind of block (blocks.py). net(x_t, i, cond) -> eps
 
-Block contract: Block(D, H, last), forward(x, ctx, c) -> x, ctx with x (B, N, D) image tokens, ctx (B, L, D) context
-tokens, c (B, D) the modulation vector. Blocks without context hand ctx back untouched; only mmDiT reads `last`: its
-last block owns no context weights that nothing would read.
-Dimensions: B batch, N = h w image tokens, L context tokens, D width, H heads, d = D/H, C channels, P patch.
+Dimensions: B batch, N = h w image tokens, L context tokens, D width, H heads, C channels, P patch, T noise steps.
 
-python model.py --table        parameters and FLOPs of every architecture and size
+python model.py --table        parameters and FLOPs of every architecture and size, and beside those of [COND]
 """
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import checkpoint
-from conditioning import (CONTROL_WEIGHTS, CONTROLS, ClassContext, Condition, ControlEmbedding, LabelEmbedder,
-                          LearnedContext, Linear, TextContext, TimestepEmbedder, sincos_2d)
+from blocks import DiTAttBlock, DiTBlock, FinalLayer, MMDiTBlock, PatchEmbed, SD3Block
+from conditioning import (CONTROL_WEIGHTS, CONTROLS, LOW_LEVEL, ClassContext, Condition, ControlEmbedding,
+                          LabelEmbedder, LearnedContext, TextContext, TimestepEmbedder, interpolate_2d, sincos_2d)
 from config import SIZES, Config, ModelConfig, UserError, from_json
-from schedule import SCHEDULES, alpha_bar_table, velocity_to_eps
+from schedule import SCHEDULES, alpha_bar_table, to_sigma, velocity_to_eps
 
-MLP_RATIO = 4                           # hidden width of a block's MLP over D, [DiT]
-POSITIONS = ("grid", "resample", "interpolate")
+POSITIONS = {                           # (h, w, D, base) -> (h w, D), base in patches a side
+    "grid": lambda h, w, D, base: sincos_2d(h, w, D),
+    "resample": sincos_2d,
+    "interpolate": interpolate_2d,
+}
 PREDICTIONS = ("eps", "v")
-PLAIN_ATTENTION = 1024                  # up to this many tokens a CPU's fused bf16 attention loses to plain products
-
-
-# ---------------------------------------------------------------- parts
-
-def norm(x: Tensor) -> Tensor:
-    """LayerNorm over the last axis without gain or bias; its statistics are taken in fp32. (..., D)"""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """[DiT] adaLN: x (1 + scale) + shift, x (B, N, D), shift and scale (B, 1, D)."""
-    return torch.addcmul(shift, x, 1 + scale)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v for q (B, H, N, d), k and v (B, H, M, d) -> (B, N, H d)."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= PLAIN_ATTENTION:
-        weight = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)                # (B, H, N, M)
-        a = weight.softmax(dim=-1) @ v
-    else:
-        a = F.scaled_dot_product_attention(q, k, v)
-    return a.transpose(1, 2).flatten(2)
-
-
-def split_heads(x: Tensor, n: int, H: int) -> tuple[Tensor, ...]:
-    """(B, N, n D) -> n tensors (B, H, N, d), for the n of q, k, v that one projection gives."""
-    return x.unflatten(-1, (n, H, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-
-
-class MLP(nn.Module):
-    """fc2(gelu(fc1(x))), tanh form, [DiT]. (B, N, D) -> (B, N, D)"""
-    def __init__(self, D: int) -> None:
-        super().__init__()
-        self.fc1 = Linear(D, MLP_RATIO * D)
-        self.fc2 = Linear(MLP_RATIO * D, D)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
-class Attention(nn.Module):
-    """Self-attention with one projection for q, k, v, [DiT]. (B, N, D) -> (B, N, D)"""
-    def __init__(self, D: int, H: int) -> None:
-        super().__init__()
-        self.H = H
-        self.qkv = Linear(D, 3 * D)
-        self.proj = Linear(D, D)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(attention(*split_heads(self.qkv(x), 3, self.H)))
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) with a learned gain over the last axis, in fp32. (..., d) -> (..., d)"""
-    def __init__(self, d: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(d))
-
-    def forward(self, x: Tensor) -> Tensor:
-        scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)   # F.rms_norm is half as fast on CPU
-        return x * scale.to(x.dtype) * self.weight.to(x.dtype)
-
-
-class JointAttention(nn.Module):
-    """[SD3] eq. 6, [COND] table A1: attention over [context; image] with RMSNorm on the q and k of every head.
-
-    Context has its own q, k, v and shares the output projection. `last`: context gives k and v and is not updated.
-    x (B, N, D), ctx (B, L, D) -> (B, N, D), (B, L, D) or None"""
-    def __init__(self, D: int, H: int, last: bool) -> None:
-        super().__init__()
-        self.H, self.last = H, last
-        self.qkv = Linear(D, 3 * D)
-        self.ctx_qkv = Linear(D, (2 if last else 3) * D)                        # last: k and v
-        self.q_norm, self.k_norm = RMSNorm(D // H), RMSNorm(D // H)
-        self.proj = Linear(D, D)
-
-    def forward(self, x: Tensor, ctx: Tensor) -> tuple[Tensor, Tensor | None]:
-        q, k, v = split_heads(self.qkv(x), 3, self.H)                           # (B, H, N, d) each
-        *q_ctx, k_ctx, v_ctx = split_heads(self.ctx_qkv(ctx), 2 if self.last else 3, self.H)
-        q, k, v = torch.cat([*q_ctx, q], 2), torch.cat([k_ctx, k], 2), torch.cat([v_ctx, v], 2)
-        a = self.proj(attention(self.q_norm(q), self.k_norm(k), v))             # (B, L+N, D), last: (B, N, D)
-        return (a, None) if self.last else (a[:, ctx.shape[1]:], a[:, :ctx.shape[1]])
-
-
-def modulation(D: int, n: int) -> nn.Sequential:
-    """[DiT] adaLN-Zero: n vectors of width D from c, all zero at first. (B, D) -> (B, n D)"""
-    return nn.Sequential(nn.SiLU(), Linear(D, n * D))
-
-
-# ---------------------------------------------------------------- blocks
-
-class DiTBlock(nn.Module):
-    """[DiT] fig. 3, adaLN-Zero: attention and MLP, each shifted, scaled and gated by c."""
-    def __init__(self, D: int, H: int, last: bool) -> None:
-        super().__init__()
-        self.attn = Attention(D, H)
-        self.mlp = MLP(D)
-        self.adaLN_modulation = modulation(D, 6)
-
-    def forward(self, x: Tensor, ctx: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)
-        x = torch.addcmul(x, gate_a, self.attn(modulate(norm(x), shift_a, scale_a)))
-        x = torch.addcmul(x, gate_m, self.mlp(modulate(norm(x), shift_m, scale_m)))
-        return x, ctx
-
-
-class MMDiTBlock(nn.Module):
-    """[COND] sec. 2, the block that its parameter counts suggest: DiTBlock with joint attention.
-
-    Context is normalised, not modulated, and changed by attention alone; it has no MLP."""
-    def __init__(self, D: int, H: int, last: bool) -> None:
-        super().__init__()
-        self.last = last
-        self.attn = JointAttention(D, H, last)
-        self.mlp = MLP(D)
-        self.adaLN_modulation = modulation(D, 6)
-
-    def forward(self, x: Tensor, ctx: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)
-        a, a_ctx = self.attn(modulate(norm(x), shift_a, scale_a), norm(ctx))
-        x = torch.addcmul(x, gate_a, a)
-        x = torch.addcmul(x, gate_m, self.mlp(modulate(norm(x), shift_m, scale_m)))
-        return x, ctx if self.last else ctx + a_ctx
 
 
 # ---------------------------------------------------------------- trunk
-
-class PatchEmbed(nn.Module):
-    """[DiT] sec. 3.2: every P x P patch through one linear layer. (B, C, h P, w P) -> (B, h w, D)
-
-    The weight is kept in the shape of the equivalent convolution, (D, C, P, P), as published weights are."""
-    def __init__(self, C: int, P: int, D: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(C, D, P, stride=P)
-
-    def forward(self, x: Tensor) -> Tensor:
-        P = self.proj.stride[0]
-        x = x.unflatten(3, (-1, P)).unflatten(2, (-1, P))                       # (B, C, h, P, w, P)
-        x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)                # (B, h w, C P P)
-        return F.linear(x, self.proj.weight.flatten(1).to(x.dtype), self.proj.bias.to(x.dtype))
-
-
-class FinalLayer(nn.Module):
-    """[DiT] sec. 3.2: adaLN, then a linear layer to patches, zero at first. (B, h w, D) -> (B, C, h P, w P)"""
-    def __init__(self, D: int, P: int, C: int) -> None:
-        super().__init__()
-        self.P = P
-        self.linear = Linear(D, P * P * C)
-        self.adaLN_modulation = modulation(D, 2)
-
-    def forward(self, x: Tensor, c: Tensor, h: int, w: int) -> Tensor:
-        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
-        x = self.linear(modulate(norm(x), shift, scale))                        # (B, h w, P P C)
-        x = x.unflatten(2, (self.P, self.P, -1)).unflatten(1, (h, w))           # (B, h, w, P, P, C)
-        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
-
 
 class Denoiser(nn.Module):
     """The trunk: patches and positions in, blocks, patches out. x_t (B, C, h P, w P), i (B,) index -> eps like x_t
@@ -197,10 +44,11 @@ class Denoiser(nn.Module):
         controls = control_names(cfg)
         self.control_embedder = None
         if controls:
-            self.control_embedder = ControlEmbedding(controls, D, cfg.control_weight, cfg.control_alpha)
+            sigma = to_sigma(alpha_bar_table(cfg.schedule, cfg.noise_steps)).float()     # gamma_c is of i: no rescale
+            self.control_embedder = ControlEmbedding(controls, D, cfg.control_weight, cfg.control_alpha, sigma)
         self.blocks = nn.ModuleList(self.Block(D, cfg.heads, k == cfg.depth - 1) for k in range(cfg.depth))
         self.final_layer = FinalLayer(D, P, cfg.channels)
-        self.register_buffer("pos_embed", sincos_2d(grid, grid, D), persistent=False)
+        self.register_buffer("pos_embed", position_table(cfg, grid, grid), persistent=False)
         table = alpha_bar_table(cfg.schedule, cfg.noise_steps, cfg.rescale).float()
         self.register_buffer("alpha_bar", table, persistent=False)              # (T,)
         self.initialize()
@@ -235,7 +83,7 @@ class Denoiser(nn.Module):
     def positions(self, h: int, w: int) -> Tensor:
         """(h w, D); the grid of the training resolution is kept, any other is made when asked for."""
         grid = self.cfg.resolution // self.cfg.patch
-        return self.pos_embed if (h, w) == (grid, grid) else sincos_2d(h, w, self.cfg.width).to(self.pos_embed)
+        return self.pos_embed if (h, w) == (grid, grid) else position_table(self.cfg, h, w).to(self.pos_embed)
 
     def forward(self, x_t: Tensor, i: Tensor, cond: Condition) -> Tensor:
         h, w = (n // self.cfg.patch for n in x_t.shape[2:])
@@ -276,7 +124,22 @@ class MMDiT(Denoiser):
         return self.time(i, cond).to(self.dtype), ctx.expand(len(i), -1, -1)
 
 
-ARCHS: dict[str, type[Denoiser]] = {"dit": DiT, "mmdit": MMDiT}
+class DiTAtt(MMDiT):
+    """[COND] table A1, DiT by attention: class or learned token joins the image's in self-attention."""
+    Block = DiTAttBlock
+
+
+class SD3(MMDiT):
+    """[SD3] fig. 2: mmDiT as published, with a second full stream for context; without the pooled text, as [COND]."""
+    Block = SD3Block
+
+
+ARCHS: dict[str, type[Denoiser]] = {"dit": DiT, "mmdit": MMDiT, "ditatt": DiTAtt, "sd3": SD3}
+
+
+def position_table(cfg: ModelConfig, h: int, w: int) -> Tensor:
+    """[COND] sec. 2.3: what tells h x w patches apart; cfg.positions says how it follows the resolution. (h w, D)"""
+    return POSITIONS[cfg.positions](h, w, cfg.width, cfg.base or cfg.resolution // cfg.patch)
 
 
 def zero_layers(net: nn.Module) -> list[nn.Linear]:
@@ -302,8 +165,8 @@ def check(cfg: ModelConfig) -> None:
         raise UserError(f"unknown model.arch={cfg.arch!r}; there are {', '.join(ARCHS)}")
     if cfg.semantics not in ("none", "class", "text"):
         raise UserError(f"unknown model.semantics={cfg.semantics!r}; there are none, class, text")
-    if cfg.arch == "dit" and cfg.semantics == "text":
-        raise UserError("model.arch='dit' takes a class or nothing; for text use model.arch='mmdit'")
+    if cfg.arch in ("dit", "ditatt") and cfg.semantics == "text":
+        raise UserError(f"model.arch={cfg.arch!r} takes a class or nothing; for text use model.arch='mmdit' or 'sd3'")
     for key in ("width", "depth", "heads", "patch", "channels", "resolution"):
         if getattr(cfg, key) < 1:
             raise UserError(f"model.{key}={getattr(cfg, key)} must be at least 1")
@@ -328,7 +191,8 @@ def check(cfg: ModelConfig) -> None:
     if cfg.noise_steps < 2:
         raise UserError(f"model.noise_steps={cfg.noise_steps} must be at least 2")
     if control_names(cfg) and cfg.control_weight not in CONTROL_WEIGHTS:
-        raise UserError(f"unknown model.control_weight={cfg.control_weight!r}; there are {', '.join(CONTROL_WEIGHTS)}")
+        raise UserError(f"unknown model.control_weight={cfg.control_weight!r}; there are "
+                        f"{', '.join(CONTROL_WEIGHTS)}")
     if control_names(cfg) and not cfg.control_alpha > 0:
         raise UserError(f"model.control_alpha={cfg.control_alpha} must be positive")
 
@@ -349,38 +213,103 @@ def load(path: str | Path) -> tuple[Denoiser, Config]:
     return net.eval().requires_grad_(False), cfg
 
 
+def block_products(arch: str, last: bool, D: int, N: int, L: int) -> int:
+    """Multiply-adds of one block: modulation, then the layers on N image and L context tokens, then q k^T and a v."""
+    M, Q = N + L, N if last else N + L                      # keys; queries, in blocks whose last drops context's
+    return {
+        "dit": 6 * D * D + 12 * N * D * D + 2 * N * N * D,
+        "mmdit": 6 * D * D + (12 * N + (2 if last else 4) * L) * D * D + 2 * Q * M * D,
+        "ditatt": (8 if last else 9) * D * D + (12 * N + 4 * L) * D * D + 2 * M * M * D,
+        "sd3": (8 if last else 12) * D * D + (12 * N + (2 if last else 12) * L) * D * D + 2 * Q * M * D,
+    }[arch]
+
+
 def flops(cfg: ModelConfig, h: int | None = None, w: int | None = None) -> int:
     """FLOPs of one forward pass of one image, two for every multiply-add of a matrix product, nothing else counted.
 
     DiT    2 [ depth (12 D^2 N + 2 N^2 D + 6 D^2) + N D P^2 2 C + 2 D^2 + (256 + D) D ]
-    mmDiT  per block also 4 L D^2 (the last: 2) and attention over L + N tokens; text also 2 layers a token
+    Others have context tokens besides, in their blocks and in the layers that make them; controls add an MLP a group.
     A training step costs three of these, sampling costs steps x passes."""
     D, N = cfg.width, ((h or cfg.resolution) // cfg.patch) * ((w or cfg.resolution) // cfg.patch)
-    P2C = cfg.patch ** 2 * cfg.channels
-    mac = cfg.depth * (12 * D * D * N + 6 * D * D) + 2 * N * D * P2C + 2 * D * D + (256 + D) * D
-    if cfg.arch == "dit":
-        mac += cfg.depth * 2 * N * N * D
-    else:
-        L = {"none": 1, "class": 1, "text": cfg.text_length}[cfg.semantics]
-        mac += (cfg.depth - 1) * (2 * (N + L) ** 2 * D + 4 * L * D * D) + 2 * N * (N + L) * D + 2 * L * D * D
+    L = {"none": 1, "class": 1, "text": cfg.text_length}[cfg.semantics]
+    mac = sum(block_products(cfg.arch, k == cfg.depth - 1, D, N, L) for k in range(cfg.depth))
+    mac += 2 * N * D * cfg.patch ** 2 * cfg.channels + 2 * D * D + (256 + D) * D
+    if cfg.arch != "dit":
         mac += {"none": 0, "class": 2 * D * D, "text": L * D * (cfg.text_dim + D)}[cfg.semantics]
-    groups = [sum(CONTROLS[c] for c in control_names(cfg) if (c == "size") == low) for low in (False, True)]
+    groups = [sum(CONTROLS[c] for c in control_names(cfg) if (c in LOW_LEVEL) == low) for low in (False, True)]
     return 2 * (mac + sum(256 * n * D + D * D for n in groups if n))
+
+
+# ---------------------------------------------------------------- tables
+
+# [COND] table A1: millions of parameters that our best reading of each model has, and that are printed; GFLOP printed
+# for 256 and for 512 pixels. 0 = not in the paper.
+TABLE_A1 = {
+    "DiT class": (dict(arch="dit", semantics="class"), 678.210, 679.09, 237.4, 1050),
+    "DiT by attention, class": (dict(arch="ditatt", semantics="class"), 792.440, 792.44, 237.93, 1050),
+    "mmDiT class": (dict(arch="mmdit", semantics="class"), 792.440, 679.09, 237.93, 1050),
+    "mmDiT text": (dict(arch="mmdit", semantics="text"), 790.845, 791.64, 397.06, 1260),
+    "mmDiT of SD3, text": (dict(arch="sd3", semantics="text"), 1331.351, 0, 0, 0),
+}
+XL2 = ModelConfig(classes=1000, text_dim=768, text_length=256, resolution=32, channels=4, patch=2, **SIZES["XL"])
+
+
+def parameters(cfg: ModelConfig) -> int:
+    """Number of weights of a network that is not built."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in build(cfg).parameters())
+
+
+def control_parameters(n: int, D: int) -> int:
+    """[COND]: weights and biases of the MLP of n controls, 256 n -> D -> D."""
+    return 256 * n * D + D + D * D + D
+
+
+def counted_alike(cfg: ModelConfig) -> int:
+    """Parameters with [COND]'s baseline's one control MLP over six scalars in place of ours, and its position table.
+
+    The table, which is fixed, counts among the weights of [DiT]'s code and is no parameter here."""
+    table = (cfg.resolution // cfg.patch) ** 2 * cfg.width
+    return parameters(replace(cfg, controls="")) + control_parameters(6, cfg.width) + table
 
 
 def table() -> str:
     """Parameters and forward GFLOPs of every architecture and size, patch 2 on 32 x 32 x 4 latents, 1000 classes."""
-    rows = [f"{'model':12} {'parameters':>12} {'GFLOP/image':>12}"]
+    rows = [f"{'model':12} {'parameters':>13} {'GFLOP/image':>12}"]
     for arch in ARCHS:
         for name, size in SIZES.items():
-            cfg = ModelConfig(arch=arch, semantics="class", classes=1000, resolution=32, channels=4, patch=2, **size)
-            with torch.device("meta"):
-                count = sum(p.numel() for p in build(cfg).parameters())
-            rows.append(f"{arch + '-' + name + '/2':12} {count:12,} {flops(cfg) / 1e9:12.2f}")
+            cfg = replace(XL2, arch=arch, semantics="class", **size)
+            rows.append(f"{arch + '-' + name + '/2':12} {parameters(cfg):13,} {flops(cfg) / 1e9:12.2f}")
     return "\n".join(rows)
+
+
+def table_a1() -> str:
+    """The XL/2 models beside [COND] table A1, each difference in percent of the number before it."""
+    share = lambda ours, theirs: f"{100 * (ours / theirs - 1):+6.2f}%"
+    beside = lambda ours, theirs: f"{theirs:8g} {share(ours, theirs)}" if theirs else f"{'-':>8} {'':7}"
+    ours, theirs = f"{'here':>8}", f"{'paper':>8} {'':7}"
+    rows = [f"{'XL/2':23} {'millions of parameters':>26} {'':26}   {'GFLOP at 256':>20} {'':7} {'GFLOP at 512':>20}",
+            f"{'':23} {ours} {'alike':>8} {'reading':>8} {'':7} {theirs}   {ours} {theirs}   {ours} {theirs}"]
+    for name, (fields, reading, *paper) in TABLE_A1.items():
+        cfg = replace(XL2, controls="crop+flip+size", **fields)
+        alike, cost = counted_alike(cfg) / 1e6, [flops(cfg, side, side) / 1e9 for side in (32, 64)]
+        rows.append(f"{name:23} {parameters(cfg) / 1e6:8.2f} {alike:8.2f} {beside(alike, reading)} "
+                    f"{beside(alike, paper[0])}   {cost[0]:8.2f} {beside(cost[0], paper[1])}   "
+                    f"{cost[1]:8.2f} {beside(cost[1], paper[2])}")
+    D, L = XL2.width, XL2.text_length
+    high, low, one = (control_parameters(n, D) for n in (3, 2, 6))
+    return "\n".join(row.rstrip() for row in rows) + f"""
+
+here     with two control MLPs: {high:,} parameters for crop and flip, {low:,} for size
+alike    with the paper's one of six scalars instead, {one:,}, and with its fixed position table, {256 * D:,}
+reading  the model that the paper's parameters and FLOPs suggest; ours lacks what nothing would read in the last block
+         and has the gains of the RMSNorm of q and k
+paper    table A1; 679.09 for mmDiT class is probably a slip, for its FLOPs are those of DiT by attention
+GFLOP    two for every multiply-add of a matrix product. In a block each of the {L} text tokens has 4 D^2 of them
+         here and probably 7 D^2 in the paper, where the image's q, k, v see it too"""
 
 
 if __name__ == "__main__":
     if sys.argv[1:] != ["--table"]:
         sys.exit(__doc__)
-    print(table())
+    print(table(), table_a1(), sep="\n\n")

@@ -15,6 +15,7 @@ import data
 import log
 import machine
 import model
+from conditioning import PADDINGS
 from config import Config, UserError, check_ranges, differences, from_json, load, parse
 
 CURES = ("lr", "warmup", "cooldown", "clip", "dtype")   # what to change after a loss that is not finite
@@ -44,9 +45,17 @@ def read_config(argv: list[str]) -> Config:
 def check(cfg: Config, world: int) -> None:
     """UserError for a config that cannot run, before anything is opened or built."""
     check_ranges(cfg)
-    for key, known in (("compile", ("auto", "on", "off")), ("dtype", machine.DTYPES)):
+    for key, known in (("compile", ("auto", "on", "off")), ("dtype", machine.DTYPES),
+                       ("padding", PADDINGS)):
         if getattr(cfg, key) not in known:
             raise UserError(f"unknown {key}={getattr(cfg, key)!r}; there are {', '.join(known)}")
+    if cfg.drop + cfg.drop_controls > 1:
+        raise UserError(f"drop={cfg.drop} and drop_controls={cfg.drop_controls} are shares of one whole; lower one")
+    if cfg.padding != "zero" and cfg.model.semantics != "text":
+        raise UserError(f"padding={cfg.padding!r} is of captions; model.semantics={cfg.model.semantics!r} has none")
+    if cfg.crop != "global" and "crop" not in cfg.augment.split("+"):
+        enough = "+".join(filter(None, (cfg.augment, "crop")))
+        raise UserError(f"crop={cfg.crop!r} needs crops to be random; say --augment={enough}")
     if cfg.batch % cfg.micro:
         near = max(d for d in range(1, min(cfg.micro, cfg.batch) + 1) if cfg.batch % d == 0)
         raise UserError(f"batch={cfg.batch} is not a multiple of micro={cfg.micro}; try --micro={near}")

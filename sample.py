@@ -1,6 +1,7 @@
 """From noise to pictures: samplers as functions of any callable, guidance, and the command line.
 
 python sample.py --out=out/shapes --prompt="a red ring left of a blue square" --n=16
+python sample.py --out=out/shapes32 --size=96,96 --crop=0,0 --flip=0 --lam=3 --beta=1.4
 torchrun --nproc_per_node=8 -- sample.py --out=out/imagenet --n=50000          (run again to go on after a stop)
 
 Writes <out>/samples/<name>.npz (arr_0, uint8, for evaluators) and, for a few pictures, a grid <name>.png. Everything
@@ -13,7 +14,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ import checkpoint
 import data
 import machine
 import model
-from conditioning import Condition, concatenate, guide
+from conditioning import CONTROLS, Condition, concatenate, guide, pad_text
 from config import Config, UserError, parse, seed64
 from schedule import alpha_bar_table, ddim_indices, to_sigma
 
@@ -81,10 +82,12 @@ def heun(denoise: Denoise, noise: Tensor, alpha_bar: Tensor, steps: int, spacing
 SPACING = {"ddim": "trailing", "heun": "linspace"}      # of each sampler, if none is asked for
 
 
-def guided(net: Denoise, cond: Condition, lam: float, beta: float = 1.0) -> Denoise:
+def guided(net: Denoise, cond: Condition, lam: float, beta: float = 1.0,
+           interval: tuple[int, int] | None = None) -> Denoise:
     """[COND] eq. 2 closed over a network: only the passes whose weight is not zero, all in one batch.
 
-    lam 1 is no guidance, beta 1 guides on semantics alone. A condition without controls has no use for beta."""
+    lam 1 is no guidance, beta 1 guides on semantics alone. A condition without controls has no use for beta.
+    interval: the lowest and the highest noise index that are guided, [INT]; beyond them eps(c, s) alone."""
     beta = beta if cond.steered is not None else 1.0
     weights = {"cs": lam * beta, "s": lam * (1 - beta), "null": 1 - lam}
     parts = {"cs": cond, "s": cond.drop(controls=True), "null": cond.drop(semantics=True, controls=True)}
@@ -92,6 +95,8 @@ def guided(net: Denoise, cond: Condition, lam: float, beta: float = 1.0) -> Deno
     joint = concatenate(list(parts.values()))
 
     def denoise(x: Tensor, i: Tensor) -> Tensor:
+        if interval is not None and not interval[0] <= i[0].item() <= interval[1]:
+            return net(x, i, cond)
         eps = net(x.repeat(len(parts), 1, 1, 1), i.repeat(len(parts)), joint)   # (passes B, C, h, w)
         eps = dict(zip(parts, eps.chunk(len(parts))))
         return guide(*(eps.get(k, torch.zeros_like(x)) for k in weights), lam, beta)
@@ -112,6 +117,12 @@ class Options:
     spacing: str = ""               # noise levels visited: trailing, leading, linspace; empty = the sampler's own
     eta: float = 0.0                # share of fresh noise in a DDIM step; 1 = DDPM's
     lam: float = -1.0               # guidance scale lambda, 1 = none; -1 = that of the run
+    beta: float = 1.0               # share of lambda that goes to the controls too: 0 none, 1 all, above 1 exaggerates
+    interval: str = ""              # LOW,HIGH: guide only where sigma lies between these; empty = everywhere
+    size: str = ""                  # H,W of the original, for detail; empty = drawn as in training, like crop and flip
+    crop: str = ""                  # TOP,LEFT corner of the crop; 0,0 cuts nothing off
+    flip: str = ""                  # 0 as the caption says, 1 mirrored
+    resolution: str = ""            # H,W of the pictures (or latents); empty = as in training
     seed: int = 0                   # keys the noise; picture k is the same whatever n and batch are
     batch: int = 64                 # pictures at a time
     name: str = ""                  # of the files in <out>/samples; empty = made from the options
@@ -127,10 +138,10 @@ def noise_for(indices: Sequence[int], shape: tuple[int, ...], seed: int, purpose
 
 def draw(net: Denoise, cfg: Config, cond: Condition, indices: Sequence[int], o: Options,
          device: torch.device) -> Tensor:
-    """Pictures (or latents) number `indices` under `cond`, one row each. (B, C, R, R), about [-1, 1]"""
-    shape = (cfg.model.channels, cfg.model.resolution, cfg.model.resolution)
+    """Pictures (or latents) number `indices` under `cond`, one row each. (B, C, h, w), about [-1, 1]"""
+    shape = (cfg.model.channels, *side(o, cfg))
     alpha_bar = alpha_bar_table(cfg.model.schedule, cfg.model.noise_steps, cfg.model.rescale)
-    denoise = guided(net, cond.to(device), cfg.lam if o.lam < 0 else o.lam)
+    denoise = guided(net, cond.to(device), cfg.lam if o.lam < 0 else o.lam, o.beta, guided_indices(o, alpha_bar))
     noise, spacing = noise_for(indices, shape, o.seed).to(device), o.spacing or SPACING[o.sampler]
     with torch.inference_mode():
         if o.sampler == "heun":
@@ -139,14 +150,58 @@ def draw(net: Denoise, cfg: Config, cond: Condition, indices: Sequence[int], o: 
         return ddim(denoise, noise, alpha_bar, o.steps, o.eta, spacing, fresh)
 
 
+def guided_indices(o: Options, alpha_bar: Tensor) -> tuple[int, int] | None:
+    """The lowest and the highest noise index whose sigma lies in --interval; None if all are guided."""
+    if not o.interval:
+        return None
+    (low, high), sigma = numbers("interval", o.interval, 2), to_sigma(alpha_bar)
+    inside = torch.nonzero((sigma >= low) & (sigma <= high)).flatten().tolist()
+    if not inside:
+        raise UserError(f"interval={o.interval!r} has no noise level; sigma goes from {sigma[0]:.3g} to "
+                        f"{sigma[-1]:.3g}")
+    return inside[0], inside[-1]
+
+
+def numbers(key: str, text: str, count: int) -> list[float]:
+    """`text` as `count` numbers from 0 up, joined by commas; UserError otherwise."""
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if len(values) != count or not all(0 <= v < math.inf for v in values):
+        raise UserError(f"--{key} wants {('one number', 'two numbers')[count - 1]} from 0 up, like "
+                        f"--{key}={','.join(['16', '24'][:count])}, got {text!r}")
+    return values
+
+
+def side(o: Options, cfg: Config) -> tuple[int, int]:
+    """(h, w) of the pictures: that of the training, or --resolution, which patches must fill."""
+    if not o.resolution:
+        return cfg.model.resolution, cfg.model.resolution
+    h, w = numbers("resolution", o.resolution, 2)
+    if min(h, w) < 1 or h % cfg.model.patch or w % cfg.model.patch:
+        raise UserError(f"resolution={o.resolution!r} is not two multiples of the model's patch, {cfg.model.patch}")
+    return int(h), int(w)
+
+
+def pad(text: Tensor, lengths: Tensor, cfg: Config, indices: Sequence[int], seed: int) -> Tensor:
+    """[COND] sec. 2.1: captions (B, L, E) padded as in training, the noise drawn once for each picture. (B, L, E)"""
+    keys = [seed64(seed, "padding", int(k)) for k in indices]
+    return torch.cat([pad_text(text[b:b + 1], lengths[b:b + 1], cfg.padding, cfg.padding_noise,
+                               torch.Generator().manual_seed(key)) for b, key in enumerate(keys)])
+
+
 def to_uint8(x: Tensor) -> np.ndarray:
     """[-1, 1] -> 0 .. 255, rounded to nearest. (B, C, h, w) -> (B, h, w, C)"""
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 class Wishes:
-    """What each picture of a run is asked to be: its caption or class by number, from the options or the data set."""
+    """What each picture of a run is asked to be, by its number: caption or class, and how it was taken.
+
+    From the options; else captions of the data set, all classes in turn, and controls drawn as they are in training."""
     def __init__(self, o: Options, cfg: Config, header: dict[str, str]) -> None:
+        self.cfg, self.seed = cfg, o.seed
         self.semantics, self.classes = cfg.model.semantics, json.loads(header["classes"])
         asked = {"text": o.prompt, "class": o.label}.get(self.semantics, "")
         for key, other in (("prompt", "text"), ("label", "class")):
@@ -159,6 +214,17 @@ class Wishes:
             self.encoder.encode(self.asked)                 # an unknown word is an error before anything is drawn
         self.labels = [self.number(a) for a in self.asked] if self.semantics == "class" else []
 
+        self.controls, known = {}, model.control_names(cfg.model)
+        for key, count in CONTROLS.items():
+            if (text := getattr(o, key)) and key not in known:
+                raise UserError(f"--{key} needs a model that is steered by it; {o.out} has model.controls="
+                                f"{cfg.model.controls!r}")
+            if text:
+                self.controls[key] = torch.tensor(numbers(key, text, count))
+        if self.controls.get("flip", torch.zeros(1)).item() not in (0, 1):
+            raise UserError(f"--flip wants 0 or 1, got {o.flip!r}")
+        self.rows = {key: torch.tensor(rows) for key, rows in json.loads(header.get("controls", "{}")).items()}
+
     def number(self, label: str) -> int:
         """The number of a class given by name or number; UserError with the nearest names."""
         if label in self.classes:
@@ -168,16 +234,28 @@ class Wishes:
         near = difflib.get_close_matches(label, self.classes, n=5, cutoff=0.4) or self.classes[:5]
         raise UserError(f"unknown class {label!r} among {len(self.classes)}; near: {', '.join(near)}")
 
+    def steering(self, indices: np.ndarray) -> Condition:
+        """The controls of the pictures `indices`: those that were asked for, the rest from one training sample each."""
+        if not self.rows:
+            return Condition()
+        total = len(next(iter(self.rows.values())))
+        row = torch.tensor([seed64(self.seed, "controls", int(k)) % total for k in indices])
+        drawn = {key: rows[row].float() for key, rows in self.rows.items()}     # (B, 2) or (B,)
+        asked = {key: v.expand(len(indices), -1).reshape(drawn[key].shape) for key, v in self.controls.items()}
+        return Condition(steered=torch.ones(len(indices)), **{**drawn, **asked})
+
     def __call__(self, indices: np.ndarray) -> tuple[Condition, list[str]]:
         """The condition of the pictures `indices` (B,) and a title for each."""
+        steering = self.steering(indices)
         if self.semantics == "none":
-            return Condition(), [""] * len(indices)
+            return steering, [""] * len(indices)
         if self.semantics == "class":
             label = [self.labels[k % len(self.labels)] if self.labels else k % len(self.classes) for k in indices]
-            return Condition(label=torch.tensor(label)), [self.classes[k] for k in label]
+            return replace(steering, label=torch.tensor(label)), [self.classes[k] for k in label]
         captions = ([self.asked[k % len(self.asked)] for k in indices] if self.asked
                     else self.source.records(indices, np.zeros_like(indices))["caption"])
-        return Condition(text=self.encoder.encode(captions)[0]), captions
+        text = pad(*self.encoder.encode(captions), self.cfg, indices, self.seed)        # (B, L, E)
+        return replace(steering, text=text), captions
 
 
 def check(o: Options, cfg: Config) -> None:
@@ -191,6 +269,10 @@ def check(o: Options, cfg: Config) -> None:
     if min(o.n, o.batch, o.steps) < 1 or o.steps > cfg.model.noise_steps:
         raise UserError(f"n={o.n}, batch={o.batch} and steps={o.steps} must be at least 1, steps at most "
                         f"{cfg.model.noise_steps}")
+    if o.beta != 1 and not model.control_names(cfg.model):
+        raise UserError(f"beta={o.beta} needs a model with controls; {o.out} has none")
+    guided_indices(o, alpha_bar_table(cfg.model.schedule, cfg.model.noise_steps, cfg.model.rescale))
+    side(o, cfg)
     if Path(o.name).name != o.name:
         raise UserError(f"name={o.name!r} is a file name without folders; files go to {o.out}/samples")
     try:
@@ -200,11 +282,11 @@ def check(o: Options, cfg: Config) -> None:
 
 
 def draw_all(o: Options, net: Denoise, cfg: Config, wishes: Wishes, place: machine.Place, path: Path) -> np.ndarray:
-    """All n pictures, (n, R, R, C) uint8, by batches that the processes take in turn, into one file mapped to memory.
+    """All n pictures, (n, h, w, C) uint8, by batches that the processes take in turn, into one file mapped to memory.
 
     A batch is marked when it is on the disk, so that the same command after a stop draws only the missing ones."""
-    side, batches = cfg.model.resolution, -(-o.n // o.batch)
-    files = (((o.n, side, side, cfg.model.channels), path.with_suffix(".part")),
+    (h, w), batches = side(o, cfg), -(-o.n // o.batch)
+    files = (((o.n, h, w, cfg.model.channels), path.with_suffix(".part")),
              ((batches,), path.with_suffix(".done")))
     if place.rank == 0:
         for shape, file in files:

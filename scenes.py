@@ -2,12 +2,13 @@
 
 u = uniform(key, indices, DRAWS)                            a row of random numbers for every index
 scene = draw_scene(u, objects=(1, 2, 3), held_out=False)    what is where
-image = render(scene, top, left, flip, R)                   pixels
+image = render(scene, S, top, left, flip, R)                pixels
 
-Lengths are shares of the crop's side, y points down, and (0, 0) is the top left corner of the crop that cuts
-nothing.
-Dimensions: B batch, n objects (3 places, the unused hold -1), R side of the crop, S side of the canvas,
-K objects of a batch that share a native size, p side of the square that holds an object, in native pixels.
+Lengths are shares of the picture's side, y points down, and (0, 0) is its top left corner. The canvas is a quarter
+wider than the picture, to the right and below. A crop of the canvas as wide as the picture, at (0, 0), cuts nothing.
+Dimensions: B batch, n objects (3 places, the unused hold -1), R side of the crop, S side of the canvas (both in
+pixels of the crop), K objects of a batch that share a native size, p side of the square that holds an object, in
+native pixels.
 """
 import math
 from functools import lru_cache
@@ -168,7 +169,7 @@ def sdf(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return (dy * x - dx * (y + 1)) / math.hypot(dx, dy)
 
 
-@lru_cache(maxsize=None)
+@lru_cache(maxsize=1024)
 def resampler(n: int, S: int, pad: int) -> np.ndarray:
     """(S, pad + n + pad) float32: n pixels to S by a triangle as wide as two pixels of the coarser grid."""
     at = (np.arange(S)[:, None] + 0.5) * n / S - (np.arange(n) + 0.5)
@@ -176,12 +177,13 @@ def resampler(n: int, S: int, pad: int) -> np.ndarray:
     return np.pad(weight / weight.sum(1, keepdims=True), ((0, 0), (pad, pad))).astype(np.float32)
 
 
-def render(scene: dict[str, np.ndarray], top: np.ndarray, left: np.ndarray, flip: np.ndarray,
+def render(scene: dict[str, np.ndarray], S: np.ndarray, top: np.ndarray, left: np.ndarray, flip: np.ndarray,
            R: int) -> np.ndarray:
-    """The crops (B, 3, R, R) float32 in [-1, 1]; top, left in pixels of the canvas, flip bool, (B,) each.
+    """The crops (B, 3, R, R) float32 in [-1, 1]; S, top, left in pixels of the canvas, flip bool, (B,) each.
 
-    Resampling is linear and objects do not overlap, so each object's coverage is drawn on a small square of
-    native pixels, resampled straight to the crop, and laid over the background in its colour."""
+    A crop shows canvas(R) / S of the picture's side: all of it at S = canvas(R), half of it at twice that. Resampling
+    is linear and objects do not overlap, so each object's coverage is drawn on a small square of native pixels,
+    resampled straight to the crop, and laid over the background in its colour."""
     back = rgb(BACKGROUNDS)[scene["background"]]                                            # (B, 3)
     image = np.repeat(back, R * R, axis=1).reshape(-1, 3, R, R)
     paint = rgb(COLORS)[scene["color"]] - back[:, None]                                    # (B, 3 objects, 3)
@@ -189,18 +191,17 @@ def render(scene: dict[str, np.ndarray], top: np.ndarray, left: np.ndarray, flip
         b, j = np.nonzero((scene["native"] == k)[:, None] & (scene["shape"] >= 0))          # (K,) each
         if len(b):
             x, y, r = (scene[name][b, j] for name in ("x", "y", "r"))
-            mask = draw(scene["shape"][b, j], x, y, r, n, top[b], left[b], flip[b], R)      # (K, R, R)
+            mask = draw(scene["shape"][b, j], x, y, r, n, S[b], top[b], left[b], flip[b], R)        # (K, R, R)
             for o in range(3):
                 one = j == o
                 image[b[one]] += mask[one, None] * paint[b[one], o, :, None, None]
     return np.clip(image, -1, 1)
 
 
-def draw(shape: np.ndarray, x: np.ndarray, y: np.ndarray, r: np.ndarray, n: int, top: np.ndarray,
-         left: np.ndarray, flip: np.ndarray, R: int) -> np.ndarray:
+def draw(shape: np.ndarray, x: np.ndarray, y: np.ndarray, r: np.ndarray, n: int, S: np.ndarray,
+         top: np.ndarray, left: np.ndarray, flip: np.ndarray, R: int) -> np.ndarray:
     """Coverage (K, R, R) of single objects, clip(1/2 - distance in native pixels), resampled to the crop."""
-    S = canvas(R)
-    unit = n * R / S                                        # native pixels a crop's side
+    unit = n * R / canvas(R)                                # native pixels a picture's side
     p = math.ceil(2 * ALONE * unit) + 3
     corner = np.floor(np.stack([x, y]) * unit - p / 2).astype(int)                          # (2, K)
     pixel = corner[..., None] + np.arange(p) + 0.5 - np.stack([x, y])[..., None] * unit     # (2, K, p)
@@ -212,10 +213,11 @@ def draw(shape: np.ndarray, x: np.ndarray, y: np.ndarray, r: np.ndarray, n: int,
         cover[one] = sdf(SHAPES[s], px[one, None, :], py[one, :, None]) * scale[one]
     cover = np.clip(0.5 - cover, 0, 1)
 
-    weight = resampler(n, S, p)
-    seen = np.arange(R)
-    rows = top[:, None] + seen
-    cols = left[:, None] + np.where(flip[:, None], seen[::-1], seen)
+    sides, which = np.unique(S, return_inverse=True)
+    weight = np.concatenate([resampler(n, int(side), p) for side in sides])                 # (sum of sides, ...)
+    start, seen = (np.cumsum(sides) - sides)[which][:, None], np.arange(R)
+    rows = start + top[:, None] + seen                                                      # (K, R)
+    cols = start + left[:, None] + np.where(flip[:, None], seen[::-1], seen)
     inside = corner[..., None] + np.arange(p) + p                                           # (2, K, p)
     wx = weight[cols[:, :, None], inside[0][:, None]]                                       # (K, R, p)
     wy = weight[rows[:, :, None], inside[1][:, None]]
@@ -223,5 +225,5 @@ def draw(shape: np.ndarray, x: np.ndarray, y: np.ndarray, r: np.ndarray, n: int,
 
 
 def canvas(R: int) -> int:
-    """Side S of the canvas that a crop of side R is cut from."""
+    """Side S of the canvas from which a crop of side R shows as much as the picture is wide."""
     return round(1.25 * R)

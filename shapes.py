@@ -40,6 +40,7 @@ class Shapes:
     objects     how many objects a scene may have, of 1, 2 and 3
     native      draw at a side from NATIVE, likelier coarse for the first classes; off: at the finest
     crop        cut the crop out of the canvas anywhere, objects or not; off: at (0, 0), which cuts nothing
+    side        range of the share of the picture's side that a crop shows; with crop off all of it, always
     flip        mirror every other picture but not its caption; off: never"""
     channels = 3
     classes = list(SHAPES)
@@ -47,18 +48,22 @@ class Shapes:
 
     def __init__(self, resolution: int = 32, seed: int = 0, split: str = "train",
                  objects: tuple[int, ...] = (1, 2, 3), native: bool = True, crop: bool = True,
-                 flip: bool = True):
+                 flip: bool = True, side: tuple[float, float] = (1.0, 1.0)):
         if split not in SPLITS:
             raise UserError(f"unknown split {split!r} of shapes; it has: {', '.join(SPLITS)}")
         if not objects or not set(objects) <= {1, 2, 3}:
             raise UserError(f"objects wants numbers of 1, 2 and 3, got {objects!r}")
         if resolution < 8:
             raise UserError(f"shapes want a resolution of at least 8, got {resolution}")
+        if not 0 < side[0] <= side[1] <= 1:
+            raise UserError(f"side wants a range in (0, 1], got {side!r}")
         self.resolution, self.split, self.objects = resolution, split, tuple(objects)
         self.native, self.crop, self.flip = native, crop, flip
+        self.side = (float(side[0]), float(side[1])) if crop else (1.0, 1.0)
         self.controls = tuple(c for c, on in (("size", native), ("crop", crop), ("flip", flip)) if on)
         self.scene_key, self.view_key = seed64("scene", seed, split), seed64("view", seed, split)
         parts = (VERSION, resolution, seed, split, self.objects, native, crop, flip)
+        parts += self.side if self.side != (1, 1) else ()   # what is the same as without it has the same fingerprint
         self.fingerprint = hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -76,11 +81,12 @@ class Shapes:
         if not self.native:
             scene["native"][:] = len(NATIVE) - 1
 
-        R = self.resolution
-        v = uniform(self.view_key, index * len(self) + epoch, 3)
-        top, left = (v[:, :2] * (canvas(R) - R + 1) * self.crop).astype(int).T
+        R, (low, high) = self.resolution, self.side
+        v = uniform(self.view_key, index * len(self) + epoch, 4)
+        S = np.rint(canvas(R) / (low + (high - low) * v[:, 3])).astype(int)
+        top, left = (v[:, :2] * (S - R + 1)[:, None] * self.crop).astype(int).T
         flip = (v[:, 2] < 0.5) & self.flip
-        image = render(scene, top, left, flip, R)
+        image = render(scene, S, top, left, flip, R)
         captions = [caption(scene, b, u[b, 48:]) for b in range(len(index))]
         label = scene["shape"][np.arange(len(index)), scene["main"]]
         size = np.array(NATIVE, np.float32)[scene["native"]]
@@ -89,7 +95,7 @@ class Shapes:
             size=torch.from_numpy(size)[:, None].repeat(1, 2),
             crop=torch.from_numpy(np.stack([top, left], 1).astype(np.float32)),
             flip=torch.from_numpy(flip.astype(np.float32)), index=torch.from_numpy(index),
-            scene={k: torch.from_numpy(v) for k, v in seen(scene, top, left, flip, R).items()})
+            scene={k: torch.from_numpy(v) for k, v in seen(scene, S, top, left, flip, R).items()})
 
     def record(self, index: int, epoch: int = 0) -> dict:
         """One sample: the only row of `records([index], epoch)`."""
@@ -98,12 +104,14 @@ class Shapes:
         return {**{key: value[0] for key, value in batch.items()}, "scene": scene}
 
 
-def seen(scene: dict[str, np.ndarray], top: np.ndarray, left: np.ndarray, flip: np.ndarray, R: int) -> dict:
-    """The scene in coordinates of the picture: centres moved by the crop and mirrored by the flip."""
-    there = scene["shape"] >= 0
-    x, y = scene["x"] - left[:, None] / R, scene["y"] - top[:, None] / R
+def seen(scene: dict[str, np.ndarray], S: np.ndarray, top: np.ndarray, left: np.ndarray, flip: np.ndarray,
+         R: int) -> dict:
+    """The scene in shares of the crop's side: enlarged and moved by the crop, mirrored by the flip."""
+    there, finer = scene["shape"] >= 0, S[:, None] / canvas(R)
+    x, y, r = (scene[name] * finer for name in "xyr")                                      # (B, 3)
+    x, y = x - left[:, None] / R, y - top[:, None] / R
     x = np.where(flip[:, None], 1 - x, x)
-    return dict(scene, x=np.where(there, x, -1), y=np.where(there, y, -1))
+    return dict(scene, **{name: np.where(there, value, -1) for name, value in (("x", x), ("y", y), ("r", r))})
 
 
 # ---------------------------------------------------------------- scoring

@@ -31,13 +31,14 @@ import log
 import machine
 import model
 import sample
-from conditioning import Condition, from_batch
+from conditioning import Condition, from_batch, pad_text
 from config import Config, UserError, fields, seed64, to_json
 from ema import PowerEMA
 from log import Window
 from plot import plot
 from preflight import TRY, Nonfinite, check, check_resume, check_retry, complete, read_config
 from schedule import add_noise, alpha_bar_table, loss_weights
+from transfer import start_from
 
 PREVIEWS = 16                           # pictures in a preview grid
 PREVIEW_STEPS = 20                      # sampling steps of a preview
@@ -62,13 +63,14 @@ def denoising_loss(net: nn.Module, x0: Tensor, cond: Condition, g: torch.Generat
                    cfg: Config) -> tuple[Tensor, Tensor]:
     """[DDPM] eq. 14: |eps_hat(x_t, i, cond) - eps|^2 with i uniform, of every picture, and i. (B,), (B,)
 
-    Equal to the denoising error |x0_hat - x0|^2 weighted by 1/sigma^2 ([COND] app. A). All draws come from g."""
+    Equal to the denoising error |x0_hat - x0|^2 weighted by 1/sigma^2 ([COND] app. A). For guidance a share cfg.drop
+    has neither semantics nor controls, a share cfg.drop_controls no controls ([COND] sec. 2.4). All draws are g's."""
     B = len(x0)
     i = torch.randint(len(alpha_bar), (B,), generator=g, device=x0.device)
     eps = torch.randn(x0.shape, generator=g, device=x0.device)
-    dropped = torch.rand(B, generator=g, device=x0.device) < cfg.drop
+    u = torch.rand(B, generator=g, device=x0.device)
     x_t = add_noise(x0, eps, alpha_bar[i])
-    eps_hat = net(x_t, i.float(), cond.drop(semantics=dropped))
+    eps_hat = net(x_t, i.float(), cond.drop(semantics=u < cfg.drop, controls=u < cfg.drop + cfg.drop_controls))
     return (eps_hat - eps).square().flatten(1).mean(1), i
 
 
@@ -115,6 +117,8 @@ def preview(net: nn.Module, cfg: Config, batch: data.Batch, names: list[str], pl
     if path.exists():
         return
     cond = from_batch(batch, cfg.model.semantics, model.control_names(cfg.model))
+    if cond.text is not None:
+        cond = dataclasses.replace(cond, text=sample.pad(cond.text, batch["lengths"], cfg, range(PREVIEWS), 0))
     images = sample.draw(net, cfg, cond, range(PREVIEWS), sample.Options(steps=PREVIEW_STEPS), place.device)
     png = io.BytesIO()
     data.grid(images.float().cpu(), 4, data.titles(batch, names)).save(png, "png")
@@ -196,6 +200,10 @@ def main(argv: list[str], held: ExitStack, status: log.Status) -> None:
     torch.manual_seed(seed64(cfg.seed, "weights"))
     net = model.build(cfg.model).to(place.device)
     net.dtype = machine.precision(place.device, cfg.dtype)
+    if cfg.init and not any(out.glob("step-*")):            # a run that goes on has weights of its own
+        report = start_from(cfg.init, net, cfg)
+        if chief:
+            checkpoint.say(report)
     ema = PowerEMA(net, cfg.ema)
     opt = optimizer(net, cfg, window)
     tensors = state(net, ema, opt)
@@ -211,6 +219,9 @@ def main(argv: list[str], held: ExitStack, status: log.Status) -> None:
     def inputs(batch: data.Batch, step: int, m: int) -> tuple[Tensor, Condition, torch.Generator]:
         g = torch.Generator(place.device).manual_seed(seed64(cfg.seed, "noise", step, m))
         cond = from_batch(batch, semantics, controls).to(place.device)
+        if cond.text is not None:
+            lengths = batch["lengths"].to(place.device, non_blocking=True)
+            cond = dataclasses.replace(cond, text=pad_text(cond.text, lengths, cfg.padding, cfg.padding_noise, g))
         return batch["image"].to(place.device, non_blocking=True), cond, g
 
     n, rounds = cfg.batch // cfg.micro, cfg.batch // cfg.micro // place.world

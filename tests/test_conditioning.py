@@ -6,10 +6,13 @@ import pytest
 import torch
 
 import conditioning
-from conditioning import (CONTROL_WEIGHTS, CONTROLS, NULL_LABEL, TIME_FEATURES, Condition, ControlEmbedding,
-                          LabelEmbedder, concatenate, control_weight, from_batch, guide, sincos_2d, timestep_embedding)
+from conditioning import (CONTROL_WEIGHTS, CONTROLS, NULL_LABEL, PADDINGS, TIME_FEATURES, Condition, ControlEmbedding,
+                          LabelEmbedder, concatenate, control_weight, from_batch, guide, interpolate_2d, pad_text,
+                          replicate_pad, sincos_2d, timestep_embedding)
+from schedule import rescale_alpha_bar, scaled_linear_alpha_bar, to_sigma
 
 B, D, L, E = 5, 24, 7, 11
+SIGMA = to_sigma(scaled_linear_alpha_bar())         # (1000,)
 
 
 def normal(*shape, seed=0):
@@ -65,9 +68,32 @@ def test_cosine_weight_has_the_published_half_time_and_mean(alpha, half, mean):
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "step"])
-def test_falling_weights_start_at_one_end_at_exactly_zero_and_fall(kind):
-    weight = control_weight(torch.linspace(0, 1, 1000), kind)
+@pytest.mark.parametrize("alpha", [1, 2, 4, 8])
+def test_falling_weights_start_at_one_end_at_exactly_zero_and_fall(kind, alpha):
+    weight = control_weight(torch.linspace(0, 1, 1000), kind, alpha, SIGMA)
     assert weight[0] == 1 and weight[-1] == 0 and (weight.diff() <= 0).all() and ((0 <= weight) & (weight <= 1)).all()
+
+
+@pytest.mark.parametrize("threshold, last", [(1, 353), (2, 562)])
+def test_step_ends_at_the_index_where_sigma_passes_the_threshold(threshold, last):
+    i = torch.arange(1000)
+    weight = control_weight(i / 999, "step", threshold, SIGMA)
+    assert weight.dtype == torch.float32 and torch.equal(weight, (i <= last).float())
+    assert SIGMA[last] <= threshold < SIGMA[last + 1]
+
+
+def test_step_takes_any_length_of_table_and_rounds_to_its_index():
+    sigma = torch.tensor([0.1, 0.9, 1.0, 3.0])
+    t = torch.tensor([0, 0.45, 0.55, 0.82, 0.84, 1.0])      # indices 0, 1, 2, 2, 3, 3
+    assert control_weight(t, "step", 1, sigma).tolist() == [1, 1, 1, 1, 0, 0]
+    wider = to_sigma(rescale_alpha_bar(scaled_linear_alpha_bar(), 256, 512))
+    ends = [int(control_weight(torch.arange(1000) / 999, "step", x, wider).sum()) - 1 for x in (1, 2)]
+    assert ends == [169, 353]                               # of a rescaled table, were it given
+
+
+def test_step_without_its_table_says_so():
+    with pytest.raises(ValueError, match="'step'.*sigma"):
+        control_weight(torch.zeros(1), "step")
 
 
 def test_cosine_is_the_default_with_power_eight_and_a_higher_power_opens_later():
@@ -75,6 +101,8 @@ def test_cosine_is_the_default_with_power_eight_and_a_higher_power_opens_later()
     assert torch.equal(control_weight(t), control_weight(t, "cosine", 8.0))
     for low, high in ((1, 2), (2, 4), (4, 8)):
         assert (control_weight(t, "cosine", high) < control_weight(t, "cosine", low)).all()
+    for alpha in (1, 2, 4, 8):
+        assert (control_weight(t, "cosine", alpha).diff() < 0).all()
 
 
 def test_cosine_in_float32_keeps_small_weights():
@@ -88,8 +116,6 @@ def test_other_weights():
     assert control_weight(t, "uniform").tolist() == [1] * 6
     assert control_weight(t, "zero").tolist() == [0] * 6
     assert torch.equal(control_weight(t, "linear"), 1 - t)
-    assert control_weight(t, "step", 8).tolist() == [1, 1, 1, 0, 0, 0]     # half-weight time 0.083
-    assert control_weight(t, "step", 1).tolist() == [1, 1, 1, 1, 1, 0]
 
 
 def test_an_unknown_weight_is_named_with_those_there_are():
@@ -99,8 +125,8 @@ def test_an_unknown_weight_is_named_with_those_there_are():
 
 # ---------------------------------------------------------------- control
 
-def embedding(controls=tuple(CONTROLS), kind="cosine", random=True):
-    net = ControlEmbedding(controls, D, kind, 8.0)
+def embedding(controls=tuple(CONTROLS), kind="cosine", random=True, alpha=8.0):
+    net = ControlEmbedding(controls, D, kind, alpha, SIGMA if kind == "step" else None)
     for k, p in enumerate(net.parameters()):
         torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(k)) if random else None
     return net
@@ -140,11 +166,18 @@ def test_size_acts_with_weight_gamma_and_crop_and_flip_with_weight_one():
     assert torch.equal(high(cond, t), high(cond, 1 - t))
 
 
-@pytest.mark.parametrize("kind", ["uniform", "zero", "linear"])
-def test_the_kind_of_weight_is_used(kind):
-    cond, t = full(), torch.rand(B, generator=torch.Generator().manual_seed(0))
-    out, whole = (embedding(("size",), k)(cond, t) for k in (kind, "uniform"))
-    assert torch.allclose(out, control_weight(t, kind)[:, None] * whole, atol=1e-6)
+@pytest.mark.parametrize("kind, alpha", [("uniform", 8), ("zero", 8), ("linear", 8), ("cosine", 2), ("step", 1),
+                                         ("step", 2)])
+def test_the_kind_of_weight_and_its_alpha_are_used(kind, alpha):
+    cond, t = full(), torch.tensor([0.0, 300, 400, 600, 999]) / 999
+    out, whole = (embedding(("size",), k, alpha=alpha)(cond, t) for k in (kind, "uniform"))
+    assert torch.allclose(out, control_weight(t, kind, alpha, SIGMA)[:, None] * whole, atol=1e-6)
+
+
+def test_the_table_of_sigma_moves_with_the_module_and_is_not_saved():
+    net = embedding(kind="step")
+    assert not [k for k in net.state_dict() if "sigma" in k]
+    assert net.to("meta").sigma.is_meta and embedding().sigma is None
 
 
 def test_dropped_controls_add_exactly_zero():
@@ -164,6 +197,124 @@ def test_one_scalar_moves_its_own_sinusoid_only():
     assert torch.equal(before[:, 2], timestep_embedding(cond.flip, TIME_FEATURES))
     size = net.features(cond, net.low).unflatten(1, (2, TIME_FEATURES))
     assert torch.equal(size[:, 0], timestep_embedding(cond.size[:, 0], TIME_FEATURES))
+
+
+# ---------------------------------------------------------------- short captions
+
+def keyed(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def captions(lengths, room=L, seed=3):
+    """Random tokens (len(lengths), room, E), zeros after each end, with a different spread in every channel."""
+    lengths = torch.tensor(lengths)
+    tokens = normal(len(lengths), room, E, seed=seed) * torch.arange(1, E + 1) + 5
+    return torch.where(torch.arange(room)[:, None] < lengths[:, None, None], tokens, 0), lengths
+
+
+@pytest.mark.parametrize("length", [3, 7, 10, 77])
+def test_replication_without_noise_repeats_the_tokens_in_order(length):
+    tokens, lengths = captions([1, 2, 5, 7, 0])
+    out = replicate_pad(tokens, lengths, length, beta=0)
+    assert out.shape == (5, length, E) and out.dtype == torch.float32
+    for got, caption, n in zip(out, tokens, lengths.tolist()):
+        assert all(torch.equal(got[j], caption[j % n]) if n else not got[j].any() for j in range(length))
+
+
+def test_what_stands_after_the_end_of_a_caption_is_not_read():
+    tokens, lengths = captions([1, 2, 5, 0])
+    rubbish = torch.where(torch.arange(L)[:, None] < lengths[:, None, None], tokens, torch.nan)
+    for beta in (0, 0.5):
+        clean, other = (replicate_pad(x, lengths, 10, beta, keyed()) for x in (tokens, rubbish))
+        assert torch.equal(clean, other)
+    short = replicate_pad(tokens[:, :5], lengths, 10, 0.5, keyed())
+    assert torch.equal(short, replicate_pad(tokens, lengths, 10, 0.5, keyed()))
+
+
+def test_a_length_beyond_the_tokens_counts_the_tokens():
+    tokens, _ = captions([3, 3], room=3)
+    out = replicate_pad(tokens, torch.tensor([3, 9]), 8, beta=0)
+    assert torch.equal(out[1], tokens[1][torch.arange(8) % 3])
+
+
+@pytest.mark.parametrize("beta", [0.02, 0.2])
+def test_noise_has_the_standard_deviation_of_equation_7_in_every_channel_and_position(beta):
+    n, length, copies = 5, 12, 20_000                       # m = ceil(12 / 5) = 3
+    tokens, _ = captions([n])
+    out = replicate_pad(tokens.expand(copies, -1, -1), torch.full((copies,), n), length, beta, keyed())
+    noise = out - tokens[0][torch.arange(length) % n]       # (copies, length, E)
+    std = beta * math.sqrt(3 - 1) * tokens[0, :n].std(0, correction=0)          # (E,)
+    for j in range(length):                                 # the first n positions too; 5 standard errors
+        assert torch.allclose(noise[:, j].std(0), std, rtol=5 / math.sqrt(2 * copies), atol=0), j
+        assert (noise[:, j].mean(0).abs() < 5 * std / math.sqrt(copies)).all(), j
+    corr = torch.corrcoef((noise / std)[:, [0, 1, n, 2 * n], 0].T)     # every copy gets noise of its own
+    assert (corr - torch.eye(4)).abs().max() < 5 / math.sqrt(copies)
+
+
+@pytest.mark.parametrize("n, m", [(1, 77), (2, 39), (38, 3), (39, 2), (76, 2), (77, 1), (90, 1)])
+def test_noise_grows_with_the_number_of_copies_and_a_cut_copy_counts(n, m):
+    tokens, lengths = captions([n], room=90)
+    clean, noisy = replicate_pad(tokens, lengths, 77, 0), replicate_pad(tokens, lengths, 77, 0.1, keyed())
+    eps = torch.randn(1, 77, E, generator=keyed())
+    want = 0.1 * math.sqrt(m - 1) * tokens[0, :n].std(0, correction=0) * eps
+    assert torch.allclose(noisy - clean, want, rtol=1e-4, atol=2e-5)
+    assert ((noisy - clean).abs().max() > 0.1) == (n > 1 and m > 1)
+
+
+def test_noise_is_a_function_of_the_generator():
+    tokens, lengths = captions([2, 5, 3])
+    a, b, c = (replicate_pad(tokens, lengths, 10, 0.1, keyed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(a, b) and (a - c).abs().amax((1, 2)).min() > 0.1
+    generator = keyed(1)
+    first, second = (replicate_pad(tokens, lengths, 10, 0.1, generator) for _ in range(2))
+    assert torch.equal(first, a) and not torch.equal(second, a)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    replicate_pad(tokens, lengths, 10, 0.1, keyed())
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_noise_without_a_generator_is_refused_and_replication_needs_none():
+    tokens, lengths = captions([2, 5])
+    with pytest.raises(ValueError, match="beta=0.02.*generator"):
+        replicate_pad(tokens, lengths)
+    assert replicate_pad(tokens, lengths, beta=0.0).shape == (2, 77, E)
+
+
+@pytest.mark.parametrize("beta", [0, 0.1])
+def test_a_caption_of_one_token_is_repeated_without_noise_and_an_empty_one_is_zero(beta):
+    tokens, lengths = captions([1, 0])
+    out = replicate_pad(tokens, lengths, 10, beta, keyed())
+    assert torch.equal(out[0], tokens[0, :1].expand(10, -1)) and not out[1].any()
+    assert torch.equal(out[1:], Condition(text=out[:1]).drop(semantics=True).text)      # both are the null condition
+
+
+def test_padding_never_looks_at_a_value_on_the_host():
+    tokens, lengths = (v.to("meta") for v in captions([2, 5, 0]))
+    assert replicate_pad(tokens, lengths, 10, 0.1, keyed()).shape == (3, 10, E)     # meta tensors have no values
+
+
+def test_half_precision_tokens_are_padded_in_fp32():
+    tokens, lengths = captions([2, 5])
+    tokens = tokens.bfloat16()
+    out = replicate_pad(tokens, lengths, 10, 0.02, keyed())
+    assert out.dtype == torch.float32
+    assert torch.equal(out, replicate_pad(tokens.float(), lengths, 10, 0.02, keyed()))
+
+
+def test_the_three_paddings():
+    tokens, lengths = captions([2, 5, 7, 0])
+    assert PADDINGS == ("zero", "replicate", "noisy")
+    assert pad_text(tokens, lengths, "zero", 0.3, keyed()) is tokens
+    assert torch.equal(pad_text(tokens, lengths, "replicate", 0.3), replicate_pad(tokens, lengths, L, 0))
+    noisy = pad_text(tokens, lengths, "noisy", 0.3, keyed())
+    assert torch.equal(noisy, replicate_pad(tokens, lengths, L, 0.3, keyed())) and noisy.shape == tokens.shape
+    assert torch.equal(noisy[2:], tokens[2:]) and not torch.equal(noisy[:2], pad_text(tokens, lengths, "replicate")[:2])
+
+
+def test_an_unknown_padding_is_named_with_those_there_are():
+    with pytest.raises(ValueError, match="'mirror'.*zero, replicate, noisy"):
+        pad_text(*captions([2]), "mirror")
 
 
 # ---------------------------------------------------------------- the condition
@@ -228,6 +379,10 @@ def test_from_batch_takes_what_the_model_reads(semantics, controls, there):
 def test_guidance_is_the_two_scale_form_and_its_weights_sum_to_one(lam, beta):
     cs, s, null = normal(3, 2, 4, 5, 6).double()
     assert torch.allclose(guide(cs, cs, cs, lam, beta), cs)
+    unit = torch.eye(3, dtype=torch.float64)
+    weights = guide(*unit, lam, beta)
+    assert weights.sum().item() == pytest.approx(1, abs=1e-12)
+    assert torch.allclose(weights, torch.tensor([lam * beta, lam * (1 - beta), 1 - lam], dtype=torch.float64))
     assert torch.allclose(guide(cs, s, null, lam, beta), null + lam * (s - null) + lam * beta * (cs - s))
 
 
@@ -280,3 +435,22 @@ def test_a_base_extent_gives_every_resolution_the_same_limits():
 def test_a_width_that_positions_cannot_have(dim):
     with pytest.raises(ValueError, match=f"divisible by 4, got {dim}"):
         sincos_2d(2, 3, dim)
+
+
+# ---------------------------------------------------------------- position, by interpolation
+
+def test_an_interpolated_table_is_shorter_than_a_resampled_one():
+    table = interpolate_2d(32, 32, 1152, 16)
+    assert table.shape == (1024, 1152) and table.dtype == torch.float32 and table.is_contiguous()
+    norm = table.double().norm(dim=1)
+    assert norm.mean().item() == pytest.approx(23.886, abs=5e-4) and norm.max() < 24 + 1e-5 and norm.min() < 23.9
+    assert torch.allclose(sincos_2d(32, 32, 1152, 16).norm(dim=1), torch.tensor(24.0))
+
+
+def test_an_interpolated_table_keeps_rows_and_columns_apart_and_its_base_unchanged():
+    assert torch.allclose(interpolate_2d(6, 6, 16, 6), sincos_2d(6, 6, 16), atol=1e-6)
+    table, base = interpolate_2d(4, 12, 16, 6).unflatten(0, (4, 12)), sincos_2d(6, 6, 16).unflatten(0, (6, 6))
+    assert torch.allclose(table[:1, :, :8].expand(4, -1, -1), table[..., :8], atol=1e-6)
+    assert torch.allclose(table[:, :1, 8:].expand(-1, 12, -1), table[..., 8:], atol=1e-6)
+    assert torch.allclose(table[0, 1, :8], 0.75 * base[0, 0, :8] + 0.25 * base[0, 1, :8], atol=1e-6)   # patch centres
+    assert torch.allclose(table[0, -1, :8], base[0, -1, :8], atol=1e-6)

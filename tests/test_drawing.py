@@ -22,8 +22,12 @@ SMALL = ModelConfig(width=16, depth=2, heads=2, resolution=16, patch=4)
 WORDS = WordVectors()
 
 
-def run_folder(path: Path, semantics: str = "text", **kwargs) -> Path:
-    """A run folder whose network answers at once: random weights, none of them zero."""
+ROWS = {"size": [[16.0, 20.0], [96.0, 90.0], [30.0, 40.0]], "crop": [[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]],
+        "flip": [0.0, 1.0, 1.0]}
+
+
+def run_folder(path: Path, semantics: str = "text", run: dict | None = None, **kwargs) -> Path:
+    """A run folder whose network answers at once: random weights, none of them zero. `run`: fields of its Config."""
     m = replace(SMALL, semantics=semantics, classes=3 if semantics == "class" else 0, **kwargs)
     if semantics == "text":
         m = replace(m, text_dim=WORDS.dim, text_length=WORDS.length)
@@ -34,8 +38,11 @@ def run_folder(path: Path, semantics: str = "text", **kwargs) -> Path:
     path.mkdir()
     classes = ["golden retriever", "tench", "7"] if semantics == "class" else []
     checkpoint.write_weights(path / "weights.safetensors", net.state_dict(), {
-        "config": to_json(Config(out="elsewhere", model=m, lam=1.5)), "classes": json.dumps(classes),
-        "null_class": str(len(classes)), "step": "12"})
+        "config": to_json(Config(**{"out": "elsewhere", "model": m, "lam": 1.5, "augment": "crop+flip+size",
+                                    **(run or {})})),
+        "classes": json.dumps(classes),
+        "null_class": str(len(classes)), "step": "12",
+        **({"controls": json.dumps({k: ROWS[k] for k in model.control_names(m)})} if m.controls else {})})
     return path
 
 
@@ -92,6 +99,57 @@ def test_models_without_text_draw(tmp_path, semantics):
     assert drawn(run_folder(tmp_path / "run", semantics), "--n=2")[0].shape == (2, 16, 16, 3)
 
 
+def wishes(out: Path, **options) -> sample.Wishes:
+    o = sample.Options(out=str(out), **options)
+    return sample.Wishes(o, model.load(o.out)[1], checkpoint.read_header(out / "weights.safetensors"))
+
+
+def test_controls_are_drawn_together_from_those_of_the_training(tmp_path):
+    out, many = run_folder(tmp_path / "run", "class", controls="crop+flip+size"), np.arange(300)
+    cond, _ = wishes(out)(many)
+    known = [(*ROWS["size"][k], *ROWS["crop"][k], ROWS["flip"][k]) for k in range(3)]
+    seen = [(*s, *c, f) for s, c, f in zip(cond.size.tolist(), cond.crop.tolist(), cond.flip.tolist())]
+    assert set(seen) == set(known) and (cond.steered == 1).all()
+    shares = np.array([seen.count(row) for row in known]) / 300         # a third each, to 4 standard errors
+    assert abs(shares - 1 / 3).max() < 4 * np.sqrt(2 / 9 / 300)
+    assert wishes(out)(many[7:9])[0].size.tolist() == cond.size[7:9].tolist()           # by number, not by batch
+    assert wishes(out, seed=1)(many)[0].size.tolist() != cond.size.tolist()
+
+
+def test_controls_that_are_asked_for_replace_those_that_are_drawn(tmp_path):
+    out = run_folder(tmp_path / "run", "none", controls="crop+flip+size")
+    drawn_, _ = wishes(out)(np.arange(9))
+    asked, _ = wishes(out, size="64,48", flip="1")(np.arange(9))
+    assert asked.size.tolist() == [[64, 48]] * 9 and asked.flip.tolist() == [1] * 9
+    assert torch.equal(asked.crop, drawn_.crop)
+    assert wishes(out, crop="0,7")(np.arange(2))[0].crop.tolist() == [[0, 7]] * 2
+
+
+def test_size_and_beta_change_the_picture_and_beta_zero_forgets_the_size(tmp_path):
+    out = run_folder(tmp_path / "run", "class", controls="size", control_weight="uniform")
+    picture = lambda *flags: drawn(out, "--n=2", *flags)[0].astype(int)
+    assert abs(picture("--size=16,16") - picture("--size=96,96")).max() > 5
+    assert abs(picture("--size=16,16", "--beta=2") - picture("--size=16,16", "--beta=1.5")).max() > 5
+    assert np.array_equal(picture("--size=16,16", "--beta=0"), picture("--size=96,96", "--beta=0"))
+
+
+def test_another_resolution(tmp_path):
+    out = run_folder(tmp_path / "run", positions="resample")
+    assert drawn(out, "--n=3", "--batch=2", "--resolution=24,12")[0].shape == (3, 24, 12, 3)
+
+
+def test_noise_of_padding_belongs_to_the_picture(tmp_path):
+    out = run_folder(tmp_path / "run", run=dict(padding="noisy", padding_noise=0.5))
+    text = wishes(out, prompt="a red ring")(np.arange(4))[0].text
+    plain = run_folder(tmp_path / "exact", run=dict(padding="replicate"))
+    exact = wishes(plain, prompt="a red ring")(np.arange(4))[0].text
+    tokens, _ = WORDS.encode(["a red ring"])
+    assert torch.equal(exact, tokens[:, [j % 3 for j in range(WORDS.length)]].expand(4, -1, -1))
+    assert (text - exact).abs().amax((1, 2)).min() > 0.1 and (text[1:] - text[:1]).abs().amax((1, 2)).min() > 0.1
+    assert torch.equal(wishes(out, prompt="a red ring")(np.arange(2, 4))[0].text, text[2:])
+    assert not torch.equal(wishes(out, prompt="a red ring", seed=1)(np.arange(4))[0].text, text)
+
+
 def test_after_a_stop_the_same_command_draws_only_what_is_missing(tmp_path, monkeypatch):
     out = run_folder(tmp_path / "run")
     whole, path = drawn(out, "--n=6", "--batch=2", "--name=whole")
@@ -133,6 +191,13 @@ def test_two_processes_draw_the_same_pictures(tmp_path):
     ("text", ["--steps=1001"], ["1001", "1000"]),
     ("text", ["--n=0"], ["n=0"]),
     ("text", ["--name=../x"], ["../x"]),
+    ("text", ["--size=16,16"], ["--size", "controls"]),
+    ("text", ["--beta=1.4"], ["beta=1.4", "controls"]),
+    ("text", ["--interval=1"], ["--interval", "two numbers"]),
+    ("text", ["--interval=900,1000"], ["900,1000", "14.6"]),
+    ("text", ["--resolution=18,16"], ["18,16", "patch, 4"]),
+    ("text", ["--resolution=-4,4"], ["-4,4"]),
+    ("text", ["--resolution=large"], ["large"]),
     ("text", ["--dtype=half"], ["half", "bfloat16"]),
 ])
 def test_wishes_that_cannot_be_met(tmp_path, semantics, flags, parts):
@@ -141,6 +206,12 @@ def test_wishes_that_cannot_be_met(tmp_path, semantics, flags, parts):
         sample.main([f"--out={out}", "--threads=1", *flags])
     assert all(part in str(e.value) for part in parts) and "\n" not in str(e.value)
     assert not list(out.glob("samples/*"))
+
+
+@pytest.mark.parametrize("flag", ["--flip=0.5", "--size=16", "--crop=1,2,3", "--size=-1,4", "--size=nan,4"])
+def test_controls_that_no_picture_has(tmp_path, flag):
+    with pytest.raises(UserError, match=flag.partition("=")[0]):
+        sample.main([f"--out={run_folder(tmp_path / 'run', 'class', controls='crop+flip+size')}", flag])
 
 
 def test_a_folder_without_weights_is_named(tmp_path):

@@ -4,6 +4,7 @@ import torch
 
 import bench
 import model
+from blocks import SD3Block
 from conditioning import NULL_LABEL, Condition
 from config import ModelConfig
 from sample import ddim
@@ -67,6 +68,46 @@ def test_gradients_equal_diffusers():
     for mine, theirs in pairs:
         assert mine.weight.grad.abs().max() > 0
         torch.testing.assert_close(mine.weight.grad, theirs.weight.grad, atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@torch.no_grad()
+def test_sd3_block_equals_diffusers(last):
+    """Their last block besides has a query of context, whose answer it drops, and gives scale before shift."""
+    from diffusers.models.attention import JointTransformerBlock
+    D, H, B, N, L = 48, 3, 5, 7, 4
+    torch.manual_seed(3)
+    ours = SD3Block(D, H, last)
+    theirs = JointTransformerBlock(D, H, D // H, context_pre_only=last, qk_norm="rms_norm")
+    for p in ours.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    theirs.load_state_dict(sd3_weights(ours.state_dict(), last), strict=not last)
+    x, ctx, c = torch.randn(B, N, D), torch.randn(B, L, D), torch.randn(B, D)
+    ctx_out, out = theirs(x, ctx, c)
+    torch.testing.assert_close(ours(x, ctx, c)[0], out, atol=1e-4, rtol=1e-4)
+    if not last:
+        torch.testing.assert_close(ours(x, ctx, c)[1], ctx_out, atol=1e-4, rtol=1e-4)
+    assert (out - x).abs().max() > 0.1
+
+
+def sd3_weights(state, last):
+    """The weights of an SD3Block under the names of diffusers' block."""
+    names = {"adaLN_modulation.1": "norm1.linear", "ctx_adaLN_modulation.1": "norm1_context.linear",
+             "mlp.fc1": "ff.net.0.proj", "mlp.fc2": "ff.net.2",
+             "ctx_mlp.fc1": "ff_context.net.0.proj", "ctx_mlp.fc2": "ff_context.net.2",
+             "attn.proj": "attn.to_out.0", "attn.ctx_proj": "attn.to_add_out",
+             "attn.q_norm": "attn.norm_q", "attn.k_norm": "attn.norm_k",
+             "attn.ctx_q_norm": "attn.norm_added_q", "attn.ctx_k_norm": "attn.norm_added_k"}
+    split = {"attn.qkv": ["attn.to_q", "attn.to_k", "attn.to_v"],
+             "attn.ctx_qkv": ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"][last:]}
+    found = {}
+    for key, v in state.items():
+        layer, kind = key.rsplit(".", 1)
+        if last and layer == "ctx_adaLN_modulation.1":
+            v = v.roll(len(v) // 2, 0)
+        targets = split.get(layer) or [names[layer]]
+        found |= {f"{name}.{kind}": part for name, part in zip(targets, v.chunk(len(targets)))}
+    return found
 
 
 # ---------------------------------------------------------------- sampler

@@ -12,7 +12,7 @@ import torch
 import model
 from conditioning import Condition, guide
 from config import Config, ModelConfig
-from sample import SPACING, Options, ddim, draw, guided, heun, noise_for, to_uint8
+from sample import SPACING, Options, ddim, draw, guided, guided_indices, heun, noise_for, to_uint8
 from schedule import ddim_indices, scaled_linear_alpha_bar, to_sigma
 
 M, S = 0.7, 0.5
@@ -210,6 +210,24 @@ def test_only_passes_with_a_weight_are_made_in_one_batch_and_give_the_same(lam, 
     assert (spy.calls, spy.rows) == (1, passes * B)
     s, null = cond.drop(controls=True), cond.drop(semantics=True, controls=True)
     assert torch.allclose(eps, guide(*(Spy()(x, i, c) for c in (cond, s, null)), lam, beta))
+
+
+def test_guidance_is_confined_to_its_interval():
+    cond, x = condition(), normal(B, *SHAPE)
+    for i, passes in ((99.0, 1), (100.0, 3), (250.0, 3), (400.0, 3), (401.0, 1)):
+        spy, at = Spy(), torch.full((B,), i)
+        eps = guided(spy, cond, 2.0, 0.5, interval=(100, 400))(x, at)
+        assert (spy.calls, spy.rows) == (1, passes * B)
+        assert torch.allclose(eps, guided(Spy(), cond, 2.0, 0.5)(x, at) if passes == 3 else Spy()(x, at, cond))
+
+
+@pytest.mark.parametrize("low, high", [(0.5, 2.0), (0.0, 1.0), (3.0, 100.0)])
+def test_an_interval_of_sigma_is_one_of_indices(low, high):
+    first, last = guided_indices(Options(interval=f"{low},{high}"), TABLE)
+    sigma = to_sigma(TABLE)
+    inside = [k for k in range(len(TABLE)) if low <= sigma[k] <= high]
+    assert (first, last) == (inside[0], inside[-1])
+    assert guided_indices(Options(), TABLE) is None
 
 
 def test_guidance_without_controls_has_no_use_for_beta():

@@ -164,11 +164,16 @@ def test_switches_decide_the_controls_and_the_fingerprint():
     assert (plain["size"] == NATIVE[-1]).all() and not plain["crop"].any() and not plain["flip"].any()
     assert plain["caption"] == batch["caption"]                             # the same scenes, seen otherwise
     kinds = [Shapes(16), Shapes(8), Shapes(16, 1), Shapes(16, split="test"), Shapes(16, objects=(1,)), off]
-    assert len({kind.fingerprint for kind in kinds}) == 6 and Shapes(16).fingerprint == all_on.fingerprint
+    kinds += [Shapes(16, side=side) for side in ((0.4, 0.6), (0.4, 1))]
+    assert len({kind.fingerprint for kind in kinds}) == 8
+    assert Shapes(16).fingerprint == Shapes(16, side=(1, 1)).fingerprint == all_on.fingerprint
+    assert off.fingerprint == Shapes(16, **PLAIN, side=(0.4, 0.6)).fingerprint     # without crop there is no side
+    assert torch.equal(Shapes(16, **PLAIN, side=(0.4, 0.6)).records(range(9))["image"], plain["image"][:9])
 
 
 def test_wrong_arguments_are_named():
     cases = (dict(split="val"), "'val'"), (dict(objects=(0, 1)), "objects"), (dict(resolution=4), "4")
+    cases += tuple((dict(side=side), "side wants a range") for side in ((0, 1), (0.6, 0.4), (0.5, 1.1)))
     for wrong, word in cases:
         with pytest.raises(UserError, match=word):
             Shapes(**wrong)
@@ -237,11 +242,16 @@ def test_held_out_pairs_are_only_where_they_belong():
 
 # ---------------------------------------------------------------- pixels
 
+def some(count):
+    """A few scenes of one to three objects at all native sizes."""
+    return scenes.draw_scene(uniform(1, np.arange(count), scenes.DRAWS), (1, 2, 3), False)
+
+
 @pytest.mark.parametrize("n", NATIVE)
 def test_coverage_has_the_area_and_place_of_the_shape_at_every_native_size(n):
     x, y, r, R = np.full(8, 0.47), np.full(8, 0.56), np.full(8, 0.21), 48
     zero = np.zeros(8, int)
-    mask = scenes.draw(np.arange(8), x, y, r, n, zero, zero, zero > 0, R)
+    mask = scenes.draw(np.arange(8), x, y, r, n, zero + scenes.canvas(R), zero, zero, zero > 0, R)
     area, low = shapes.moments()
     assert np.abs(mask.sum((1, 2)) / (area * (0.21 * R) ** 2) - 1).max() < 2 / n     # blunt tips
     at = (np.arange(R) + 0.5) / R
@@ -269,14 +279,81 @@ def test_resampling_keeps_ramps_and_widens_with_shrinking(n, width):
 
 
 def test_crop_is_a_window_and_flip_a_mirror():
-    u = uniform(1, np.arange(12), scenes.DRAWS)
-    scene = scenes.draw_scene(u, (1, 2, 3), False)
-    zero, off = np.zeros(12, int), np.zeros(12, bool)
-    base = scenes.render(scene, zero, zero, off, 20)
-    moved = scenes.render(scene, zero + 2, zero + 3, off, 20)
+    zero, off, R = np.zeros(12, int), np.zeros(12, bool), 20
+    S = zero + scenes.canvas(R)
+    base = scenes.render(some(12), S, zero, zero, off, R)
+    moved = scenes.render(some(12), S, zero + 2, zero + 3, off, R)
     assert np.allclose(base[:, :, 2:, 3:], moved[:, :, :-2, :-3], atol=1e-6)
     assert not np.allclose(base, moved, atol=0.1)
-    assert np.allclose(scenes.render(scene, zero + 2, zero + 3, ~off, 20), moved[..., ::-1], atol=1e-6)
+    assert np.allclose(scenes.render(some(12), S, zero + 2, zero + 3, ~off, R), moved[..., ::-1], atol=1e-6)
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_a_crop_of_a_kth_of_the_side_is_a_window_of_the_picture_at_k_times_the_resolution(k):
+    R, B, u = 20, 24, np.random.default_rng(k)
+    top, left = u.integers(0, (k - 1) * R + 1, (2, B))
+    flip, zero = u.random(B) < 0.5, np.zeros(B, int)
+    S = zero + k * scenes.canvas(R)
+    fine = scenes.render(some(B), zero + scenes.canvas(k * R), zero, zero, zero > 0, k * R)
+    window = np.stack([fine[b, :, top[b]:top[b] + R, left[b]:left[b] + R] for b in range(B)])
+    window[flip] = window[flip][..., ::-1]
+    near = scenes.render(some(B), S, top, left, flip, R)
+    assert np.allclose(near, window, atol=2e-6) and np.ptp(near, axis=(2, 3)).max() > 1
+
+    mixed = np.where(np.arange(B) % 2, S, S // k)                           # a side of its own for every sample
+    top, left = top * (mixed - R) // (S - R), left * (mixed - R) // (S - R)
+    every = [scenes.render(some(B), zero + side, top % (side - R + 1), left % (side - R + 1), flip, R)
+             for side in (S[0] // k, S[0])]
+    both = np.where((mixed == S)[:, None, None, None], every[1], every[0])
+    assert np.allclose(scenes.render(some(B), mixed, top, left, flip, R), both, atol=2e-6)
+
+
+@pytest.mark.parametrize("low, high", [(0.4, 0.6), (0.4, 1.0)])
+def test_side_and_place_of_a_crop_are_uniform_in_their_ranges(low, high):
+    n, R = 2000, 64
+    batch, whole = Shapes(R, side=(low, high)).records(range(n)), Shapes(R, crop=False).records(range(n))
+    side = whole["scene"]["r"][:, 0] / batch["scene"]["r"][:, 0]
+    assert low - 0.004 < side.min() < low + 0.01 and high - 0.01 < side.max() < high + 0.004    # canvas: whole pixels
+    u = (side - low) / (high - low)
+    assert abs(u.mean() - 0.5) < 5 * (1 / 12 / n) ** 0.5 and abs(u.var() - 1 / 12) < 5 * (1 / 180 / n) ** 0.5
+    room = (1.25 / side - 1)[:, None] * R                                   # pixels by which the crop can be moved
+    place = (batch["crop"] + 0.5) / (room + 1)
+    assert batch["crop"].min() == 0 and ((room - batch["crop"]) > -0.01).all() and (place > 0.97).any(0).all()
+    assert (place.mean(0) - 0.5).abs().max() < 5 * (1 / 12 / n) ** 0.5
+    mixed = torch.corrcoef(torch.stack([u, place[:, 0], place[:, 1], batch["flip"]]).double())
+    assert (mixed - torch.eye(4)).abs().max() < 5 / n ** 0.5
+
+
+def test_a_side_changes_the_view_and_nothing_else():
+    pick, near, far = [28, 3], Shapes(16, seed=4, side=(0.4, 0.6)), Shapes(16, seed=4)
+    batch, again, plain = near.records(range(30), 2), near.records(pick, 2), far.records(range(30), 2)
+    for key in ("image", "label", "size", "crop", "flip", "index"):
+        assert torch.equal(again[key], batch[key][pick])
+    assert all(same({key: batch[key]}, {key: plain[key]}) for key in ("caption", "label", "size", "flip", "index"))
+    assert not torch.equal(batch["image"], plain["image"])
+    sides = [(far.records([k], e)["scene"]["r"] / near.records([k], e)["scene"]["r"])[0, 0].item()
+             for k, e in ((0, 0), (0, 1), (1, 0))]
+    assert len(set(sides)) == 3                                             # of index and epoch
+    almost = Shapes(16, seed=4, side=(0.999999, 1)).records(range(30), 2)
+    assert same(almost, plain)
+
+
+def test_truth_is_in_coordinates_of_a_crop_of_any_side():
+    R = 64
+    batch = Shapes(R, objects=(1,), native=False, side=(0.4, 1)).records(range(600))
+    share, at = shapes.unmix(batch["image"])[2], (np.arange(R) + 0.5) / R
+    scene = {name: batch["scene"][name][:, 0].numpy() for name in "xyr"}
+    ink = np.where(share > 0.05, share, 0)
+    x, y, r = (scene[k] for k in "xyr")
+    inside = (x - r > 0) & (x + r < 1) & (y - r > 0) & (y + r < 1)
+    outside = (x + r < -0.02) | (x - r > 1.02) | (y + r < -0.02) | (y - r > 1.02)
+    assert inside.sum() > 80 and batch["flip"].numpy()[inside].mean() > 0.3 and r[inside].max() > 0.4
+    assert outside.sum() > 20 and ink[outside].sum((1, 2)).max() < 1
+    area, low = (value[batch["label"].numpy()] for value in shapes.moments())
+    total = np.maximum(ink.sum((1, 2)), 1e-6)
+    assert np.abs(ink.sum(1) @ at / total - x)[inside].max() < 0.005
+    assert np.abs(ink.sum(2) @ at / total - low * r - y)[inside].max() < 0.005
+    assert np.abs(total / (area * (r * R) ** 2) - 1)[inside].max() < 0.08
 
 
 def test_truth_moves_with_the_crop_and_the_flip():

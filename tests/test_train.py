@@ -672,21 +672,24 @@ def test_the_first_step_is_what_a_loop_by_hand_gives(tmp_path, monkeypatch):
     """Loss, gradient norm, weights after AdamW: four microbatches are the mean over all their pictures."""
     monkeypatch.setattr(machine, "matmul_peak", lambda *_: 1.0)
     monkeypatch.setattr(machine, "find_device", lambda *_: torch.device("cpu"))
-    flags = [*TINY, f"--out={tmp_path}", "--batch=16", "--steps=1", "--log_every=1", "--warmup=4", "--clip=0.01"]
+    flags = [*TINY, f"--out={tmp_path}", "--batch=16", "--steps=1", "--log_every=1", "--warmup=4", "--clip=0.01",
+             "--noise_weight=1.5"]
     assert train.run(flags) == 0
     cfg = config.from_json((tmp_path / "config.json").read_text())
     source, alpha_bar = data.open_source(cfg), model.build(config.ModelConfig()).alpha_bar
     torch.manual_seed(config.seed64(0, "weights"))
     net = model.build(cfg.model)
 
-    losses, quarters = [], []
+    losses, quarters, weight = [], [], []
     for m in range(4):
         g = torch.Generator().manual_seed(config.seed64(0, "noise", 0, m))
         x0 = data.fetch(source, None, 0, 16, 4, 0, m)["image"]
         loss, i = train.denoising_loss(net, x0, train.Condition(), g, alpha_bar, cfg)
         losses, quarters = losses + [loss], quarters + (i // 250).tolist()
+        weight.append(((1 - alpha_bar[i]) / alpha_bar[i]) ** 0.75)
     loss = torch.cat(losses)
-    loss.mean().backward()
+    every = ((1 - alpha_bar) / alpha_bar) ** 0.75           # sigma ** 1.5
+    (loss * torch.cat(weight) / every.mean()).mean().backward()
     norm = torch.sqrt(sum(p.grad.square().sum() for p in net.parameters()))
     for p in net.parameters():
         p.grad *= 0.01 / norm
@@ -747,6 +750,54 @@ def test_the_loop_waits_for_the_device_at_lines_of_the_log_only(tmp_path, monkey
     at = {k for k, v in reads.seen.items() if k >= 0}
     assert at == {9, 19}                                    # read after these, before the next begins
     assert reads.seen[9] == ["tolist"]
+
+
+class Remembers(torch.nn.Module):
+    """A network that keeps the condition that it was given."""
+    def forward(self, x, i, cond):
+        self.cond = cond
+        return torch.zeros_like(x)
+
+
+@pytest.mark.parametrize("drop, drop_controls", [(0.1, 0.1), (0.3, 0.0), (0.0, 0.25)])
+def test_shares_that_are_trained_without_controls_and_without_everything(drop, drop_controls):
+    n, net = 20000, Remembers()
+    cond = train.Condition(label=torch.ones(n, dtype=torch.long), flip=torch.ones(n), steered=torch.ones(n))
+    g, alpha_bar = torch.Generator().manual_seed(3), torch.linspace(0.99, 0.01, 50)
+    train.denoising_loss(net, torch.zeros(n, 1, 2, 4), cond, g, alpha_bar,
+                         config.Config(drop=drop, drop_controls=drop_controls))
+    null, free = net.cond.label == -1, net.cond.steered == 0
+    assert not (null & ~free).any()                         # never controls without semantics
+    for share, expected in ((null, drop), (free & ~null, drop_controls)):
+        error = (expected * (1 - expected) / n) ** 0.5
+        assert abs(share.float().mean().item() - expected) <= 4 * error
+
+
+def test_captions_are_padded_as_asked_and_with_fresh_noise_every_step(tmp_path, monkeypatch):
+    """What the network is given, step by step: copies of the tokens, and noise that no two steps share."""
+    monkeypatch.setattr(machine, "matmul_peak", lambda *_: 1.0)
+    monkeypatch.setattr(machine, "find_device", lambda *_: torch.device("cpu"))
+    seen, loss = [], train.denoising_loss
+
+    def spy(net, x0, cond, *rest):
+        seen.append(cond.text)
+        return loss(net, x0, cond, *rest)
+    monkeypatch.setattr(train, "denoising_loss", spy)
+    texts = {}
+    for padding in ("zero", "replicate", "noisy"):
+        seen.clear()
+        flags = [*TINY, f"--out={tmp_path / padding}", "--model.semantics=text", "--steps=2", f"--padding={padding}",
+                 "--batch=4"]
+        assert train.run(flags) == 0
+        texts[padding] = seen[0]
+    cfg = config.from_json((tmp_path / "noisy" / "config.json").read_text())
+    batch = data.fetch(data.open_source(cfg), data.text_encoder(cfg), 0, 4, 4, 0, 0)
+    assert torch.equal(texts["zero"], batch["text"])
+    for b, n in enumerate(batch["lengths"].tolist()):
+        copies = batch["text"][b, [j % n for j in range(cfg.model.text_length)]]
+        assert torch.equal(texts["replicate"][b], copies)
+        assert 0 < (texts["noisy"][b] - copies).abs().max() < 1             # beta 0.02, std of a token below 2
+    assert not torch.equal(seen[0] - seen[1], torch.zeros_like(seen[0]))
 
 
 # ---------------------------------------------------------------- what is seen

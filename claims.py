@@ -1,0 +1,203 @@
+"""The papers' claims in miniature: every arm of a comparison trained on shapes, over several seeds, and measured.
+
+python claims.py --claim=flip               (size, transfer; run again to go on after a stop)
+
+Prints one row an arm, mean and standard deviation over the seeds, and leaves it in <out>/<claim>.txt. Arms of a claim
+share data, noise and initial weights, seed by seed. Dimensions: B pictures measured.
+"""
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean, stdev
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import checkpoint
+import machine
+import model
+import sample
+from config import UserError, parse
+from data import open_source
+from schedule import rescale_guidance
+from shapes import score, sharpness
+
+SIZES = (16, 24, 48, 96)                # requested sizes, in pixels, that are compared at 32 px
+BETAS = (0.0, 0.5, 1.0, 1.5, 2.0)
+POOL = 4                                # pictures are compared in squares of so many pixels, which blur does not change
+LAM = 2.0                               # lambda at 32 px
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which claim, and how much work."""
+    claim: str = "flip"             # flip, size or transfer
+    out: str = "out/claims"         # folder of all runs
+    seeds: int = 3                  # runs of every arm
+    steps: int = 2400               # training steps of a run at 32 px
+    fine: int = 600                 # transfer: steps at 64 px
+    n: int = 200                    # pictures measured of every run
+    jobs: int = 0                   # runs at a time, each on its share of the cores; 0 = one a core
+
+
+Row = dict[str, float]                  # measure -> value
+
+
+# ---------------------------------------------------------------- running
+
+def train(o: Options, runs: dict[str, list[str]]) -> None:
+    """Train every run, name -> flags, as many at a time as there are jobs. UserError with a failure's last words."""
+    jobs = o.jobs or os.cpu_count() or 1
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+
+    def one(name: str) -> None:
+        command = [sys.executable, "train.py", "--config=configs/shapes.py", f"--out={o.out}/{name}",
+                   "--sample_every=0", "--save_every=100000", f"--threads={threads}", "--workers=1", *runs[name]]
+        done = subprocess.run(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, encoding="utf-8",
+                              errors="replace")
+        if done.returncode:
+            raise UserError(f"run {name} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(tqdm(pool.map(one, runs), total=len(runs), desc=f"training {o.claim}", unit="run"))
+
+
+@torch.inference_mode()
+def pictures(o: Options, name: str, captions: list[str], lam: float, beta: float = 1.0,
+             controls: dict[str, Tensor] | None = None) -> Tensor:
+    """Pictures of these captions by run `name`, same noise at every call; controls: one value for all. (B, 3, R, R)"""
+    place = machine.setup()
+    net, cfg = model.load(Path(o.out) / name)
+    net.dtype = machine.precision(place.device, "auto")
+    header = checkpoint.read_header(Path(o.out) / name / "weights.safetensors")
+    options, parts = sample.Options(lam=lam, beta=beta, prompt=";".join(captions)), []
+    wishes = sample.Wishes(options, cfg, header)
+    for part in torch.arange(len(captions)).split(100):
+        cond = wishes(part.numpy())[0]
+        cond = replace(cond, **{k: v.expand(len(part), *v.shape) for k, v in (controls or {}).items()})
+        parts.append(sample.draw(net.to(place.device), cfg, cond, part.tolist(), options, place.device).float().cpu())
+    return torch.cat(parts)
+
+
+def side(pixels: int) -> dict[str, Tensor]:
+    """The control that asks for the detail of a square original."""
+    return {"size": torch.full((2,), float(pixels))}
+
+
+def asked(o: Options, name: str, fits: Callable[[str], bool]) -> list[str]:
+    """The first n captions of the test split of a run's data that fit."""
+    source, found, at = open_source(model.load(Path(o.out) / name)[1], "test"), [], 0
+    while len(found) < o.n:
+        found += [c for c in source.records(np.arange(at, at + 500))["caption"] if fits(c)]
+        at += 500
+    return found[:o.n]
+
+
+def right(images: Tensor, captions: list[str], *keys: str) -> Row:
+    """Share of the answers of shapes.score that are yes, by key."""
+    answers = score(images, captions)
+    return {key: answers[key].nanmean().item() for key in keys}
+
+
+# ---------------------------------------------------------------- claims
+
+def flip(o: Options) -> dict[str, list[Row]]:
+    """[COND] sec. 2.1, table 2c: pictures are mirrored half the time and captions are not; is the side right?
+
+    With the flag as a control and flag 0 asked for, against nothing said of it."""
+    arms = {"flip not told": "", "flip told": "flip"}
+    runs = {f"flip{k}-{seed}": ["--augment=flip", f"--model.controls={control}", f"--steps={o.steps}", f"--seed={seed}"]
+            for k, control in enumerate(arms.values()) for seed in range(o.seeds)}
+    train(o, runs)
+    rows = {arm: [] for arm in arms}
+    for k, (arm, control) in enumerate(arms.items()):
+        for seed in range(o.seeds):
+            name = f"flip{k}-{seed}"
+            captions = asked(o, name, lambda c: "left of" in c or "right of" in c)
+            told = {"flip": torch.tensor(0.0)} if control else {}
+            rows[arm].append(right(pictures(o, name, captions, LAM, controls=told), captions, "side", "color"))
+    return rows
+
+
+def size(o: Options) -> dict[str, list[Row]]:
+    """[COND] sec. 2.1, tables 2a and A6, eq. 2: does the requested size change detail only, and can it be exaggerated?
+
+    apart: root mean square distance of two pictures that differ in the requested size alone, all pairs, in squares of
+    POOL pixels; color: captions met; sharp H: sharpness at requested size H; at beta b: with two-scale guidance."""
+    arms = {"uniform": ["--model.control_weight=uniform"], "cosine 8": ["--model.control_weight=cosine"]}
+    runs = {f"size{k}-{seed}": ["--augment=size", "--model.controls=size", *flags, f"--steps={o.steps}",
+                                f"--seed={seed}"] for k, flags in enumerate(arms.values()) for seed in range(o.seeds)}
+    train(o, runs)
+    rows = {arm: [] for arm in arms}
+    for k, arm in enumerate(arms):
+        for seed in range(o.seeds):
+            name = f"size{k}-{seed}"
+            captions = asked(o, name, lambda c: True)
+            drawn = {s: pictures(o, name, captions, LAM, controls=side(s)) for s in SIZES}
+            rough = [F.avg_pool2d(x, POOL) for x in drawn.values()]
+            pairs = [(a - b).square().mean().sqrt().item() for i, a in enumerate(rough) for b in rough[i + 1:]]
+            row = {"apart": mean(pairs), "color": mean(right(x, captions, "color")["color"] for x in drawn.values())}
+            row |= {f"sharp {s}": sharpness(x).mean().item() for s, x in drawn.items()}
+            for beta in BETAS:
+                ends = [pictures(o, name, captions, LAM, beta, side(s)) for s in (16, 96)]
+                row[f"sharp 96/16 at beta {beta:g}"] = (sharpness(ends[1]).mean() / sharpness(ends[0]).mean()).item()
+            rows[arm].append(row)
+    return rows
+
+
+def transfer(o: Options) -> dict[str, list[Row]]:
+    """[COND] sec. 2.3, table A3: from 32 to 64 px in few steps, with sigma doubled and positions resampled, or without.
+
+    At 32 px positions are 0, 4, ..., 28; extrapolated they go on to 60, resampled they keep their extent."""
+    arms = {"neither": ["--model.base=60"], "positions": [], "positions, sigma": ["--model.rescale=2"]}
+    train(o, {f"low-{seed}": [f"--steps={o.steps}", f"--seed={seed}"] for seed in range(o.seeds)})
+    runs = {f"high{k}-{seed}": ["--model.resolution=64", f"--init={o.out}/low-{seed}", f"--steps={o.fine}",
+                                f"--seed={seed}", "--lr=2e-3", *flags]
+            for k, flags in enumerate(arms.values()) for seed in range(o.seeds)}
+    train(o, runs)
+    rows = {arm: [] for arm in arms}
+    for k, arm in enumerate(arms):
+        for seed in range(o.seeds):
+            captions = asked(o, f"high{k}-{seed}", lambda c: True)
+            drawn = pictures(o, f"high{k}-{seed}", captions, rescale_guidance(LAM, 2))
+            rows[arm].append(right(drawn, captions, "color", "count", "side", "size", "shape"))
+    return rows
+
+
+CLAIMS: dict[str, Callable[[Options], dict[str, list[Row]]]] = {"flip": flip, "size": size, "transfer": transfer}
+
+
+def table(rows: dict[str, list[Row]]) -> str:
+    """One line a measure, one column an arm: mean and standard deviation over the seeds."""
+    lines = [f"{'':24}" + "".join(f"{arm:>22}" for arm in rows)]
+    for key in next(iter(rows.values()))[0]:
+        cells = [[row[key] for row in arm] for arm in rows.values()]
+        spread = [f"{stdev(c):.3f}" if len(c) > 1 else "?" for c in cells]
+        lines.append(f"{key:24}" + "".join(f"{f'{mean(c):.3f} ± {s}':>22}" for c, s in zip(cells, spread)))
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> None:
+    o = parse(argv, Options())
+    if o.claim not in CLAIMS:
+        raise UserError(f"unknown claim={o.claim!r}; there are {', '.join(CLAIMS)}")
+    if min(o.seeds, o.steps, o.fine, o.n) < 1:
+        raise UserError(f"seeds={o.seeds}, steps={o.steps}, fine={o.fine} and n={o.n} must be at least 1")
+    text = table(CLAIMS[o.claim](o))
+    checkpoint.write_text(Path(o.out) / f"{o.claim}.txt", text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as e:
+        checkpoint.say(f"error: {e}.")
+        sys.exit(2)

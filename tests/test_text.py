@@ -1,0 +1,401 @@
+"""The CLIP text encoder: the real tokenizer, towers of random weights beside open_clip's own model, what is refused.
+
+No two sizes are equal: B 6, L 77, E 64, P 40, heads 4 of 16, 3 layers.
+"""
+import builtins
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import text
+from config import UserError
+from text import CACHE, CLIPText
+
+open_clip = text.import_open_clip()
+TEXT = dict(context_length=77, vocab_size=49408, width=64, heads=4, layers=3)
+VISION = dict(image_size=8, layers=1, width=32, patch_size=4, head_width=16)
+CAPTIONS = ["a small red ring left of a large blue square on grey", "dog", "Ein Bär: naïve 猫 🐈 & co.", "", "dog",
+            "9 lives"]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["gelu", "quickgelu"])
+def kind(request):
+    return request.param
+
+
+def make(quick):
+    """open_clip's own small CLIP with both towers, its weights drawn wide so that the activation matters."""
+    torch.manual_seed(0)
+    model = open_clip.model.CLIP(40, VISION, open_clip.model.CLIPTextCfg(**TEXT), quick_gelu=quick)
+    for k, p in enumerate(model.transformer.parameters()):
+        torch.nn.init.normal_(p, std=0.2, generator=torch.Generator().manual_seed(k))
+    return model.eval().requires_grad_(False)
+
+
+def write(folder, model, quick, name="open_clip_model.safetensors", config=True):
+    """A folder as open_clip's hub has them."""
+    folder.mkdir(exist_ok=True)
+    state = {k: v.contiguous() for k, v in model.state_dict().items()}
+    save_file(state, folder / name) if name.endswith(".safetensors") else torch.save(state, folder / name)
+    if config:
+        cfg = {"embed_dim": 40, "vision_cfg": VISION, "text_cfg": TEXT} | ({"quick_gelu": True} if quick else {})
+        (folder / text.CONFIG).write_text(json.dumps({"model_cfg": cfg, "preprocess_cfg": {}}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clip(kind, tmp_path_factory):
+    """open_clip's model, the folder that it was written to, and whether it has QuickGELU."""
+    model = make(kind)
+    return model, write(tmp_path_factory.mktemp("clip"), model, kind), kind
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A folder with a GELU tower, for what does not depend on the activation."""
+    return write(tmp_path_factory.mktemp("plain"), make(False), False)
+
+
+def hidden(model, captions, drop=0):
+    """open_clip's own forward on full rows of 77 numbers, without the last `drop` blocks, after the final norm."""
+    ids = open_clip.tokenize(captions)
+    x = model.token_embedding(ids) + model.positional_embedding
+    for block in model.transformer.resblocks[:len(model.transformer.resblocks) - drop]:
+        x = block(x, attn_mask=model.attn_mask)
+    return model.ln_final(x), (ids == 49407).int().argmax(1) + 1
+
+
+# ---------------------------------------------------------------- parity
+
+@pytest.mark.parametrize("layer, drop", [("last", 0), ("penultimate", 1)])
+def test_tokens_are_those_of_open_clip_up_to_the_end_mark_and_zero_after_it(clip, layer, drop):
+    model, folder, _ = clip
+    tokens, lengths = CLIPText(str(folder), layer).encode(CAPTIONS)
+    want, n = hidden(model, CAPTIONS, drop)
+    assert tokens.shape == (6, 77, 64) and tokens.dtype == torch.float32 and lengths.dtype == torch.int64
+    assert lengths.tolist() == [0 if c == "" else k for c, k in zip(CAPTIONS, n.tolist())]
+    for row, (got, k) in enumerate(zip(tokens, lengths)):
+        assert torch.allclose(got[:k], want[row, :k], atol=1e-5), CAPTIONS[row]
+        assert not got[k:].any()
+    assert tokens[0, :lengths[0]].std() > 0.5                   # the comparison is of something
+
+
+def test_pooled_is_what_open_clip_calls_the_text_feature(clip):
+    model, folder, _ = clip
+    want = model.encode_text(open_clip.tokenize(CAPTIONS))
+    for layer in text.LAYERS:                                   # the layer is of tokens only
+        got = CLIPText(str(folder), layer).pooled(CAPTIONS)
+        assert got.shape == (6, 40) and not got[3].any()
+        assert torch.allclose(got[[0, 1, 2, 4, 5]], want[[0, 1, 2, 4, 5]], atol=1e-5 * want.abs().max().item())
+
+
+def test_the_two_activations_differ_far_beyond_the_tolerance(plain):
+    one = CLIPText(str(plain)).encode(CAPTIONS)[0]
+    two = CLIPText(f"openai:{plain}").encode(CAPTIONS)[0]
+    assert (one - two).abs().max() > 1e-2
+
+
+def test_last_and_penultimate_differ(plain):
+    last, before = (CLIPText(str(plain), layer).encode(["dog"])[0] for layer in text.LAYERS)
+    assert (last - before).abs().max() > 0.1
+
+
+# ---------------------------------------------------------------- which activation
+
+def activation(encoder):
+    return type(encoder.tower.transformer.resblocks[0].mlp.gelu).__name__
+
+
+def test_a_config_beside_the_weights_decides_the_activation_and_it_is_said(clip, capsys):
+    _, folder, quick = clip
+    name = "QuickGELU" if quick else "GELU"
+    assert activation(CLIPText(str(folder))) == name
+    assert activation(CLIPText(str(folder / "open_clip_model.safetensors"))) == name
+    assert capsys.readouterr().err.count(f"3 layers of width 64, {name} (by open_clip_config.json)") == 2
+
+
+def test_openai_before_a_path_asks_for_quickgelu(plain, capsys):
+    assert activation(CLIPText(f"openai:{plain}")) == "QuickGELU"
+    assert "QuickGELU (as openai:PATH asks)" in capsys.readouterr().err
+
+
+def test_weights_without_a_config_are_vit_l_14_with_gelu_and_the_other_way_is_named(plain, tmp_path):
+    file = tmp_path / "weights.safetensors"
+    file.write_bytes(b"")
+    _, cfg, why = text.find(str(file), open_clip)
+    assert cfg["text_cfg"]["width"] == 768 and not cfg.get("quick_gelu") and f"openai:{file}" in why
+    assert text.find(f"openai:{file}", open_clip)[1]["quick_gelu"]
+
+
+@pytest.mark.parametrize("tag, quick", [("openai", True), ("laion2b_s32b_b82k", False),
+                                        ("datacomp_xl_s13b_b90k", False), ("dfn2b", True)])
+def test_a_tag_brings_its_activation(tag, quick, monkeypatch):
+    asked = []
+    monkeypatch.setattr(open_clip, "download_pretrained", lambda known: asked.append(known) or "cached.safetensors")
+    file, cfg, why = text.find(tag, open_clip)
+    assert str(file) == "cached.safetensors" and cfg["quick_gelu"] is quick and tag in why
+    assert asked == [open_clip.get_pretrained_cfg("ViT-L-14", tag)]
+
+
+# ---------------------------------------------------------------- the tower
+
+def test_vit_l_14_has_the_published_shapes_and_only_its_text_half():
+    tower = text.build_tower(open_clip.get_model_config("ViT-L-14"), open_clip)
+    assert all(p.is_meta for p in tower.parameters())
+    block = 12 * 768 ** 2 + 13 * 768
+    assert sum(p.numel() for p in tower.parameters()) == (49408 + 77) * 768 + 12 * block + 2 * 768 + 768 * 768
+    assert tower.context_length == 77 and tower.width == 768 and tower.output_dim == 768
+    assert not [k for k in tower.state_dict() if k.startswith(text.NOT_TEXT)]
+
+
+def test_it_is_frozen_in_evaluation_mode_and_without_the_vision_tower(plain):
+    encoder = CLIPText(str(plain))
+    assert (encoder.name, encoder.dim, encoder.length) == (f"clip:{plain}", 64, 77)
+    assert not encoder.tower.training and not any(p.requires_grad for p in encoder.tower.parameters())
+    assert not any(p.is_meta for p in [*encoder.tower.parameters(), *encoder.tower.buffers()])
+    keys = text.read(plain / "open_clip_model.safetensors").keys()
+    assert keys == encoder.tower.state_dict().keys() and not any("visual" in k for k in keys)
+    tokens, _ = encoder.encode(["dog"])
+    assert not tokens.requires_grad and not tokens.is_inference()
+    torch.nn.Linear(64, 3)(tokens).sum().backward()             # a trained layer may stand on the tokens
+
+
+def test_loading_draws_no_random_numbers(plain):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    CLIPText(str(plain)).encode(["dog"])
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("change", [lambda v: v.half(), lambda v: v.bfloat16()], ids=["half", "bfloat16"])
+def test_weights_of_half_width_become_fp32(tmp_path, change):
+    model = make(False)
+    folder = write(tmp_path / "half", model, False)
+    save_file({k: change(v).contiguous() for k, v in model.state_dict().items()},
+              folder / "open_clip_model.safetensors")
+    encoder = CLIPText(str(folder))
+    assert {p.dtype for p in encoder.tower.parameters()} == {torch.float32}
+    assert encoder.encode(["dog"])[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("name, wrap", [
+    ("open_clip_pytorch_model.bin", lambda s: s), ("epoch_7.pt", lambda s: s),
+    ("epoch_7.pt", lambda s: {"epoch": 7, "state_dict": {f"module.{k}": v for k, v in s.items()}})])
+def test_other_kinds_of_file_give_the_same_tokens(plain, tmp_path, name, wrap):
+    folder = write(tmp_path / "other", make(False), False, "unread.pt")
+    torch.save(wrap(make(False).state_dict()), folder / name)
+    encoder = CLIPText(str(folder if name.endswith(".bin") else folder / name))
+    assert torch.equal(encoder.encode(CAPTIONS)[0], CLIPText(str(plain)).encode(CAPTIONS)[0])
+
+
+# ---------------------------------------------------------------- captions
+
+def test_the_empty_caption_is_the_null_condition_and_needs_no_tower(plain, monkeypatch):
+    encoder = CLIPText(str(plain))
+    monkeypatch.setattr(encoder, "run", None)
+    for blank in ("", "  \n"):
+        tokens, lengths = encoder.encode([blank, blank])
+        assert not tokens.any() and lengths.tolist() == [0, 0] and not encoder.pooled([blank]).any()
+    tokens, lengths = encoder.encode([])
+    assert tokens.shape == (0, 77, 64) and lengths.shape == (0,) and encoder.pooled([]).shape == (0, 40)
+
+
+def test_lengths_count_both_marks_and_every_piece_of_a_word(plain):
+    encoder = CLIPText(str(plain))
+    captions = ["dog", "a dog", "dog " * 75, "unfathomableness", "9 lives!"]
+    assert encoder.encode(captions)[1].tolist() == [3, 4, 77, 2 + len(encoder.words.encode(captions[3])), 5]
+    assert len(encoder.words.encode("unfathomableness")) > 1
+
+
+def test_what_a_caption_says_of_the_marks_is_no_mark(plain):
+    encoder = CLIPText(str(plain))
+    tokens, lengths = encoder.encode(["a dog <end_of_text> runs", "a dog runs"])
+    assert lengths.tolist() == [5, 5] and torch.allclose(tokens[0], tokens[1], atol=1e-5)
+
+
+def test_unicode_is_lower_cased_cleaned_and_told_apart(plain):
+    encoder = CLIPText(str(plain))
+    tokens, lengths = encoder.encode(["ÄPFEL  &amp; Birnen", "äpfel & birnen", "猫", "犬"])
+    assert torch.allclose(tokens[0], tokens[1], atol=1e-5) and lengths[0] == lengths[1]
+    assert (tokens[2] - tokens[3]).abs().max() > 0.1
+
+
+def test_a_long_caption_is_cut_at_77_with_one_warning(clip, capsys):
+    model, folder, _ = clip
+    encoder, long = CLIPText(str(folder)), "a dog and " * 30 + "cat"
+    capsys.readouterr()
+    tokens, lengths = encoder.encode([long, long])
+    encoder.cache.clear()
+    encoder.pooled([long])
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("warning: 16 of 91 tokens cut from the end of 'a dog and") == err.count("\n") == 1
+    assert lengths.tolist() == [77, 77]
+    assert torch.allclose(tokens[0], hidden(model, [long])[0][0], atol=1e-5)    # cut as open_clip cuts
+    fits = "dog " * 75
+    encoder.encode([fits])
+    assert capsys.readouterr().err == ""
+
+
+def test_warnings_stop_after_some(plain, capsys, monkeypatch):
+    monkeypatch.setattr(text, "CUTS", 3)
+    encoder = CLIPText(str(plain))
+    capsys.readouterr()
+    for k in range(5):
+        encoder.tokenize(f"{k} " + "dog " * 80)
+    err = capsys.readouterr().err
+    assert err.count("warning") == 3 and err.count("no more of these") == 1
+
+
+# ---------------------------------------------------------------- cache
+
+def counted(encoder, monkeypatch):
+    """The captions that the tower runs on, a list a pass."""
+    passes, run = [], encoder.run
+    monkeypatch.setattr(encoder, "run", lambda rows: passes.append(len(rows)) or run(rows))
+    return passes
+
+
+def test_the_tower_runs_once_on_what_is_new(plain, monkeypatch):
+    encoder = CLIPText(str(plain))
+    passes = counted(encoder, monkeypatch)
+    first = encoder.encode(CAPTIONS)[0]
+    assert passes == [4]                                        # two are the same, one is empty
+    again = encoder.encode(list(reversed(CAPTIONS)))[0].flip(0)
+    assert torch.equal(first, again) and passes == [4]
+    encoder.encode(["cat", *CAPTIONS])
+    encoder.pooled(["cat"])
+    assert passes == [4, 1]
+
+
+def test_large_batches_go_in_parts_and_give_the_same(plain, monkeypatch):
+    captions = [f"dog {k}" for k in range(11)]
+    whole = CLIPText(str(plain)).encode(captions)[0]
+    monkeypatch.setattr(text, "CHUNK", 4)
+    encoder = CLIPText(str(plain))
+    passes = counted(encoder, monkeypatch)
+    assert torch.allclose(encoder.encode(captions)[0], whole, atol=1e-5) and passes == [4, 4, 3]
+
+
+def test_the_cache_is_bounded_and_drops_what_was_asked_for_longest_ago(plain, monkeypatch):
+    monkeypatch.setattr(text, "CACHE", 3)
+    encoder = CLIPText(str(plain))
+    encoder.encode(["one", "two", "three"])
+    encoder.encode(["one"])
+    encoder.encode(["four"])
+    assert list(encoder.cache) == ["three", "one", "four"]
+    tokens, lengths = encoder.encode([f"{k} dogs" for k in range(1, 6)])        # more than fit
+    assert len(encoder.cache) == 3 and (lengths == 4).all() and CACHE > 1000
+
+
+def test_a_caller_cannot_write_into_the_cache(plain):
+    encoder = CLIPText(str(plain))
+    encoder.encode(["dog", "a dog and a cat"])[0].zero_()
+    encoder.pooled(["dog"]).zero_()
+    assert encoder.encode(["dog"])[0].any() and encoder.pooled(["dog"]).any()
+    kept, vector = encoder.cache["dog"]
+    assert kept.untyped_storage().nbytes() == 4 * kept.numel() and vector.untyped_storage().nbytes() == 4 * 40
+
+
+# ---------------------------------------------------------------- what is refused
+
+def test_an_unknown_layer_is_named_with_those_there_are(plain):
+    with pytest.raises(UserError, match="'first'.*last, penultimate"):
+        CLIPText(str(plain), "first")
+
+
+def test_without_open_clip_the_pip_line_is_named(monkeypatch):
+    real = builtins.__import__
+
+    def absent(name, *rest):
+        if name == "open_clip":
+            raise ModuleNotFoundError("No module named 'open_clip'", name=name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", absent)
+    with pytest.raises(UserError, match="pip install open_clip_torch"):
+        CLIPText("openai")
+
+
+def test_a_path_that_is_nothing_is_named_with_the_tags(tmp_path):
+    for path in (str(tmp_path / "none"), f"openai:{tmp_path / 'none'}"):
+        with pytest.raises(UserError, match="none.*neither a file or folder nor.*openai, laion400m_e31"):
+            CLIPText(path)
+
+
+def test_without_network_it_says_how_to_get_the_weights(monkeypatch):
+    def offline(**_):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(open_clip.pretrained, "hf_hub_download", offline)
+    with pytest.raises(UserError, match="'openai'.*no route.*hf download timm/vit_large_patch14_clip_224.openai"):
+        CLIPText("openai")
+
+
+def test_a_folder_without_weights_says_which_files(tmp_path):
+    with pytest.raises(UserError, match="no CLIP weights in the folder.*open_clip_model.safetensors"):
+        CLIPText(str(tmp_path))
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda s: s.pop("ln_final.bias"), "1 tensors missing: ln_final.bias"),
+    (lambda s: s.update({"transformer.extra": torch.ones(2)}), "1 tensors not of a text tower: transformer.extra"),
+    (lambda s: s.update({"text_projection": torch.ones(64, 39)}), "1 tensors of another shape: text_projection")],
+    ids=["missing", "unexpected", "shape"])
+def test_text_weights_are_loaded_strictly(plain, tmp_path, change, message):
+    folder = write(tmp_path / "odd", make(False), False, "unread.pt")
+    state = {k: v.contiguous() for k, v in make(False).state_dict().items()}
+    change(state)
+    save_file(state, folder / "open_clip_model.safetensors")
+    with pytest.raises(UserError, match=message):
+        CLIPText(str(folder))
+
+
+def test_another_model_s_vision_tower_is_not_looked_at(plain, tmp_path):
+    folder = write(tmp_path / "odd", make(False), False)
+    state = {k: v for k, v in text.read(folder / "open_clip_model.safetensors").items()}
+    save_file(state | {"visual.other": torch.ones(3)}, folder / "open_clip_model.safetensors")
+    assert torch.equal(CLIPText(str(folder)).encode(["dog"])[0], CLIPText(str(plain)).encode(["dog"])[0])
+
+
+class Trap:
+    """Unpickled, it leaves a folder behind."""
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_files_that_are_not_weights_are_refused_and_run_no_code(tmp_path):
+    trap, mark = tmp_path / "trap.pt", tmp_path / "ran"
+    trap.write_bytes(pickle.dumps({"ln_final.bias": Trap(mark)}, protocol=2))
+    torch.save({"ln_final.bias": Trap(mark)}, tmp_path / "zip.bin")
+    (tmp_path / "garbage.safetensors").write_bytes(b"garbage")
+    (tmp_path / "garbage.pt").write_bytes(b"garbage")
+    (tmp_path / "empty.bin").write_bytes(b"")
+    torch.save(torch.ones(3), tmp_path / "tensor.pt")
+    for name in ("trap.pt", "zip.bin", "garbage.safetensors", "garbage.pt", "empty.bin", "tensor.pt"):
+        with pytest.raises(UserError, match=f"{name} is not a file of weights and nothing else"):
+            text.read(tmp_path / name)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"model_cfg": {"embed_dim": 4}}'])
+def test_a_config_that_is_none_is_named(plain, tmp_path, content):
+    folder = write(tmp_path / "odd", make(False), False)
+    (folder / text.CONFIG).write_text(content)
+    with pytest.raises(UserError, match="open_clip_config.json is not a config that open_clip wrote"):
+        CLIPText(str(folder))
+
+
+def test_a_tower_that_is_not_plain_is_refused(plain, tmp_path):
+    folder = write(tmp_path / "odd", make(False), False)
+    cfg = json.loads((folder / text.CONFIG).read_text())
+    cfg["model_cfg"]["text_cfg"]["no_causal_mask"] = True
+    (folder / text.CONFIG).write_text(json.dumps(cfg))
+    with pytest.raises(UserError, match="differs in no_causal_mask"):
+        CLIPText(str(folder))
