@@ -676,9 +676,10 @@ def test_the_first_step_is_what_a_loop_by_hand_gives(tmp_path, monkeypatch):
              "--noise_weight=1.5"]
     assert train.run(flags) == 0
     cfg = config.from_json((tmp_path / "config.json").read_text())
-    source, alpha_bar = data.open_source(cfg), model.build(config.ModelConfig()).alpha_bar
+    source = data.open_source(cfg)
     torch.manual_seed(config.seed64(0, "weights"))
     net = model.build(cfg.model)
+    alpha_bar = net.alpha_bar
 
     losses, quarters, weight = [], [], []
     for m in range(4):
