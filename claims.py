@@ -45,6 +45,7 @@ class Options:
     fine: int = 600                 # transfer: steps at 64 px
     n: int = 200                    # pictures measured of every run
     jobs: int = 0                   # runs at a time, each on its share of the cores; 0 = one a core
+    compile: str = "auto"           # as train.py's; on a CPU "on" is faster where there is a C++ compiler
 
 
 Row = dict[str, float]                  # measure -> value
@@ -59,7 +60,8 @@ def train(o: Options, runs: dict[str, list[str]]) -> None:
 
     def one(name: str) -> None:
         command = [sys.executable, "train.py", "--config=configs/shapes.py", f"--out={o.out}/{name}",
-                   "--sample_every=0", "--save_every=100000", f"--threads={threads}", "--workers=1", *runs[name]]
+                   "--sample_every=0", "--save_every=100000", f"--threads={threads}", f"--compile={o.compile}",
+                   "--workers=1", *runs[name]]
         done = subprocess.run(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, encoding="utf-8",
                               errors="replace")
         if done.returncode:
