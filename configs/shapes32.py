@@ -7,14 +7,15 @@ python train.py --config=configs/shapes32.py
 
 [COND] sec. 2.3 pre-trains on local crops, 0.4 to 0.6 of the side, so that objects are as large in pixels as they are
 later on. Here crops are global: a caption names every object of a scene, and a local crop would show half of them, so
-that captions would not hold. Positions are resampled on an extent of 8, the 8 x 8 patches of this resolution.
+that captions would not hold. Positions are resampled on an extent of 28, so that those of the 8 x 8 patches here are
+0, 4, ... 28, pixels rather than patches: a small network tells them apart sooner (LOG.md).
 """
 from config import Config, ModelConfig
 
 config = Config(
     out="out/shapes32", data="shapes", augment="crop+flip+size", crop="global", objects=2, padding="noisy",
-    steps=3000, batch=16, micro=16, lr=4e-3, warmup=100, cooldown=0.3, ema=0.05, noise_weight=1.0,
-    lam=4.0,
+    steps=3000, batch=16, micro=16, lr=6e-3, warmup=50, cooldown=0.5, ema=0.05, noise_weight=1.0,
+    lam=3.0,
     model=ModelConfig(
         semantics="text", text_length=12, resolution=32, patch=4, width=128, depth=6, heads=4, prediction="v",
-        controls="crop+flip+size", positions="resample", base=8))
+        controls="crop+flip+size", positions="resample", base=28))

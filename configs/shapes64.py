@@ -7,16 +7,16 @@ python train.py --config=configs/shapes64.py
 
 What changes with the side of the pictures, s = 64 / 32 = 2:
 noise       eq. 3, sigma' = 2 sigma: model.rescale=2
-guidance    eq. 4, lambda' = 1 + s (lambda - 1) = 1 + 2 (4 - 1) = 7
-positions   the same extent of 8, at 16 x 16 patches
-To compare, each into another --out: --model.rescale=1, --lam=4, --model.positions=grid.
+guidance    eq. 4, lambda' = 1 + s (lambda - 1) = 1 + 2 (3 - 1) = 5
+positions   the same extent of 28, at 16 x 16 patches
+To compare, each into another --out: --model.rescale=1, --lam=3, --model.base=60 (extrapolated).
 """
 from config import Config, ModelConfig
 
 config = Config(
     out="out/shapes64", init="out/shapes32", data="shapes", augment="crop+flip+size", crop="global", objects=2,
     padding="noisy", steps=1200, batch=16, micro=16, lr=2e-3, warmup=50, cooldown=0.5, ema=0.05, noise_weight=1.0,
-    lam=7.0,
+    lam=5.0,
     model=ModelConfig(
         semantics="text", text_length=12, resolution=64, patch=4, width=128, depth=6, heads=4, prediction="v",
-        controls="crop+flip+size", positions="resample", base=8, rescale=2.0))
+        controls="crop+flip+size", positions="resample", base=28, rescale=2.0))

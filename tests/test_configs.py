@@ -164,7 +164,7 @@ def test_the_high_resolution_run_goes_on_from_the_low_one(low, high):
     sigma = [to_sigma(alpha_bar_table(m.schedule, m.noise_steps, m.rescale)) for m in (a.model, b.model)]
     assert torch.allclose(sigma[1], s * sigma[0], rtol=1e-12)
     assert b.lam == rescale_guidance(a.lam, s)
-    assert a.model.positions == "resample" and a.model.base == a.model.resolution // a.model.patch
+    assert a.model.positions == b.model.positions == "resample" and a.model.base == b.model.base > 0
 
 
 def test_the_weights_of_32_px_all_go_into_the_model_of_64_px(tmp_path):
@@ -177,7 +177,7 @@ def test_the_weights_of_32_px_all_go_into_the_model_of_64_px(tmp_path):
     report = start_from(str(tmp_path), net, b)
     assert all(torch.equal(v, weights[k]) for k, v in net.state_dict().items())
     assert "fresh" not in report and "left out" not in report and "note" not in report
-    assert "8 x 8, resampled on extent 8 -> 16 x 16, resampled on extent 8" in report
+    assert "8 x 8, resampled on extent 28 -> 16 x 16, resampled on extent 28" in report
     assert "sigma times 1 -> sigma times 2" in report
 
 

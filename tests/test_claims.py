@@ -1,0 +1,53 @@
+"""claims.py: what its table states, whom it measures on what, and a comparison run from start to end."""
+import re
+
+import pytest
+
+import claims
+import data
+from config import UserError
+
+
+def test_a_table_row_is_the_mean_and_the_sample_deviation_over_seeds():
+    rows = {"off": [{"side": 0.5, "color": 1.0}, {"side": 0.7, "color": 1.0}], "on": [{"side": 1.0, "color": 0.0}]}
+    head, side, color = claims.table(rows).splitlines()
+    assert head.split() == ["off", "on"]
+    assert re.split(r"\s{2,}", side) == ["side", "0.600 ± 0.141", "1.000 ± ?"]          # sqrt(2 * 0.1^2 / 1)
+    assert re.split(r"\s{2,}", color) == ["color", "1.000 ± 0.000", "0.000 ± ?"]
+
+
+@pytest.mark.parametrize("flags, words", [(["--claim=flop"], "flop.*flip, size"), (["--seeds=0"], "seeds=0"),
+                                          (["--n=0"], "n=0"), (["--step=3"], "--steps")])
+def test_what_cannot_be_run_is_an_error_before_anything_runs(flags, words, monkeypatch):
+    monkeypatch.setattr(claims, "train", lambda *_: pytest.fail("it ran"))
+    with pytest.raises(UserError, match=words):
+        claims.main(flags)
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_ends_the_claim_with_its_name_and_its_last_words(tmp_path):
+    with pytest.raises(UserError, match="run bad failed: error: .*lr=-1"):
+        claims.train(claims.Options(out=str(tmp_path), jobs=1), {"bad": ["--lr=-1"]})
+
+
+def test_the_right_answers_are_shares_and_what_is_not_asked_does_not_count():
+    source = data.Shapes(resolution=32, split="test", flip=False)
+    batch = data.records(source, list(range(40)), [0] * 40)
+    real = claims.right(batch["image"], batch["caption"], "color", "side")
+    assert real == {"color": 1.0, "side": 1.0}
+    mirrored = claims.right(batch["image"].flip(3), batch["caption"], "color", "side")
+    assert mirrored == {"color": 1.0, "side": 0.0}
+
+
+@pytest.mark.slow
+def test_a_claim_from_training_to_its_table_and_again_without_training(tmp_path, capsys):
+    flags = ["--claim=flip", f"--out={tmp_path}", "--seeds=1", "--steps=1", "--n=3"]
+    claims.main(flags)
+    printed = capsys.readouterr().out
+    assert printed.strip() == (tmp_path / "flip.txt").read_text(encoding="utf-8").strip()
+    assert [line.split()[0] for line in printed.splitlines()[1:]] == ["side", "color"]
+    assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {"flip0-0", "flip1-0"}
+    before = [(tmp_path / "flip1-0" / name).read_bytes() for name in ("log.jsonl", "weights.safetensors")]
+    claims.main(flags)
+    assert capsys.readouterr().out == printed
+    assert [(tmp_path / "flip1-0" / name).read_bytes() for name in ("log.jsonl", "weights.safetensors")] == before
