@@ -74,12 +74,16 @@ class Config:
     micro: int = 64                 # images a forward pass; batch/micro microbatches are shared by the processes
     lr: float = 1e-3                # peak learning rate
     warmup: int = 100               # steps of linear warm-up
+    decay: float = 0.0              # share of the run after which the rate falls as 1/sqrt(step); 0 = never
     cooldown: float = 0.0           # share of the run at its end over which the rate falls linearly to zero
+    lr_mp: float = 0.0              # peak rate of magnitude-preserving weights; 0 = lr
+    normalize: bool = False         # magnitude-preserving weights: rows back to unit magnitude after every step
     beta1: float = 0.9              # AdamW
     beta2: float = 0.95             # AdamW
     weight_decay: float = 0.03      # AdamW
     clip: float = 1.0               # largest gradient norm; 0 = no clipping
     ema: float = 0.1                # width of the power-function average, as a share of the run so far
+    snapshots: int = 0              # averages of two widths kept so many times over a run, for ema.py; 0 = none
     drop: float = 0.1               # share of samples trained without semantics and without controls, for guidance
     drop_controls: float = 0.1      # share trained with semantics and without controls
     noise_weight: float = 0.0       # weight the loss by sigma to this power; 0 = the paper's, 1 favours composition
@@ -90,6 +94,7 @@ class Config:
     log_every: int = 10             # steps between lines of log.jsonl
     save_every: int = 500           # steps between checkpoints; the last two are kept
     sample_every: int = 500         # steps between preview grids; 0 = none
+    magnitudes_every: int = 0       # steps between lines with every layer's magnitude; 0 = none
     lam: float = 2.0                # guidance scale of previews, and the default of sample.py
     threads: int = 0                # CPU threads; 0 = all cores, shared by the processes of this machine
 
