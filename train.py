@@ -31,6 +31,7 @@ import log
 import machine
 import model
 import sample
+import wishes
 from conditioning import Condition, from_batch, pad_text
 from config import Config, UserError, fields, seed64, to_json
 from ema import PowerEMA
@@ -118,7 +119,7 @@ def preview(net: nn.Module, cfg: Config, batch: data.Batch, names: list[str], pl
         return
     cond = from_batch(batch, cfg.model.semantics, model.control_names(cfg.model))
     if cond.text is not None:
-        cond = dataclasses.replace(cond, text=sample.pad(cond.text, batch["lengths"], cfg, range(PREVIEWS), 0))
+        cond = dataclasses.replace(cond, text=wishes.pad(cond.text, batch["lengths"], cfg, range(PREVIEWS), 0))
     images = sample.draw(net, cfg, cond, range(PREVIEWS), sample.Options(steps=PREVIEW_STEPS), place.device)
     png = io.BytesIO()
     data.grid(images.float().cpu(), 4, data.titles(batch, names)).save(png, "png")

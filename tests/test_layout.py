@@ -31,11 +31,12 @@ MAY_IMPORT = {
     "unet": "config conditioning", "mdt": "config conditioning", "uvit": "config conditioning",
     "blocks": "conditioning mp_layers", "model": "blocks checkpoint conditioning config mp_layers schedule",
     "transfer": "checkpoint config model",
-    "sample": "checkpoint conditioning config data ema latents machine model schedule",
+    "wishes": "conditioning config data model",
+    "sample": "checkpoint conditioning config data ema latents machine model official schedule wishes",
     "preflight": "checkpoint conditioning config data log machine model sample schedule transfer",
     "fid": "captions config checkpoint data machine shapes",
     "mup": "conditioning config model", "probe": "checkpoint conditioning config data machine model schedule",
-    "demo": "captions checkpoint config data fid log machine model plot sample shapes",
+    "demo": "captions checkpoint config data fid log machine model plot sample shapes wishes",
     "train": "*", "bench": "* train", "claims": "* train",
 }
 OUTSIDE = {"torch", "numpy", "PIL", "tqdm", "safetensors"}      # what may be imported at the top of a file

@@ -1,0 +1,124 @@
+"""What is asked of a drawing: its options, and for every picture a caption or class and how it was taken.
+
+Dimensions: B batch, L tokens of a caption, E their width.
+"""
+import difflib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import data
+import model
+from conditioning import CONTROLS, Condition, pad_text
+from config import Config, UserError, seed64
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to draw."""
+    out: str = "out/demo"           # run folder, as given to train.py
+    prompt: str = ""                # caption; several are separated by ";"; empty = captions of the data set
+    label: str = ""                 # class, by name or number; several are separated by ";"; empty = all in turn
+    n: int = 16                     # number of pictures
+    steps: int = 50                 # sampling steps
+    sampler: str = "ddim"           # ddim or heun
+    spacing: str = ""               # noise levels visited: trailing, leading, linspace; empty = the sampler's own
+    eta: float = 0.0                # share of fresh noise in a DDIM step; 1 = DDPM's
+    lam: float = -1.0               # guidance scale lambda, 1 = none; -1 = that of the run
+    beta: float = 1.0               # share of lambda that goes to the controls too: 0 none, 1 all, above 1 exaggerates
+    interval: str = ""              # LOW,HIGH: guide only where sigma lies between these; empty = everywhere
+    size: str = ""                  # H,W of the original, for detail; empty = drawn as in training, like crop and flip
+    crop: str = ""                  # TOP,LEFT corner of the crop; 0,0 cuts nothing off
+    flip: str = ""                  # 0 as the caption says, 1 mirrored
+    resolution: str = ""            # H,W of the pictures (or latents); empty = as in training
+    seed: int = 0                   # keys the noise; picture k is the same whatever n and batch are
+    batch: int = 64                 # pictures at a time
+    name: str = ""                  # of the files in <out>/samples; empty = made from the options
+    dtype: str = "auto"             # auto, float32 or bfloat16
+    threads: int = 0                # CPU threads; 0 = all
+
+
+def numbers(key: str, text: str, count: int) -> list[float]:
+    """`text` as `count` numbers from 0 up, joined by commas; UserError otherwise."""
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if len(values) != count or not all(0 <= v < math.inf for v in values):
+        raise UserError(f"--{key} wants {('one number', 'two numbers')[count - 1]} from 0 up, like "
+                        f"--{key}={','.join(['16', '24'][:count])}, got {text!r}")
+    return values
+
+
+def pad(text: Tensor, lengths: Tensor, cfg: Config, indices: Sequence[int], seed: int) -> Tensor:
+    """[COND] sec. 2.1: captions (B, L, E) padded as in training, the noise drawn once for each picture. (B, L, E)"""
+    keys = [seed64(seed, "padding", int(k)) for k in indices]
+    return torch.cat([pad_text(text[b:b + 1], lengths[b:b + 1], cfg.padding, cfg.padding_noise,
+                               torch.Generator().manual_seed(key)) for b, key in enumerate(keys)])
+
+
+class Wishes:
+    """What each picture of a run is asked to be, by its number: caption or class, and how it was taken.
+
+    From the options; else captions of the data set, all classes in turn, and controls drawn as they are in training."""
+    def __init__(self, o: Options, cfg: Config, header: dict[str, str]) -> None:
+        self.cfg, self.seed = cfg, o.seed
+        self.semantics, self.classes = cfg.model.semantics, json.loads(header["classes"])
+        asked = {"text": o.prompt, "class": o.label}.get(self.semantics, "")
+        for key, other in (("prompt", "text"), ("label", "class")):
+            if getattr(o, key) and self.semantics != other:
+                raise UserError(f"--{key} needs a model of {other}; {o.out} has semantics={self.semantics!r}")
+        self.asked = [a.strip() for a in asked.split(";")] if asked else []
+        self.encoder = data.text_encoder(cfg)
+        if self.semantics == "text":
+            self.source = None if self.asked else data.open_source(cfg, split="test")
+            self.encoder.encode(self.asked)                 # an unknown word is an error before anything is drawn
+        self.labels = [self.number(a) for a in self.asked] if self.semantics == "class" else []
+
+        self.controls, known = {}, model.control_names(cfg.model)
+        for key, count in CONTROLS.items():
+            if (text := getattr(o, key)) and key not in known:
+                raise UserError(f"--{key} needs a model that is steered by it; {o.out} has model.controls="
+                                f"{cfg.model.controls!r}")
+            if text:
+                self.controls[key] = torch.tensor(numbers(key, text, count))
+        if self.controls.get("flip", torch.zeros(1)).item() not in (0, 1):
+            raise UserError(f"--flip wants 0 or 1, got {o.flip!r}")
+        self.rows = {key: torch.tensor(rows) for key, rows in json.loads(header.get("controls", "{}")).items()}
+
+    def number(self, label: str) -> int:
+        """The number of a class given by name or number; UserError with the nearest names."""
+        if label in self.classes:
+            return self.classes.index(label)
+        if label.isdigit() and int(label) < len(self.classes):
+            return int(label)
+        near = difflib.get_close_matches(label, self.classes, n=5, cutoff=0.4) or self.classes[:5]
+        raise UserError(f"unknown class {label!r} among {len(self.classes)}; near: {', '.join(near)}")
+
+    def steering(self, indices: np.ndarray) -> Condition:
+        """The controls of the pictures `indices`: those that were asked for, the rest from one training sample each."""
+        if not self.rows:
+            return Condition()
+        total = len(next(iter(self.rows.values())))
+        row = torch.tensor([seed64(self.seed, "controls", int(k)) % total for k in indices])
+        drawn = {key: rows[row].float() for key, rows in self.rows.items()}     # (B, 2) or (B,)
+        asked = {key: v.expand(len(indices), -1).reshape(drawn[key].shape) for key, v in self.controls.items()}
+        return Condition(steered=torch.ones(len(indices)), **{**drawn, **asked})
+
+    def __call__(self, indices: np.ndarray) -> tuple[Condition, list[str]]:
+        """The condition of the pictures `indices` (B,) and a title for each."""
+        steering = self.steering(indices)
+        if self.semantics == "none":
+            return steering, [""] * len(indices)
+        if self.semantics == "class":
+            label = [self.labels[k % len(self.labels)] if self.labels else k % len(self.classes) for k in indices]
+            return replace(steering, label=torch.tensor(label)), [self.classes[k] for k in label]
+        captions = ([self.asked[k % len(self.asked)] for k in indices] if self.asked
+                    else self.source.records(indices, np.zeros_like(indices))["caption"])
+        text = pad(*self.encoder.encode(captions), self.cfg, indices, self.seed)        # (B, L, E)
+        return replace(steering, text=text), captions
