@@ -1,12 +1,28 @@
-"""Averages of the weights over the steps of a run, in fp32.
+"""Averages of the weights over the steps of a run, in fp32; of any width, after the run, from snapshots of two.
 
-Dimensions: none; an average has the shapes of the weights.
+python ema.py --out=out/shapes --std=0.08            writes out/shapes/weights-ema0.08.safetensors
+
+A run with --snapshots=N keeps averages of WIDTHS and writes them N times into <out>/snapshots, each a weights file of
+its own. [EDM2] sec. 3.2: an average of another width is, nearly, a weighted sum of them.
+Dimensions: S snapshots; an average has the shapes of the weights.
 """
 import copy
 import math
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+import checkpoint
+from config import UserError, parse
+
+WIDTHS = (0.05, 0.10)                   # of the averages in snapshots, [EDM2] sec. 3.2
+NAME = re.compile(r"step-(\d{8,})-ema(0\.\d+)\.safetensors")
+TINY = 1e-13                            # singular values below this share of the largest do not count
+ROUGH = 0.1                             # a profile met worse than this is worth a note
 
 
 def std_to_gamma(std: float) -> float:
@@ -14,7 +30,7 @@ def std_to_gamma(std: float) -> float:
 
     sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)), a cubic in gamma, solved by bisection."""
     if not 0 < std < math.sqrt(1 / 12):
-        raise ValueError(f"the width of an average must lie in (0, {math.sqrt(1 / 12):.3f}), got {std}")
+        raise UserError(f"the width of an average must lie in (0, {math.sqrt(1 / 12):.3f}), got {std}")
     low, high = 0.0, 1e6
     for _ in range(200):
         gamma = (low + high) / 2
@@ -37,3 +53,148 @@ class PowerEMA:
         """Take in the weights after step `step` = 1, 2, ... of the run."""
         beta = (1 - 1 / step) ** (self.gamma + 1)
         torch._foreach_lerp_(list(self.net.parameters()), [p.detach() for p in net.parameters()], 1 - beta)
+
+
+# ---------------------------------------------------------------- snapshots, while a run goes on
+
+def averages(net: nn.Module, std: float, snapshots: int) -> dict[float, PowerEMA]:
+    """The averages that a run keeps, by width: its own first, and WIDTHS as well if it takes snapshots."""
+    return {width: PowerEMA(net, width) for width in dict.fromkeys((std, *(WIDTHS if snapshots else ())))}
+
+
+def due(step: int, steps: int, snapshots: int) -> bool:
+    """Whether a snapshot is taken after `step` = 1, 2, ...: evenly over the run, the last of them at its end."""
+    return step * snapshots // steps > (step - 1) * snapshots // steps
+
+
+def take_snapshot(out: Path, step: int, kept: dict[float, PowerEMA], about: dict[str, str]) -> None:
+    """Write the averages of WIDTHS after `step` unless they are there; about: what train.py puts into a header."""
+    for std in WIDTHS:
+        path = out / "snapshots" / f"step-{step:08d}-ema{std:g}.safetensors"
+        if path.exists():
+            continue
+        with checkpoint.tolerate(str(path)):
+            path.parent.mkdir(exist_ok=True)
+            header = {**about, "step": str(step), "ema": f"{std:g}"}
+            checkpoint.write_weights(path, kept[std].net.state_dict(), header)
+
+
+def rewind(out: Path, step: int) -> None:
+    """Drop snapshots newer than the checkpoint that a run goes on from, and what a kill has left unfinished."""
+    for path in (out / "snapshots").glob("*"):
+        name = NAME.fullmatch(path.name)
+        if path.name.startswith(checkpoint.TEMPORARY) or name and int(name[1]) > step:
+            path.unlink()
+
+
+# ---------------------------------------------------------------- any width, afterwards
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One file of <out>/snapshots: the average of width `std` after `step`."""
+    path: Path
+    step: int
+    std: float
+
+
+def found(out: Path) -> list[Snapshot]:
+    """The snapshots of a run, oldest first. UserError if there are none."""
+    names = [NAME.fullmatch(path.name) for path in sorted((out / "snapshots").glob("*"))]
+    kept = [Snapshot(out / "snapshots" / n[0], int(n[1]), float(n[2])) for n in names if n]
+    if not kept:
+        raise UserError(f"no snapshots in {out / 'snapshots'}; train.py writes them when it is given --snapshots=20")
+    return kept
+
+
+def inner(t_a: Tensor, gamma_a: Tensor, t_b: Tensor, gamma_b: Tensor) -> Tensor:
+    """[EDM2] app. C: the integral of p_a p_b, p(t) = (gamma + 1) t^gamma / t_end^(gamma + 1) from 0 to t_end.
+
+    (gamma_a + 1) (gamma_b + 1) / (gamma_a + gamma_b + 1) (t_a / t_b)^gamma_b / t_b for t_a <= t_b. Broadcasts."""
+    gamma = torch.where(t_a <= t_b, gamma_b, gamma_a)       # of the later one
+    early, late = torch.minimum(t_a, t_b), torch.maximum(t_a, t_b)
+    return (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) * (early / late) ** gamma / late
+
+
+def coefficients(snapshots: list[Snapshot], std: float) -> tuple[Tensor, float]:
+    """[EDM2] app. C: x (S,) such that sum_s x_s p_s is closest to the profile of width `std` at the last snapshot.
+
+    Least squares in float64 among those x whose sum is 1, which keep constant weights. Also |sum_s x_s p_s - p| / |p|:
+    the error of the average as a share of its noise, were the weights of all steps independent. UserError with fewer
+    than two steps, or a width that there is not."""
+    gamma_r = torch.tensor(std_to_gamma(std), dtype=torch.float64)
+    if len({s.step for s in snapshots}) < 2:
+        raise UserError(f"one snapshot is too few for another width, got {snapshots[0].path}; two or more are needed, "
+                        f"train.py writes as many as --snapshots says")
+    last = max(s.step for s in snapshots)
+    t = torch.tensor([s.step / last for s in snapshots], dtype=torch.float64)               # (S,)
+    gamma = torch.tensor([std_to_gamma(s.std) for s in snapshots], dtype=torch.float64)
+
+    norm = inner(t, gamma, t, gamma).sqrt()                 # profiles of unit length: early ones are very short
+    A = inner(t[:, None], gamma[:, None], t, gamma) / norm[:, None] / norm                  # (S, S)
+    b = inner(t, gamma, torch.ones_like(t), gamma_r) / norm
+    best, rise = (torch.linalg.pinv(A, rtol=TINY, hermitian=True) @ torch.stack([b, 1 / norm], 1)).unbind(1)
+    y = best + rise * (1 - (best / norm).sum()) / (rise / norm).sum()
+    one = torch.ones((), dtype=torch.float64)
+    whole = inner(one, gamma_r, one, gamma_r)
+    error = (whole - 2 * (y @ b) + y @ A @ y).clamp_min(0) / whole
+    return y / norm, error.sqrt().item()
+
+
+def posthoc(snapshots: list[Snapshot], std: float) -> dict[str, Tensor]:
+    """[EDM2] sec. 3.2: the average of width `std` at the last of the snapshots, from all of them, by name.
+
+    Summed in float64, one file in memory at a time. UserError as for `coefficients`, and for a file that is damaged,
+    renamed or of another model."""
+    x, _ = coefficients(snapshots, std)
+    total: dict[str, Tensor] = {}
+    for share, s in zip(x.tolist(), snapshots):
+        tensors, header = checkpoint.read_weights(s.path)
+        if (header.get("step"), header.get("ema")) != (str(s.step), f"{s.std:g}"):
+            raise UserError(f"{s.path} holds width {header.get('ema')} after step {header.get('step')}; it was renamed")
+        shapes = {k: v.shape for k, v in tensors.items()}
+        if total and shapes != {k: v.shape for k, v in total.items()}:
+            raise UserError(f"{s.path} is of another model than {snapshots[0].path}; keep the snapshots of one run")
+        for k, v in tensors.items():
+            total[k] = total[k].add_(v.double(), alpha=share) if k in total else v.double() * share
+    return {k: v.float() for k, v in total.items()}
+
+
+# ---------------------------------------------------------------- command line
+
+@dataclass(frozen=True)
+class Options:
+    """Which average to make."""
+    out: str = "out/shapes"         # run folder, as given to train.py
+    std: float = 0.1                # width of the average, as a share of the run so far, below 0.289
+    step: int = 0                   # of a snapshot: the average at this step; 0 = at the last
+    name: str = ""                  # of the file in <out>, without its ending; empty = made from width and step
+
+
+def main(argv: list[str]) -> None:
+    o = parse(argv, Options())
+    std_to_gamma(o.std)
+    out, every = Path(o.out), found(Path(o.out))
+    steps = sorted({s.step for s in every})
+    if o.step and o.step not in steps:
+        raise UserError(f"--step={o.step} has no snapshot; there are {', '.join(map(str, steps))}")
+    name = o.name or f"weights-ema{o.std:g}" + (f"-step-{o.step:08d}" if o.step else "")
+    if Path(name).name != name or name == "weights":
+        raise UserError(f"--name={name!r} is to be the name of a new file in {out}, without folders, and not 'weights'")
+    used = [s for s in every if s.step <= (o.step or steps[-1])]
+    _, error = coefficients(used, o.std)
+    tensors, header = posthoc(used, o.std), checkpoint.read_header(used[-1].path)
+    path = out / f"{name}.safetensors"
+    checkpoint.write_weights(path, tensors, {**{k: v for k, v in header.items() if k != "sha256"}, "ema": f"{o.std:g}"})
+    print(f"average of width {o.std:g} at step {used[-1].step:,} from {len(used)} snapshots, its profile met to "
+          f"{100 * error:.2g} %: {path}")
+    if error > ROUGH:
+        checkpoint.say(f"note: that is rough; more snapshots would meet it better, or a width nearer to those kept "
+                       f"({', '.join(f'{w:g}' for w in sorted({s.std for s in used}))})")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as e:
+        checkpoint.say(f"error: {e}.")
+        sys.exit(2)
