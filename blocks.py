@@ -1,8 +1,9 @@
 """One small class for each kind of block, the parts they are made of, and what stands before and after them.
 
-Block contract: Block(D, H, last), forward(x, ctx, c) -> x, ctx with x (B, N, D) image tokens, ctx (B, L, D) context
-tokens, c (B, D) the modulation vector. DiTBlock has no use for context and hands it back untouched; of the others the
-last of a network (`last`) hands it back too and owns no context weights that nothing would read.
+Block contract: Block(D, H, last, parts), forward(x, ctx, c) -> x, ctx with x (B, N, D) image tokens, ctx (B, L, D)
+context tokens, c (B, D) the modulation vector, of which `parts` says what it changes: adaLN's shift, scale and gate, or
+another choice of mp_layers.LAYOUT. DiTBlock has no use for context and hands it back untouched; of the others the last
+of a network (`last`) hands it back too and owns no context weights that nothing would read.
 Dimensions: B batch, N = h w image tokens, L context tokens, M keys, D width, H heads, d = D/H, C channels, P patch.
 """
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conditioning import Linear
+from mp_layers import ADALN, gated_sum, rows, split_parts, steer
 
 MLP_RATIO = 4                           # hidden width of a block's MLP over D, [DiT]
 PLAIN_ATTENTION = 1024                  # up to this many tokens a CPU's fused bf16 attention loses to plain products
@@ -20,11 +22,6 @@ PLAIN_ATTENTION = 1024                  # up to this many tokens a CPU's fused b
 def norm(x: Tensor) -> Tensor:
     """LayerNorm over the last axis without gain or bias; its statistics are taken in fp32. (..., D)"""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """[DiT] adaLN: x (1 + scale) + shift, x (B, N, D), shift and scale (B, 1, D)."""
-    return torch.addcmul(shift, x, 1 + scale)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -136,12 +133,29 @@ class DualAttention(nn.Module):
         return self.proj(a), self.ctx_proj(a_ctx)
 
 
-def modulation(D: int, n: int) -> nn.Sequential:
-    """[DiT] adaLN-Zero: n vectors of width D from c, all zero at first. (B, D) -> (B, n D)"""
-    return nn.Sequential(nn.SiLU(), Linear(D, n * D))
+def modulation(D: int, *groups: tuple[str, ...]) -> nn.Sequential:
+    """[DiT] adaLN-Zero: the parts of all groups from c, side by side, zero at first. (B, D) -> (B, rows); split_parts"""
+    return nn.Sequential(nn.SiLU(), Linear(D, sum(rows(parts, D) for parts in groups)))
+
+
+def ungated(parts: tuple[str, ...]) -> tuple[str, ...]:
+    """The parts that act before a sub-layer."""
+    return tuple(part for part in parts if part != "gate")
 
 
 # ---------------------------------------------------------------- ends of the trunk
+
+def patchify(x: Tensor, P: int) -> Tensor:
+    """(B, C, h P, w P) -> (B, h w, C P P), every P x P patch as a vector."""
+    x = x.unflatten(3, (-1, P)).unflatten(2, (-1, P))                           # (B, C, h, P, w, P)
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def unpatchify(x: Tensor, P: int, h: int, w: int) -> Tensor:
+    """(B, h w, P P C) -> (B, C, h P, w P): in a vector that comes out the channel is last, as in [DiT]'s weights."""
+    x = x.unflatten(2, (P, P, -1)).unflatten(1, (h, w))                         # (B, h, w, P, P, C)
+    return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
 
 class PatchEmbed(nn.Module):
     """[DiT] sec. 3.2: every P x P patch through one linear layer. (B, C, h P, w P) -> (B, h w, D)
@@ -153,104 +167,100 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         P = self.proj.stride[0]
-        x = x.unflatten(3, (-1, P)).unflatten(2, (-1, P))                       # (B, C, h, P, w, P)
-        x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)                # (B, h w, C P P)
-        return F.linear(x, self.proj.weight.flatten(1).to(x.dtype), self.proj.bias.to(x.dtype))
+        return F.linear(patchify(x, P), self.proj.weight.flatten(1).to(x.dtype), self.proj.bias.to(x.dtype))
 
 
 class FinalLayer(nn.Module):
     """[DiT] sec. 3.2: adaLN, then a linear layer to patches, zero at first. (B, h w, D) -> (B, C, h P, w P)"""
-    def __init__(self, D: int, P: int, C: int) -> None:
+    def __init__(self, D: int, P: int, C: int, parts: tuple[str, ...] = ADALN) -> None:
         super().__init__()
-        self.P = P
+        self.P, self.parts = P, ungated(parts)
         self.linear = Linear(D, P * P * C)
-        self.adaLN_modulation = modulation(D, 2)
+        self.adaLN_modulation = modulation(D, self.parts)
 
     def forward(self, x: Tensor, c: Tensor, h: int, w: int) -> Tensor:
-        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
-        x = self.linear(modulate(norm(x), shift, scale))                        # (B, h w, P P C)
-        x = x.unflatten(2, (self.P, self.P, -1)).unflatten(1, (h, w))           # (B, h, w, P, P, C)
-        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        m, = split_parts(self.adaLN_modulation(c), self.parts)
+        return unpatchify(self.linear(steer(norm(x), m)), self.P, h, w)
 
 
 # ---------------------------------------------------------------- blocks
 
 class DiTBlock(nn.Module):
     """[DiT] fig. 3, adaLN-Zero: attention and MLP, each shifted, scaled and gated by c."""
-    def __init__(self, D: int, H: int, last: bool) -> None:
+    def __init__(self, D: int, H: int, last: bool, parts: tuple[str, ...] = ADALN) -> None:
         super().__init__()
+        self.groups = parts, parts
         self.attn = Attention(D, H)
         self.mlp = MLP(D)
-        self.adaLN_modulation = modulation(D, 6)
+        self.adaLN_modulation = modulation(D, *self.groups)
 
     def forward(self, x: Tensor, ctx: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)
-        x = torch.addcmul(x, gate_a, self.attn(modulate(norm(x), shift_a, scale_a)))
-        x = torch.addcmul(x, gate_m, self.mlp(modulate(norm(x), shift_m, scale_m)))
-        return x, ctx
+        a, m = split_parts(self.adaLN_modulation(c), *self.groups)
+        x = gated_sum(x, a, self.attn(steer(norm(x), a)))
+        return gated_sum(x, m, self.mlp(steer(norm(x), m))), ctx
 
 
 class DiTAttBlock(nn.Module):
     """[COND] table A1, DiT by attention: the class is one more token of DiTBlock's attention, under the same weights.
 
     Its token has a shift, scale and gate of its own, also from c, and no MLP. `last`: no gate."""
-    def __init__(self, D: int, H: int, last: bool) -> None:
+    def __init__(self, D: int, H: int, last: bool, parts: tuple[str, ...] = ADALN) -> None:
         super().__init__()
         self.last = last
+        self.groups = parts, parts, ungated(parts) if last else parts
         self.attn = NormedAttention(D, H)
         self.mlp = MLP(D)
-        self.adaLN_modulation = modulation(D, 8 if last else 9)
+        self.adaLN_modulation = modulation(D, *self.groups)
 
     def forward(self, x: Tensor, ctx: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        m = self.adaLN_modulation(c)[:, None].chunk(8 if self.last else 9, dim=-1)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m, shift_c, scale_c, *gate_c = m
-        tokens = torch.cat([modulate(norm(ctx), shift_c, scale_c), modulate(norm(x), shift_a, scale_a)], 1)
-        a = self.attn(tokens)                                                   # (B, L+N, D)
-        x = torch.addcmul(x, gate_a, a[:, ctx.shape[1]:])
-        x = torch.addcmul(x, gate_m, self.mlp(modulate(norm(x), shift_m, scale_m)))
-        return x, ctx if self.last else torch.addcmul(ctx, *gate_c, a[:, :ctx.shape[1]])
+        a, m, a_ctx = split_parts(self.adaLN_modulation(c), *self.groups)
+        tokens = self.attn(torch.cat([steer(norm(ctx), a_ctx), steer(norm(x), a)], 1))      # (B, L+N, D)
+        x = gated_sum(x, a, tokens[:, ctx.shape[1]:])
+        x = gated_sum(x, m, self.mlp(steer(norm(x), m)))
+        return x, ctx if self.last else gated_sum(ctx, a_ctx, tokens[:, :ctx.shape[1]])
 
 
 class MMDiTBlock(nn.Module):
     """[COND] sec. 2, the block that its parameter counts suggest: DiTBlock with joint attention.
 
     Context is normalised, not modulated, and changed by attention alone; it has no MLP."""
-    def __init__(self, D: int, H: int, last: bool) -> None:
+    def __init__(self, D: int, H: int, last: bool, parts: tuple[str, ...] = ADALN) -> None:
         super().__init__()
         self.last = last
+        self.groups = parts, parts
         self.attn = JointAttention(D, H, last)
         self.mlp = MLP(D)
-        self.adaLN_modulation = modulation(D, 6)
+        self.adaLN_modulation = modulation(D, *self.groups)
 
     def forward(self, x: Tensor, ctx: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)
-        a, a_ctx = self.attn(modulate(norm(x), shift_a, scale_a), norm(ctx))
-        x = torch.addcmul(x, gate_a, a)
-        x = torch.addcmul(x, gate_m, self.mlp(modulate(norm(x), shift_m, scale_m)))
-        return x, ctx if self.last else ctx + a_ctx
+        a, m = split_parts(self.adaLN_modulation(c), *self.groups)
+        out, out_ctx = self.attn(steer(norm(x), a), norm(ctx))
+        x = gated_sum(x, a, out)
+        x = gated_sum(x, m, self.mlp(steer(norm(x), m)))
+        return x, ctx if self.last else ctx + out_ctx
 
 
 class SD3Block(nn.Module):
     """[SD3] fig. 2, mmDiT as published: context, a second stream, has its own modulation, projections and MLP.
 
-    `last`: context is shifted and scaled for its k and v, and ends there."""
-    def __init__(self, D: int, H: int, last: bool) -> None:
+    `last`: context is steered for its k and v, and ends there."""
+    def __init__(self, D: int, H: int, last: bool, parts: tuple[str, ...] = ADALN) -> None:
         super().__init__()
         self.last = last
+        self.groups, self.ctx_groups = (parts, parts), (ungated(parts),) if last else (parts, parts)
         self.attn = DualAttention(D, H, last)
         self.mlp = MLP(D)
         self.ctx_mlp = None if last else MLP(D)
-        self.adaLN_modulation = modulation(D, 6)
-        self.ctx_adaLN_modulation = modulation(D, 2 if last else 6)
+        self.adaLN_modulation = modulation(D, *self.groups)
+        self.ctx_adaLN_modulation = modulation(D, *self.ctx_groups)
 
     def forward(self, x: Tensor, ctx: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)
-        m = self.ctx_adaLN_modulation(c)[:, None].chunk(2 if self.last else 6, dim=-1)
-        a, a_ctx = self.attn(modulate(norm(x), shift_a, scale_a), modulate(norm(ctx), *m[:2]))
-        x = torch.addcmul(x, gate_a, a)
-        x = torch.addcmul(x, gate_m, self.mlp(modulate(norm(x), shift_m, scale_m)))
+        a, m = split_parts(self.adaLN_modulation(c), *self.groups)
+        a_ctx, *m_ctx = split_parts(self.ctx_adaLN_modulation(c), *self.ctx_groups)
+        out, out_ctx = self.attn(steer(norm(x), a), steer(norm(ctx), a_ctx))
+        x = gated_sum(x, a, out)
+        x = gated_sum(x, m, self.mlp(steer(norm(x), m)))
         if self.last:
             return x, ctx
-        gate_a, shift_m, scale_m, gate_m = m[2:]
-        ctx = torch.addcmul(ctx, gate_a, a_ctx)
-        return x, torch.addcmul(ctx, gate_m, self.ctx_mlp(modulate(norm(ctx), shift_m, scale_m)))
+        ctx = gated_sum(ctx, a_ctx, out_ctx)
+        return x, gated_sum(ctx, *m_ctx, self.ctx_mlp(steer(norm(ctx), *m_ctx)))

@@ -9,13 +9,17 @@ T noise levels.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mp_layers import FULL, MPMLP, MPEmbedding, MPFourier, normalize
+
 NULL_LABEL = -1                         # stands for "no class"; the embedding maps it to the last row of its table
 TIME_FEATURES = 256                     # width of the sinusoid that an MLP turns into the time vector, [DiT]
+BANDWIDTH = 3.0                         # of MPFourier over t in [0, 1]: as much as [EDM2]'s 1 over ln(sigma)/4
 
 
 CONTROLS = {"crop": 2, "flip": 1, "size": 2}    # numbers a control has: (top, left), 0 or 1, (h, w)
@@ -118,6 +122,25 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(torch.where(label == NULL_LABEL, null, label))
 
 
+class MPTimestepEmbedder(nn.Module):
+    """[MAG] MPMLP(features(i)); of "stream" they are random waves, smooth in i, else [DiT]'s. i (B,) -> (B, D)"""
+    def __init__(self, D: int, T: int, preserve: tuple[str, ...]) -> None:
+        super().__init__()
+        waves = partial(timestep_embedding, dim=TIME_FEATURES)
+        self.features = MPFourier(TIME_FEATURES, BANDWIDTH / (T - 1)) if "stream" in preserve else waves
+        self.mlp = MPMLP(TIME_FEATURES, D, D, preserve)
+
+    def forward(self, i: Tensor) -> Tensor:
+        return self.mlp(self.features(i))
+
+
+class MPLabelEmbedder(LabelEmbedder):
+    """[MAG] LabelEmbedder with rows of unit magnitude. label (B,) -> (B, D)"""
+    def __init__(self, classes: int, D: int) -> None:
+        nn.Module.__init__(self)
+        self.embedding_table = MPEmbedding(classes + 1, D)
+
+
 class ClassContext(nn.Module):
     """[COND] sec. 2: the class as one context token, an embedding and a two-layer MLP. label (B,) -> (B, 1, D)"""
     def __init__(self, classes: int, D: int) -> None:
@@ -147,6 +170,39 @@ class LearnedContext(nn.Module):
 
     def forward(self, cond: Condition, dtype: torch.dtype) -> Tensor:
         return self.token.to(dtype)
+
+
+class MPClassContext(nn.Module):
+    """ClassContext with rows and layers that preserve magnitude. label (B,) -> (B, 1, D)"""
+    def __init__(self, classes: int, D: int) -> None:
+        super().__init__()
+        self.table, self.mlp = MPLabelEmbedder(classes, D), MPMLP(D, D, D, FULL)
+
+    def forward(self, cond: Condition, dtype: torch.dtype) -> Tensor:
+        return self.mlp(self.table(cond.label))[:, None].to(dtype)
+
+
+class MPTextContext(nn.Module):
+    """TextContext for tokens brought to unit magnitude, each with the number 1 beside it. text (B, L, E) -> (B, L, D)
+
+    An empty token, all zeros, is a vector to be learned: its 1 alone is brought to unit magnitude."""
+    def __init__(self, E: int, D: int) -> None:
+        super().__init__()
+        self.mlp = MPMLP(E + 1, D, D, FULL)
+
+    def forward(self, cond: Condition, dtype: torch.dtype) -> Tensor:
+        text = normalize(cond.text.float())
+        return self.mlp(normalize(torch.cat([text, torch.ones_like(text[..., :1])], dim=-1)).to(dtype))
+
+
+class MPLearnedContext(nn.Module):
+    """LearnedContext of unit magnitude. -> (1, 1, D)"""
+    def __init__(self, D: int) -> None:
+        super().__init__()
+        self.token = MPEmbedding(1, D)
+
+    def forward(self, cond: Condition, dtype: torch.dtype) -> Tensor:
+        return self.token(torch.zeros(1, 1, dtype=torch.long, device=self.token.weight.device)).to(dtype)
 
 
 # ---------------------------------------------------------------- short captions
@@ -223,13 +279,15 @@ class ControlEmbedding(nn.Module):
 
     Every scalar becomes a sinusoid; the sinusoids of a group are concatenated and go through one two-layer MLP, whose
     last layer starts at zero, so that at first the controls have no effect. kind, alpha, sigma: see control_weight."""
+    mlp = staticmethod(mlp)
+
     def __init__(self, controls: tuple[str, ...], D: int, kind: str, alpha: float, sigma: Tensor | None = None) -> None:
         super().__init__()
         self.register_buffer("sigma", sigma, persistent=False)                  # (T,)
         self.high = [c for c in controls if c not in LOW_LEVEL]
         self.low = [c for c in controls if c in LOW_LEVEL]
         self.kind, self.alpha = kind, alpha
-        self.mlps = nn.ModuleDict({name: mlp(TIME_FEATURES * sum(CONTROLS[c] for c in group), D)
+        self.mlps = nn.ModuleDict({name: self.mlp(TIME_FEATURES * sum(CONTROLS[c] for c in group), D)
                                    for name, group in (("high", self.high), ("low", self.low)) if group})
 
     def forward(self, cond: Condition, t: Tensor) -> Tensor:
@@ -245,6 +303,27 @@ class ControlEmbedding(nn.Module):
         values = [getattr(cond, c).reshape(-1, CONTROLS[c]) for c in group]
         scalars = torch.cat(values, dim=1)                                      # (B, K)
         return timestep_embedding(scalars.flatten(), TIME_FEATURES).unflatten(0, scalars.shape).flatten(1)
+
+
+class MPControlEmbedding(ControlEmbedding):
+    """[COND] eq. 1 blended by magnitude: (c + w_h e_h + w_l e_l) / sqrt(1 + w_h^2 + w_l^2), c and e of magnitude 1.
+
+    w_h is a gain to be learned, w_l another times gamma_c(t): mp_sum whose t is learned. At first both are zero and c
+    is given back to the last bit, as it is without controls and, for size, where gamma_c is zero. -> (B, D)"""
+    @staticmethod
+    def mlp(K: int, D: int) -> MPMLP:
+        """Unit-magnitude features to a vector of the magnitude of its gain, zero at first."""
+        return MPMLP(K, D, D, FULL, gain=0.0)
+
+    def forward(self, c: Tensor, cond: Condition, t: Tensor) -> Tensor:
+        gamma = control_weight(t, self.kind, self.alpha, self.sigma)
+        power = 1.0
+        for name, mlp in self.mlps.items():
+            group, share = (self.high, cond.steered) if name == "high" else (self.low, cond.steered * gamma)
+            share = share[:, None]                                              # (B, 1)
+            c = c + share * mlp(math.sqrt(2) * self.features(cond, group))      # a sinusoid has magnitude 1/sqrt(2)
+            power = power + (share * mlp.fc2.gain).square()
+        return c / power.sqrt()
 
 
 # ---------------------------------------------------------------- position

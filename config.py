@@ -53,6 +53,8 @@ class ModelConfig:
     positions: str = "grid"         # grid: 0, 1, 2, ...; resample: a fixed extent, finer; interpolate: a resized table
     base: int = 0                   # patches a side that resample and interpolate start from; 0 = this resolution's
     prediction: str = "eps"         # what the last layer states: eps, the noise, or v, noise and picture mixed
+    modulation: str = "scale+shift+gate"    # what time and class do to a sub-layer, joined with +: also rotate
+    preserve: str = ""              # mp archs: none, or cosine, weights, stream, heads joined with +; empty = first three
 
 
 @dataclass(frozen=True)

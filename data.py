@@ -1,8 +1,9 @@
 """Images with their metadata, and which of them a training step sees.
 
-    python data.py --check PATH     decode a folder: what it holds, what is broken, what the network will see
+    python data.py --check PATH     decode it: what it holds, what is broken, what the network will see
 
-A source has len() and `records(indices, epochs) -> Batch` or `record(index, epoch) -> Record`, one row of it.
+PATH and --data: a folder of class folders or of captioned pictures (folders.py), tar shards (shards.py), coco:PATH
+(coco.py), latents that latents.py encoded (cached.py). A source has len() and `records(indices, epochs) -> Batch` or `record(index, epoch) -> Record`, one row of it.
 A Batch is a dict; label and caption are in it if the source has them, text and lengths with an encoder:
     image (B, C, R, R) float32 in [-1, 1]        label, index (B,) int64        caption list[str]
     size (B, 2) float32: height, width of the original in pixels
@@ -15,33 +16,32 @@ position in the global batch): no order is stored and no random state exists.
 
 Dimensions: B batch, C channels, R resolution, H height, W width, L text tokens, E width of a text token.
 """
-import hashlib
 import math
 import os
+import posixpath
 import sys
-import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
-from config import Config, UserError, parse, seed64
-from pictures import BadImage, grid, open_image
+from cached import Latents, is_latents, open_latents  # noqa: F401  (data.Latents is a public name)
+from coco import CocoCaptions
+from config import Config, ModelConfig, UserError, parse, seed64
+from folders import BAD, CROPS, METADATA, SUFFIXES, Captions, ImageFolder, Pictures, find_files
+from pictures import grid
 from shapes import Shapes, WordVectors
+from shards import TarShards, is_shards
 
 Record, Batch = dict[str, Any], dict[str, Any]
 Source, TextEncoder = Any, Any          # contracts, stated above and at text_encoder
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-ATTEMPTS = 20                           # to replace one unreadable image
-CROPS = {"global": (0.9, 1.0), "local": (0.4, 0.6), "mix": (0.4, 1.0)}  # [COND] 1.9: sides, over the short one
 
 
 # ---------------------------------------------------------------- which sample a step sees
@@ -85,136 +85,23 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 # ---------------------------------------------------------------- sources
 
-class ImageFolder:
-    """A folder of class folders with JPEG, PNG and WebP files at any depth; classes are in sorted order.
-
-    crop        random: a square anywhere, its side uniform in `side` times the short side; center: the largest
-    flip        mirror half of them
-    classes     off: no labels, and no class folders needed
-    max_bad     unreadable files are listed in `bad` and replaced; UserError beyond max(1, max_bad * files);
-                0 lets none through"""
-    channels = 3
-
-    def __init__(self, path: str | Path, resolution: int, seed: int = 0, flip: bool = True,
-                 max_bad: float = 0.01, crop: str = "random", side: tuple[float, float] = CROPS["global"],
-                 classes: bool = True):
-        if crop not in ("random", "center"):
-            raise UserError(f"crop wants random or center, got {crop!r}")
-        self.path, self.resolution, self.seed, self.flip = Path(path).expanduser(), resolution, seed, flip
-        self.max_bad, self.random = max_bad, crop == "random"
-        self.side = side if self.random else (1.0, 1.0)
-        self.controls = ("size", "crop", "flip") if flip else ("size", "crop")
-
-        found, bad = find_images(self.path)
-        files = [(name, size) for name, size in found if "/" in name or not classes]
-        if not files:
-            raise UserError(f"{str(path)!r} has no class folder: its {len(found)} images belong in folders "
-                            f"named after their classes, {path}/CLASS/; or --model.semantics=none")
-        if len(files) < len(found):
-            tqdm.write(f"warning: {len(found) - len(files)} images of {path} are in no class", sys.stderr)
-
-        self.names = [name for name, _ in files]
-        names, labels = np.unique([name.split("/")[0] for name in self.names], return_inverse=True)
-        self.classes, self.labels = (names.tolist(), labels.tolist()) if classes else ([], [])
-        self.fingerprint = hashlib.sha256(ascii((files, self.classes)).encode()).hexdigest()
-
-        self.bad, self.files, self.lock = {}, len(files) + len(bad), threading.Lock()
-        for name, reason in bad.items():
-            self.note_bad(name, reason)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def record(self, index: int, epoch: int) -> Record:
-        """One Record; for an unreadable file that of another, drawn by (seed, index, epoch, attempt)."""
-        use = index
-        for attempt in range(ATTEMPTS):
-            try:
-                return self.render(use, epoch)
-            except BadImage as e:
-                self.note_bad(self.names[use], str(e))
-            use = seed64(self.seed, "replace", index, epoch, attempt) % len(self)
-        raise UserError(f"{ATTEMPTS} images of {self.path} in a row are unreadable, see data.py --check")
-
-    def render(self, index: int, epoch: int) -> Record:
-        """One Record, its augmentation drawn by (seed, index, epoch). BadImage for an unreadable file."""
-        R, (low, high) = self.resolution, self.side
-        picture, (h, w) = open_image(self.path / self.names[index], short=2 * R / low)
-        rng = np.random.Generator(np.random.Philox(seed64(self.seed, "aug", index, epoch)))
-        u = rng.random(4) if self.random else (0, 0.5, 0.5, rng.random(4)[3])
-        a = max(1, round(min(h, w) * (low + (high - low) * u[0])))
-        top, left = int(u[1] * (h - a + 1)), int(u[2] * (w - a + 1))
-        mirrored = self.flip and u[3] < 0.5
-
-        fy, fx = picture.height / h, picture.width / w          # below 1 where the decoder shrank the picture
-        box = (left * fx, top * fy, (left + a) * fx, (top + a) * fy)
-        picture = picture.resize((R, R), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
-        pixels = np.asarray(picture, dtype=np.float32).transpose(2, 0, 1)                   # (C, R, R)
-        pixels = np.ascontiguousarray(pixels[:, :, ::-1] if mirrored else pixels)
-        record = dict(image=torch.from_numpy(pixels / np.float32(127.5) - np.float32(1)), size=(h, w),
-                      crop=(top * R / a, left * R / a), flip=float(mirrored), index=index)
-        return record | ({"label": self.labels[index]} if self.classes else {})
-
-    def note_bad(self, name: str, reason: str) -> None:
-        """Counts an unusable file and names it, once; UserError if there are now more than max_bad allows."""
-        with self.lock:
-            if name not in self.bad:
-                tqdm.write(f"warning: {name!r} is passed over: {reason}", sys.stderr)
-            self.bad[name] = reason
-            allowed = max(1, int(self.max_bad * self.files)) if self.max_bad > 0 else 0
-            if len(self.bad) > allowed:
-                some = ", ".join(f"{n!r} ({why})" for n, why in list(self.bad.items())[:3])
-                raise UserError(f"{len(self.bad)} of {self.files} images of {str(self.path)!r} cannot be "
-                                f"read, e.g. {some}; mend or remove them, or raise --max_bad={self.max_bad}")
-
-
-def find_images(root: Path) -> tuple[list[tuple[str, int]], dict[str, str]]:
-    """Sorted (relative name, bytes) of the images below `root`, and {name: reason} of files without content.
-
-    Hidden and irregular files are passed over; a folder that links lead to twice counts once."""
-    def refuse(e):
-        raise UserError(f"cannot read folder {e.filename!r}: {e.strerror}")
-
-    if not root.is_dir():
-        raise UserError(f"no folder {str(root)!r} (looked at {root.absolute()}); data is shapes or a folder")
-    found, seen = [], set()
-    for folder, below, files in os.walk(root, onerror=refuse, followlinks=True):
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        if (here := os.path.realpath(folder)) in seen:
-            below.clear()
-            continue
-        seen.add(here)
-        for path in (Path(folder, name) for name in files if not name.startswith(".")):
-            if path.suffix.lower() in SUFFIXES and (path.is_file() or not path.exists()):
-                size = path.stat().st_size if path.exists() else 0
-                found.append((path.relative_to(root).as_posix(), size))
-    bad = {name: "empty file or link to nothing" for name, size in found if size == 0}
-    found = sorted((name, size) for name, size in found if size)
-    if not found:
-        raise UserError(f"no images in {str(root)!r}, {len(bad)} empty files; looked for {' '.join(SUFFIXES)}"
-                        f" in {root.absolute()} and all folders below")
-    return found, bad
+def kind(where: str) -> str:
+    """What a value of --data is, a key of KINDS. One more kind of data is a line here and one there."""
+    if where == "shapes" or where.startswith("coco:"):
+        return where.partition(":")[0]
+    if is_latents(Path(where).expanduser()):
+        return "latents"
+    return "tars" if is_shards(where) else "folder"
 
 
 def open_source(cfg: Config, split: str = "train") -> Source:
-    """The source of `cfg.data`; UserError where it lacks what the model needs. Only shapes have splits.
-
-    A global crop of shapes is as wide as the picture and moves over a wider canvas, so that it cuts objects too."""
-    want, folder, varied = cfg.model, Path(cfg.data).expanduser(), cfg.augment.split("+")
+    """The source of `cfg.data`; UserError where it lacks what the model needs. Only shapes have splits."""
+    want, varied = cfg.model, cfg.augment.split("+")
     if unknown := [a for a in varied if a not in ("", "crop", "flip", "size")]:
         raise UserError(f"augment={cfg.augment!r} names {unknown[0]!r}; there are crop, flip, size")
     if cfg.crop not in CROPS:
         raise UserError(f"unknown crop={cfg.crop!r}; there are {', '.join(CROPS)}")
-    if cfg.data == "shapes":
-        vary = [name in varied for name in ("size", "crop", "flip")]
-        side = (1.0, 1.0) if cfg.crop == "global" else CROPS[cfg.crop]
-        source = Shapes(want.resolution, cfg.seed, split, tuple(range(1, cfg.objects + 1)), *vary, side)
-    elif want.semantics == "text" and folder.is_dir():
-        raise UserError(f"folder {cfg.data!r} has no captions for model.semantics=text; use class or none")
-    else:
-        crop = "random" if "crop" in varied else "center"
-        source = ImageFolder(folder, want.resolution, cfg.seed, "flip" in varied, cfg.max_bad, crop,
-                             CROPS[cfg.crop], want.semantics == "class")
+    source = KINDS[kind(cfg.data)](cfg, split)
 
     if want.channels != source.channels:
         raise UserError(f"--model.channels={want.channels}, but {cfg.data!r} has images of {source.channels}")
@@ -222,7 +109,62 @@ def open_source(cfg: Config, split: str = "train") -> Source:
         enough = "+".join(c for c in ("crop", "flip", "size") if c in varied or c in lacking)
         raise UserError(f"model.controls={want.controls!r}, but {cfg.data!r} does not vary {' and '.join(lacking)} "
                         f"with augment={cfg.augment!r}; it would with --augment={enough}")
+    if want.semantics == "text" and cfg.encoder == "words" and isinstance(source, Pictures):
+        check_words(source, cfg)
     return source
+
+
+def open_shapes(cfg: Config, split: str) -> Source:
+    """Captioned shapes. A global crop is as wide as the picture and moves over a wider canvas, so that it cuts too."""
+    varied = cfg.augment.split("+")
+    vary = [name in varied for name in ("size", "crop", "flip")]
+    side = (1.0, 1.0) if cfg.crop == "global" else CROPS[cfg.crop]
+    return Shapes(cfg.model.resolution, cfg.seed, split, tuple(range(1, cfg.objects + 1)), *vary, side)
+
+
+def open_folder(cfg: Config, split: str) -> Source:
+    """A folder: with captions for text, of class folders for class, of pictures for none."""
+    if cfg.model.semantics == "text":
+        return Captions(cfg.data, *framing(cfg))
+    return ImageFolder(cfg.data, *framing(cfg), cfg.model.semantics == "class")
+
+
+def open_captioned(cfg: Config, split: str) -> Source:
+    """Tar shards, or COCO; they have no classes."""
+    if cfg.model.semantics == "class":
+        raise UserError(f"{cfg.data!r} has captions and no classes; use --model.semantics=text, or none")
+    if kind(cfg.data) == "coco":
+        return CocoCaptions(cfg.data.removeprefix("coco:"), *framing(cfg))
+    return TarShards(cfg.data, *framing(cfg), cfg.model.semantics == "text")
+
+
+def open_cached(cfg: Config, split: str) -> Source:
+    """Cached latents: what can vary was decided when they were encoded."""
+    return open_latents(cfg)
+
+
+def framing(cfg: Config) -> tuple:
+    """resolution, seed, flip, max_bad, crop and side, as every source of picture files takes them."""
+    varied = cfg.augment.split("+")
+    crop = "random" if "crop" in varied else "center"
+    return cfg.model.resolution, cfg.seed, "flip" in varied, cfg.max_bad, crop, CROPS[cfg.crop]
+
+
+KINDS = {"shapes": open_shapes, "folder": open_folder, "tars": open_captioned, "coco": open_captioned,
+         "latents": open_cached}
+
+
+def check_words(source: Pictures, cfg: Config, most: int = 100) -> None:
+    """UserError if one of the first captions says what the frozen word vectors of the shapes do not know."""
+    words = WordVectors(cfg.model.text_length) if cfg.model.text_length else WordVectors()
+    for index in range(min(most, len(source))):
+        with suppress(*BAD):
+            caption = source.load(index, 0)[1]["caption"]
+            try:
+                words.encode([caption])
+            except UserError as e:
+                raise UserError(f"encoder=words knows the captions of the shapes only, and {cfg.data!r} has others, e.g. "
+                                f"{caption[:80]!r}; use --encoder=clip:PATH") from e
 
 
 def text_encoder(cfg: Config) -> TextEncoder | None:
@@ -251,6 +193,11 @@ def records(source: Source, indices: Sequence[int], epochs: Sequence[int]) -> Ba
     if hasattr(source, "records"):
         return source.records(indices, epochs)
     return collate([source.record(int(i), int(e)) for i, e in zip(indices, epochs)])
+
+
+def captions(source: Source, indices: Sequence[int]) -> list[str]:
+    """The captions of these samples, counted round and round: what to draw where nothing is asked for."""
+    return records(source, np.asarray(indices) % len(source), np.zeros(len(indices), int))["caption"]
 
 
 def collate(rows: list[Record]) -> Batch:
@@ -300,27 +247,39 @@ def titles(batch: Batch, classes: Sequence[str] = ()) -> list[str]:
 @dataclass(frozen=True)
 class Options:
     """What to check."""
-    check: str = "."            # folder of class folders or of images
+    check: str = "."            # what --data would be: a folder, tar shards, coco:PATH
     resolution: int = 64        # R, side of the squares that the network will see
+    most: int = 0               # pictures to decode, spread over all; 0 = every one
 
 
-def check(root: Path, R: int) -> None:
-    """Decodes all files, prints classes, sizes and what is broken, draws 16 records with their controls."""
-    nested = root.is_dir() and any(child.is_dir() for child in root.iterdir())
-    source = ImageFolder(root, R, max_bad=1.0, classes=nested)
+def check(where: str, R: int, most: int = 0) -> None:
+    """Decodes files, prints classes, sizes, captions and what is broken, draws 16 records with their controls."""
+    source = open_for_check(where, R)
 
-    def short_side(i):
+    def look(i):
         try:
-            return min(source.render(i, 0)["size"])
-        except BadImage as e:
-            source.note_bad(source.names[i], str(e))
+            row = source.render(i, 0)
+            return min(row["size"]), row.get("caption")
+        except BAD as e:
+            source.note_bad(source.name(i), str(e))
 
-    every = prefetch(short_side, ((i,) for i in range(len(source))), workers=os.cpu_count() or 1)
-    sides = [side for side in tqdm(every, total=len(source), desc="decoding", unit="image") if side] or [0]
+    n = len(source)
+    asked = range(n) if most <= 0 else [k * n // min(most, n) for k in range(min(most, n))]
+    every = prefetch(look, ((i,) for i in asked), workers=os.cpu_count() or 1)
+    seen = [row for row in tqdm(every, total=len(asked), desc="decoding", unit="image") if row]
     for label, count in sorted(Counter(source.labels).items()):
         print(f"{count:>9,}  {source.classes[label]}")
-    print(f"{len(source):,} images, {len(source.bad)} broken; short side {min(sides)} to {max(sides)} "
+    for name, reason in sorted(source.bad.items()):
+        print(f"broken: {name!r}: {reason}")
+    for reason, count in Counter(reason.split(":")[0] for reason in source.bad.values()).most_common(10):
+        print(f"{count:>9,}  broken: {reason}")
+    sides = [side for side, _ in seen] or [0]
+    part = "" if len(asked) == n else f"{len(asked):,} of them decoded, "
+    print(f"{source.files:,} images, {part}{len(source.bad)} broken; short side {min(sides)} to {max(sides)} "
           f"pixels, {sum(side < R for side in sides):,} of them below {R}")
+    if words := sorted(len(text.split()) for _, text in seen if text is not None):
+        print(f"captions of {words[0]} to {words[-1]} words, half of them up to {words[len(words) // 2]}; "
+              f"{words.count(0):,} empty, {sum(count > 75 for count in words):,} certainly too long for 77 tokens")
 
     shown = fetch(source, None, 0, 16, 16, 0, 0)
     controls = zip(titles(shown, source.classes), *(shown[key].tolist() for key in ("size", "crop", "flip")))
@@ -330,10 +289,25 @@ def check(root: Path, R: int) -> None:
     print("16 of them are in check.png")
 
 
+def open_for_check(where: str, R: int) -> Pictures:
+    """The source of picture files at this place, with captions or classes if it has them, whatever is broken in it."""
+    what, root = kind(where), Path(where).expanduser()
+    if other := {"shapes": "python shapes.py", "latents": "python latents.py check"}.get(what):
+        raise UserError(f"{where!r} holds no picture files; {other} shows it")
+    semantics = "text"
+    if what == "folder":
+        texts = find_files(root, (".txt", ".jsonl"))
+        images = {posixpath.splitext(name)[0] for name in find_files(root, SUFFIXES)}
+        captioned = any(Path(name).name == METADATA or posixpath.splitext(name)[0] in images for name in texts)
+        nested = any("/" in name for name in images)
+        semantics = "text" if captioned else "class" if nested else "none"
+    return KINDS[what](Config(data=where, max_bad=1.0, model=ModelConfig(semantics=semantics, resolution=R)), "train")
+
+
 if __name__ == "__main__":
     try:
         options = parse(sys.argv[1:], Options())
-        check(Path(options.check).expanduser(), options.resolution)
+        check(options.check, options.resolution, options.most)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

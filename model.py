@@ -1,163 +1,34 @@
-"""The denoiser: one trunk for every kind of block (blocks.py). net(x_t, i, cond) -> eps
+"""Denoisers by their config: what can be built, building, loading, and what each costs.
 
-Dimensions: B batch, N = h w image tokens, L context tokens, D width, H heads, C channels, P patch, T noise steps.
+Dimensions: N = h w image tokens, L context tokens, D width, C channels, P patch.
 
-python model.py --table        parameters and FLOPs of every architecture and size, and beside those of [COND]
+python model.py --table        parameters and FLOPs of every architecture and size, and beside those of the papers
 """
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import checkpoint
-from blocks import DiTAttBlock, DiTBlock, FinalLayer, MMDiTBlock, PatchEmbed, SD3Block
-from conditioning import (CONTROL_WEIGHTS, CONTROLS, LOW_LEVEL, ClassContext, Condition, ControlEmbedding,
-                          LabelEmbedder, LearnedContext, TextContext, TimestepEmbedder, interpolate_2d, sincos_2d)
+from blocks import ungated
+from conditioning import CONTROL_WEIGHTS, CONTROLS, LOW_LEVEL
 from config import SIZES, Config, ModelConfig, UserError, from_json
-from schedule import SCHEDULES, alpha_bar_table, to_sigma, velocity_to_eps
+from mp_layers import FULL, LAYOUT
+from schedule import SCHEDULES
+from trunk import ARCHS, POSITIONS, Denoiser, control_names, modulation_parts, preserved
 
-POSITIONS = {                           # (h, w, D, base) -> (h w, D), base in patches a side
-    "grid": lambda h, w, D, base: sincos_2d(h, w, D),
-    "resample": sincos_2d,
-    "interpolate": interpolate_2d,
-}
 PREDICTIONS = ("eps", "v")
+MP = ("mpdit", "mpmmdit")               # architectures with a model.preserve
 
 
-# ---------------------------------------------------------------- trunk
-
-class Denoiser(nn.Module):
-    """The trunk: patches and positions in, blocks, patches out. x_t (B, C, h P, w P), i (B,) index -> eps like x_t
-
-    `dtype` is the type in which the tokens are computed; weights, angles and the returned eps stay fp32."""
-    Block: type[nn.Module]
-
-    def __init__(self, cfg: ModelConfig) -> None:
-        super().__init__()
-        self.cfg, self.dtype = cfg, torch.float32
-        D, P, grid = cfg.width, cfg.patch, cfg.resolution // cfg.patch
-        self.x_embedder = PatchEmbed(cfg.channels, P, D)
-        self.t_embedder = TimestepEmbedder(D)
-        self.y_embedder = self.semantics(cfg)
-        controls = control_names(cfg)
-        self.control_embedder = None
-        if controls:
-            sigma = to_sigma(alpha_bar_table(cfg.schedule, cfg.noise_steps)).float()     # gamma_c is of i: no rescale
-            self.control_embedder = ControlEmbedding(controls, D, cfg.control_weight, cfg.control_alpha, sigma)
-        self.blocks = nn.ModuleList(self.Block(D, cfg.heads, k == cfg.depth - 1) for k in range(cfg.depth))
-        self.final_layer = FinalLayer(D, P, cfg.channels)
-        self.register_buffer("pos_embed", position_table(cfg, grid, grid), persistent=False)
-        table = alpha_bar_table(cfg.schedule, cfg.noise_steps, cfg.rescale).float()
-        self.register_buffer("alpha_bar", table, persistent=False)              # (T,)
-        self.initialize()
-
-    @staticmethod
-    def semantics(cfg: ModelConfig) -> nn.Module | None:
-        """The module that reads the class or the caption."""
-        raise TypeError("a trunk says how semantics enter")
-
-    def condition(self, i: Tensor, cond: Condition) -> tuple[Tensor, Tensor | None]:
-        """c (B, D), what modulates the blocks, and ctx (B, L, D), what they attend to."""
-        raise TypeError("a trunk says how semantics enter")
-
-    def initialize(self) -> None:
-        """[DiT] sec. 3.2: Xavier for linear layers, 0.02 for the class table, zero for what must not act at first."""
-        for m in self.modules():
-            if isinstance(m, (nn.Linear, nn.Conv2d)):
-                nn.init.xavier_uniform_(m.weight.view(m.weight.shape[0], -1))
-                nn.init.zeros_(m.bias)
-            elif isinstance(m, nn.Embedding):
-                nn.init.normal_(m.weight, std=0.02)
-        for layer in zero_layers(self):
-            nn.init.zeros_(layer.weight)
-
-    def time(self, i: Tensor, cond: Condition) -> Tensor:
-        """[COND] eq. 1: MLP(sinusoid(i)), plus the controls. (B, D)"""
-        c = self.t_embedder(i)
-        if self.control_embedder is not None:
-            c = c + self.control_embedder(cond, i / (self.cfg.noise_steps - 1))
-        return c
-
-    def positions(self, h: int, w: int) -> Tensor:
-        """(h w, D); the grid of the training resolution is kept, any other is made when asked for."""
-        grid = self.cfg.resolution // self.cfg.patch
-        return self.pos_embed if (h, w) == (grid, grid) else position_table(self.cfg, h, w).to(self.pos_embed)
-
-    def forward(self, x_t: Tensor, i: Tensor, cond: Condition) -> Tensor:
-        h, w = (n // self.cfg.patch for n in x_t.shape[2:])
-        x = self.x_embedder(x_t.to(self.dtype)) + self.positions(h, w).to(self.dtype)   # (B, N, D)
-        c, ctx = self.condition(i, cond)
-        for block in self.blocks:
-            x, ctx = block(x, ctx, c)
-        out = self.final_layer(x, c, h, w).float()                              # (B, C, h P, w P)
-        return out if self.cfg.prediction == "eps" else velocity_to_eps(out, x_t, self.alpha_bar[i.long()])
+def zero_layers(net: Denoiser) -> list[nn.Module]:
+    """The layers of a network that start at zero."""
+    return net.zero_layers()
 
 
-class DiT(Denoiser):
-    """[DiT]: the class is added to the time vector and modulates. State dict as in the official weights."""
-    Block = DiTBlock
-
-    @staticmethod
-    def semantics(cfg: ModelConfig) -> nn.Module | None:
-        return {"class": lambda: LabelEmbedder(cfg.classes, cfg.width), "none": lambda: None}[cfg.semantics]()
-
-    def condition(self, i: Tensor, cond: Condition) -> tuple[Tensor, None]:
-        c = self.time(i, cond)
-        if self.y_embedder is not None:
-            c = c + self.y_embedder(cond.label)
-        return c.to(self.dtype), None
-
-
-class MMDiT(Denoiser):
-    """[COND] sec. 2: the class or the caption enters as tokens that the image attends to; time alone modulates."""
-    Block = MMDiTBlock
-
-    @staticmethod
-    def semantics(cfg: ModelConfig) -> nn.Module:
-        return {"class": lambda: ClassContext(cfg.classes, cfg.width), "none": lambda: LearnedContext(cfg.width),
-                "text": lambda: TextContext(cfg.text_dim, cfg.width)}[cfg.semantics]()
-
-    def condition(self, i: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
-        ctx = self.y_embedder(cond, self.dtype)                                 # (B or 1, L, D)
-        return self.time(i, cond).to(self.dtype), ctx.expand(len(i), -1, -1)
-
-
-class DiTAtt(MMDiT):
-    """[COND] table A1, DiT by attention: class or learned token joins the image's in self-attention."""
-    Block = DiTAttBlock
-
-
-class SD3(MMDiT):
-    """[SD3] fig. 2: mmDiT as published, with a second full stream for context; without the pooled text, as [COND]."""
-    Block = SD3Block
-
-
-ARCHS: dict[str, type[Denoiser]] = {"dit": DiT, "mmdit": MMDiT, "ditatt": DiTAtt, "sd3": SD3}
-
-
-def position_table(cfg: ModelConfig, h: int, w: int) -> Tensor:
-    """[COND] sec. 2.3: what tells h x w patches apart; cfg.positions says how it follows the resolution. (h w, D)"""
-    return POSITIONS[cfg.positions](h, w, cfg.width, cfg.base or cfg.resolution // cfg.patch)
-
-
-def zero_layers(net: nn.Module) -> list[nn.Linear]:
-    """The layers that start at zero: every modulation, the output, the end of every control MLP."""
-    ends = [m[1] for name, m in net.named_modules() if name.endswith("adaLN_modulation")]
-    ends += [mlp[2] for mlp in net.control_embedder.mlps.values()] if net.control_embedder is not None else []
-    return ends + [net.final_layer.linear]
-
-
-# ---------------------------------------------------------------- building, loading, counting
-
-def control_names(cfg: ModelConfig) -> tuple[str, ...]:
-    """The controls of a config ("crop+flip") in the order in which a Condition lists them."""
-    asked = [c for c in cfg.controls.split("+") if c]
-    if unknown := [c for c in asked if c not in CONTROLS]:
-        raise UserError(f"model.controls={cfg.controls!r} names {unknown[0]!r}; there are {', '.join(CONTROLS)}")
-    return tuple(c for c in CONTROLS if c in asked)
-
+# ---------------------------------------------------------------- building, loading
 
 def check(cfg: ModelConfig) -> None:
     """UserError for a model that cannot be built, with the value and what would do."""
@@ -165,8 +36,9 @@ def check(cfg: ModelConfig) -> None:
         raise UserError(f"unknown model.arch={cfg.arch!r}; there are {', '.join(ARCHS)}")
     if cfg.semantics not in ("none", "class", "text"):
         raise UserError(f"unknown model.semantics={cfg.semantics!r}; there are none, class, text")
-    if cfg.arch in ("dit", "ditatt") and cfg.semantics == "text":
-        raise UserError(f"model.arch={cfg.arch!r} takes a class or nothing; for text use model.arch='mmdit' or 'sd3'")
+    if cfg.arch in ("dit", "ditatt", "mpdit") and cfg.semantics == "text":
+        raise UserError(f"model.arch={cfg.arch!r} takes a class or nothing; for text use model.arch='mmdit', 'sd3' or "
+                        "'mpmmdit'")
     for key in ("width", "depth", "heads", "patch", "channels", "resolution"):
         if getattr(cfg, key) < 1:
             raise UserError(f"model.{key}={getattr(cfg, key)} must be at least 1")
@@ -195,6 +67,24 @@ def check(cfg: ModelConfig) -> None:
                         f"{', '.join(CONTROL_WEIGHTS)}")
     if control_names(cfg) and not cfg.control_alpha > 0:
         raise UserError(f"model.control_alpha={cfg.control_alpha} must be positive")
+    if not ungated(modulation_parts(cfg)):
+        raise UserError(f"model.modulation={cfg.modulation!r} leaves the last layer blind; it needs one or more of "
+                        f"{', '.join(ungated(tuple(LAYOUT)))}")
+    check_preserve(cfg)
+
+
+def check_preserve(cfg: ModelConfig) -> None:
+    """UserError for magnitude-preserving changes that do not go together, or not with the architecture."""
+    if cfg.arch not in MP and cfg.preserve:
+        raise UserError(f"model.preserve={cfg.preserve!r} is of {', '.join(MP)}; model.arch={cfg.arch!r} has none")
+    have = preserved(cfg)
+    if "stream" in have and "weights" not in have:
+        raise UserError(f"model.preserve={cfg.preserve!r}: stream, without a norm between layers, needs weights")
+    if cfg.arch == "mpmmdit" and not {*FULL} <= {*have}:
+        raise UserError(f"model.preserve={cfg.preserve!r}: model.arch='mpmmdit' needs all of {'+'.join(FULL)}")
+    if cfg.arch in MP and control_names(cfg) and "stream" not in have:
+        raise UserError(f"model.controls={cfg.controls!r} of model.arch={cfg.arch!r} needs stream, got "
+                        f"model.preserve={cfg.preserve!r}")
 
 
 def build(cfg: ModelConfig) -> Denoiser:
@@ -213,29 +103,36 @@ def load(path: str | Path) -> tuple[Denoiser, Config]:
     return net.eval().requires_grad_(False), cfg
 
 
-def block_products(arch: str, last: bool, D: int, N: int, L: int) -> int:
+# ---------------------------------------------------------------- counting
+
+def block_products(cfg: ModelConfig, last: bool, N: int, L: int) -> int:
     """Multiply-adds of one block: modulation, then the layers on N image and L context tokens, then q k^T and a v."""
-    M, Q = N + L, N if last else N + L                      # keys; queries, in blocks whose last drops context's
-    return {
-        "dit": 6 * D * D + 12 * N * D * D + 2 * N * N * D,
-        "mmdit": 6 * D * D + (12 * N + (2 if last else 4) * L) * D * D + 2 * Q * M * D,
-        "ditatt": (8 if last else 9) * D * D + (12 * N + 4 * L) * D * D + 2 * M * M * D,
-        "sd3": (8 if last else 12) * D * D + (12 * N + (2 if last else 12) * L) * D * D + 2 * Q * M * D,
-    }[arch]
+    D, M, Q = cfg.width, N + L, N if last else N + L        # keys; queries, in blocks whose last drops context's
+    parts = modulation_parts(cfg)
+    m, before = (sum(LAYOUT[part] for part in p) for p in (parts, ungated(parts)))      # halves of D a sub-layer
+    modulation, layers, attention = {
+        "dit": (2 * m, 12 * N, N * N),
+        "mmdit": (2 * m, 12 * N + (2 if last else 4) * L, Q * M),
+        "ditatt": (2 * m + (before if last else m), 12 * N + 4 * L, M * M),
+        "sd3": (2 * m + (before if last else 2 * m), 12 * N + (2 if last else 12) * L, Q * M),
+    }[cfg.arch.removeprefix("mp")]
+    return modulation * D * D // 2 + layers * D * D + 2 * attention * D
 
 
 def flops(cfg: ModelConfig, h: int | None = None, w: int | None = None) -> int:
     """FLOPs of one forward pass of one image, two for every multiply-add of a matrix product, nothing else counted.
 
     DiT    2 [ depth (12 D^2 N + 2 N^2 D + 6 D^2) + N D P^2 2 C + 2 D^2 + (256 + D) D ]
-    Others have context tokens besides, in their blocks and in the layers that make them; controls add an MLP a group.
+    Others have context tokens besides, in their blocks and in the layers that make them; controls add an MLP a group;
+    MP architectures have the number 1 beside a patch and beside a token of text.
     A training step costs three of these, sampling costs steps x passes."""
-    D, N = cfg.width, ((h or cfg.resolution) // cfg.patch) * ((w or cfg.resolution) // cfg.patch)
-    L = {"none": 1, "class": 1, "text": cfg.text_length}[cfg.semantics]
-    mac = sum(block_products(cfg.arch, k == cfg.depth - 1, D, N, L) for k in range(cfg.depth))
-    mac += 2 * N * D * cfg.patch ** 2 * cfg.channels + 2 * D * D + (256 + D) * D
-    if cfg.arch != "dit":
-        mac += {"none": 0, "class": 2 * D * D, "text": L * D * (cfg.text_dim + D)}[cfg.semantics]
+    D, P, N = cfg.width, cfg.patch, ((h or cfg.resolution) // cfg.patch) * ((w or cfg.resolution) // cfg.patch)
+    L, one = {"none": 1, "class": 1, "text": cfg.text_length}[cfg.semantics], cfg.arch in MP
+    mac = sum(block_products(cfg, k == cfg.depth - 1, N, L) for k in range(cfg.depth))
+    mac += N * D * (2 * P * P * cfg.channels + one) + (256 + D) * D
+    mac += sum(LAYOUT[part] for part in ungated(modulation_parts(cfg))) * D * D // 2
+    if cfg.arch not in ("dit", "mpdit"):
+        mac += {"none": 0, "class": 2 * D * D, "text": L * D * (cfg.text_dim + one + D)}[cfg.semantics]
     groups = [sum(CONTROLS[c] for c in control_names(cfg) if (c in LOW_LEVEL) == low) for low in (False, True)]
     return 2 * (mac + sum(256 * n * D + D * D for n in groups if n))
 
