@@ -54,14 +54,14 @@ class ModelConfig:
     base: int = 0                   # patches a side that resample and interpolate start from; 0 = this resolution's
     prediction: str = "eps"         # what the last layer states: eps, the noise, or v, noise and picture mixed
     modulation: str = "scale+shift+gate"    # what time and class do to a sub-layer, joined with +: also rotate
-    preserve: str = ""              # mp archs: none, or cosine, weights, stream, heads joined with +; empty = first three
+    preserve: str = ""              # mp archs: none, or cosine, weights, stream, heads with +; empty = first three
 
 
 @dataclass(frozen=True)
 class Config:
     """A run. `model` decides the weights; the rest decides how they are trained and on what."""
     out: str = "out/shapes"         # run folder; the same command again resumes from it
-    data: str = "shapes"            # "shapes", or the path of a folder of class folders
+    data: str = "shapes"            # "shapes", or a path: folder of classes or captions, tar shards, latents; coco:PATH
     augment: str = "crop+flip"      # what varies in how a picture is taken, joined with +: crop, flip, size
     crop: str = "global"            # side of a random crop, of the short side: global .9-1, local .4-.6, mix .4-1
     objects: int = 2                # shapes only: most objects in a picture
@@ -97,6 +97,9 @@ class Config:
     save_every: int = 500           # steps between checkpoints; the last two are kept
     sample_every: int = 500         # steps between preview grids; 0 = none
     magnitudes_every: int = 0       # steps between lines with every layer's magnitude; 0 = none
+    fid_every: int = 0              # steps between measurements of FID; 0 = none
+    fid_ref: str = ""               # statistics of real pictures for them, made by fid.py ref
+    fid_n: int = 10_000             # pictures in each
     lam: float = 2.0                # guidance scale of previews, and the default of sample.py
     threads: int = 0                # CPU threads; 0 = all cores, shared by the processes of this machine
 
@@ -137,7 +140,9 @@ RANGES = {"batch": (1, 2 ** 20), "micro": (1, 2 ** 20), "steps": (1, MANY), "war
           "save_every": (1, MANY), "sample_every": (0, MANY), "objects": (1, MANY), "workers": (0, 256),
           "threads": (0, 1024), "lr": (0, 1e3), "cooldown": (0, 1), "beta1": (0, 0.9999), "beta2": (0, 0.999999),
           "weight_decay": (0, 1e3), "clip": (0, 1e30), "ema": (0.001, 0.288), "drop": (0, 1), "max_bad": (0, 1),
-          "lam": (-1e3, 1e3), "noise_weight": (-8, 8), "drop_controls": (0, 1), "padding_noise": (0, 10)}
+          "lam": (-1e3, 1e3), "noise_weight": (-8, 8), "drop_controls": (0, 1), "padding_noise": (0, 10),
+          "decay": (0, 1), "lr_mp": (0, 1e3), "snapshots": (0, 10_000), "magnitudes_every": (0, MANY),
+          "fid_every": (0, MANY), "fid_n": (10, MANY)}
 
 
 def check_ranges(cfg: Config) -> None:
@@ -207,7 +212,8 @@ def put(options: Any, key: str, value: Any) -> Any:
 
 def fields(options: Any, prefix: str = "") -> list[tuple[str, type, Any, str]]:
     """(key, type, value, comment) of every field, in the order of the source, one level of nesting flattened."""
-    comments = dict(re.findall(r"^    (\w+):[^#\n]*# (.+)$", inspect.getsource(type(options)), re.M))
+    source = "".join(inspect.getsource(c) for c in reversed(type(options).__mro__) if dataclasses.is_dataclass(c))
+    comments = dict(re.findall(r"^    (\w+):[^#\n]*# (.+)$", source, re.M))
     rows = []
     for f in dataclasses.fields(options):
         value = getattr(options, f.name)

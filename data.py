@@ -2,8 +2,10 @@
 
     python data.py --check PATH     decode it: what it holds, what is broken, what the network will see
 
-PATH and --data: a folder of class folders or of captioned pictures (folders.py), tar shards (shards.py), coco:PATH
-(coco.py), latents that latents.py encoded (cached.py). A source has len() and `records(indices, epochs) -> Batch` or `record(index, epoch) -> Record`, one row of it.
+PATH is what --data takes: a folder of class folders or of captioned pictures (folders.py), tar shards (shards.py), or
+coco:PATH (coco.py). --data also takes shapes (shapes.py) and cached latents (cached.py).
+
+A source has len() and `records(indices, epochs) -> Batch` or `record(index, epoch) -> Record`, one row of it.
 A Batch is a dict; label and caption are in it if the source has them, text and lengths with an encoder:
     image (B, C, R, R) float32 in [-1, 1]        label, index (B,) int64        caption list[str]
     size (B, 2) float32: height, width of the original in pixels
@@ -109,13 +111,11 @@ def open_source(cfg: Config, split: str = "train") -> Source:
         enough = "+".join(c for c in ("crop", "flip", "size") if c in varied or c in lacking)
         raise UserError(f"model.controls={want.controls!r}, but {cfg.data!r} does not vary {' and '.join(lacking)} "
                         f"with augment={cfg.augment!r}; it would with --augment={enough}")
-    if want.semantics == "text" and cfg.encoder == "words" and isinstance(source, Pictures):
-        check_words(source, cfg)
     return source
 
 
 def open_shapes(cfg: Config, split: str) -> Source:
-    """Captioned shapes. A global crop is as wide as the picture and moves over a wider canvas, so that it cuts too."""
+    """Captioned shapes. A global crop is as wide as the picture and moves over a wider canvas, so it cuts too."""
     varied = cfg.augment.split("+")
     vary = [name in varied for name in ("size", "crop", "flip")]
     side = (1.0, 1.0) if cfg.crop == "global" else CROPS[cfg.crop]
@@ -154,17 +154,19 @@ KINDS = {"shapes": open_shapes, "folder": open_folder, "tars": open_captioned, "
          "latents": open_cached}
 
 
-def check_words(source: Pictures, cfg: Config, most: int = 100) -> None:
-    """UserError if one of the first captions says what the frozen word vectors of the shapes do not know."""
-    words = WordVectors(cfg.model.text_length) if cfg.model.text_length else WordVectors()
+def check_words(source: Source, encoder: TextEncoder | None, cfg: Config, most: int = 100) -> None:
+    """UserError if the encoder is the shapes' and one of the first captions of another source has words it lacks."""
+    if not isinstance(encoder, WordVectors) or isinstance(source, Shapes):
+        return
     for index in range(min(most, len(source))):
         with suppress(*BAD):
-            caption = source.load(index, 0)[1]["caption"]
+            row = source.load(index, 0)[1] if isinstance(source, Pictures) else source.record(index, 0)
+            caption = row["caption"]
             try:
-                words.encode([caption])
+                encoder.encode([caption])
             except UserError as e:
-                raise UserError(f"encoder=words knows the captions of the shapes only, and {cfg.data!r} has others, e.g. "
-                                f"{caption[:80]!r}; use --encoder=clip:PATH") from e
+                raise UserError(f"encoder=words knows the captions of the shapes only, and {cfg.data!r} has others, "
+                                f"e.g. {caption[:80]!r}; use --encoder=clip:PATH") from e
 
 
 def text_encoder(cfg: Config) -> TextEncoder | None:
@@ -290,7 +292,7 @@ def check(where: str, R: int, most: int = 0) -> None:
 
 
 def open_for_check(where: str, R: int) -> Pictures:
-    """The source of picture files at this place, with captions or classes if it has them, whatever is broken in it."""
+    """The source of picture files at this place, with captions or classes if it has them, whatever is broken."""
     what, root = kind(where), Path(where).expanduser()
     if other := {"shapes": "python shapes.py", "latents": "python latents.py check"}.get(what):
         raise UserError(f"{where!r} holds no picture files; {other} shows it")

@@ -76,6 +76,7 @@ def complete(cfg: Config, source: data.Source, encoder: data.TextEncoder | None)
             raise UserError(f"{cfg.data} has {len(source.classes)} classes, but model.classes={m.classes}")
         m = dataclasses.replace(m, classes=len(source.classes))
     if m.semantics == "text":
+        data.check_words(source, encoder, cfg)
         m = dataclasses.replace(m, text_dim=encoder.dim, text_length=encoder.length)
     model.check(m)
     return dataclasses.replace(cfg, model=m)

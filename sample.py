@@ -2,6 +2,7 @@
 
 python sample.py --out=out/shapes --prompt="a red ring left of a blue square" --n=16
 python sample.py --out=out/shapes32 --size=96,96 --crop=0,0 --flip=0 --lam=3 --beta=1.4
+python sample.py --weights=DiT-XL-2-256x256.pt --autoencoder=stabilityai/sd-vae-ft-ema --label=207 --out=out/dit
 torchrun --nproc_per_node=8 -- sample.py --out=out/imagenet --n=50000          (run again to go on after a stop)
 
 Writes <out>/samples/<name>.npz (arr_0, uint8, for evaluators) and, for a few pictures, a grid <name>.png. Everything
@@ -25,6 +26,8 @@ import checkpoint
 import data
 import machine
 import model
+import official
+from autoencoder import decoder_of
 from conditioning import Condition, concatenate, guide
 from config import Config, UserError, parse, seed64
 from schedule import alpha_bar_table, ddim_indices, to_sigma
@@ -175,12 +178,22 @@ def check(o: Options, cfg: Config) -> None:
         raise UserError(str(e)) from e
 
 
-def draw_all(o: Options, net: Denoise, cfg: Config, wishes: Wishes, place: machine.Place, path: Path) -> np.ndarray:
-    """All n pictures, (n, h, w, C) uint8, by batches that the processes take in turn, into one file mapped to memory.
+def open_run(o: Options) -> tuple[model.Denoiser, Config, dict[str, str]]:
+    """The network, its config and the header of its weights: a run's, or published ones."""
+    if o.weights:
+        net, m = model.load_official_dit(o.weights)
+        return net, *official.as_run(o.weights, m)
+    return *model.load(o.out), checkpoint.read_header(Path(o.out) / "weights.safetensors")
 
-    A batch is marked when it is on the disk, so that the same command after a stop draws only the missing ones."""
-    (h, w), batches = side(o, cfg), -(-o.n // o.batch)
-    files = (((o.n, h, w, cfg.model.channels), path.with_suffix(".part")),
+
+def draw_all(o: Options, net: Denoise, cfg: Config, wishes: Wishes, place: machine.Place, path: Path,
+             decoder: tuple[Callable[[Tensor], Tensor], int] = (Tensor.float, 1)) -> np.ndarray:
+    """All n pictures, (n, f h, f w, C) uint8, by batches that the processes take in turn, in one file mapped to memory.
+
+    A batch is marked when it is on the disk, so that the same command after a stop draws only the missing ones.
+    decoder: what makes pictures of latents, and by how much f it enlarges them."""
+    (h, w), batches, (decode, f) = side(o, cfg), -(-o.n // o.batch), decoder
+    files = (((o.n, f * h, f * w, 3), path.with_suffix(".part")),
              ((batches,), path.with_suffix(".done")))
     if place.rank == 0:
         for shape, file in files:
@@ -194,20 +207,20 @@ def draw_all(o: Options, net: Denoise, cfg: Config, wishes: Wishes, place: machi
         x = draw(net, cfg, wishes(indices)[0], indices, o, place.device)       # the last batch is drawn in full size
         if not torch.isfinite(x).all():
             raise UserError(f"pictures {indices[0]} to {indices[-1]} are not finite; try --dtype=float32")
-        part[indices[0]:indices[-1] + 1] = to_uint8(x)[:o.n - indices[0]]
+        part[indices[0]:indices[-1] + 1] = to_uint8(decode(x))[:o.n - indices[0]]
         part.flush()
         done[b] = 1
         done.flush()
-    machine.agree(0, place)                                 # every process is through
+    machine.add_up(torch.zeros(1, device=place.device), place).item()           # every process is through
     return part
 
 
 def main(argv: list[str]) -> None:
     o = parse(argv, Options())
     place = machine.setup(o.threads)
-    net, cfg = model.load(o.out)
+    net, cfg, header = open_run(o)
     check(o, cfg)
-    out, header = Path(o.out), checkpoint.read_header(Path(o.out) / "weights.safetensors")
+    out, decoder = Path(o.out), decoder_of(header, o.autoencoder, cfg.model.channels, place.device)
     net = net.to(place.device)
     net.dtype = machine.precision(place.device, o.dtype)
     wishes = Wishes(o, cfg, header)
@@ -215,10 +228,10 @@ def main(argv: list[str]) -> None:
                 "weights": header["sha256"], "dtype": str(net.dtype)}
     key = hashlib.sha256(json.dumps({**protocol, "threads": 0, "name": ""}).encode()).hexdigest()[:8]
     path = out / "samples" / f"{o.name or key}.npz"
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
 
     part = path.with_name(f"{path.stem}-{key}")             # unfinished pictures of exactly these options
-    images = draw_all(o, net, cfg, wishes, place, part)
+    images = draw_all(o, net, cfg, wishes, place, part, decoder)
     if place.rank == 0:
         with open(path.with_suffix(".tmp"), "wb") as f:
             np.savez(f, arr_0=images)

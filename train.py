@@ -25,13 +25,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import cached
 import checkpoint
 import data
+import latents
 import log
 import machine
 import model
 import sample
 import wishes
+from autoencoder import decoder_of
 from conditioning import Condition, from_batch, pad_text
 from config import Config, UserError, fields, seed64, to_json
 from ema import PowerEMA
@@ -101,6 +104,8 @@ def about_weights(cfg: Config, source: data.Source) -> dict[str, str]:
         rows = list(range(min(CONTROL_ROWS, len(source))))
         batch = data.records(source, rows, [0] * len(rows))
         about["controls"] = json.dumps({k: batch[k].tolist() for k in controls})
+    if isinstance(source, data.Latents):
+        about["latents"] = json.dumps(cached.header(source.meta))
     return about
 
 
@@ -113,7 +118,8 @@ def announce(cfg: Config, net: nn.Module, source: data.Source, place: machine.Pl
                    f"{len(source):,} images of {cfg.data}")
 
 
-def preview(net: nn.Module, cfg: Config, batch: data.Batch, names: list[str], place: machine.Place, path: Path) -> None:
+def preview(net: nn.Module, cfg: Config, batch: data.Batch, names: list[str], place: machine.Place, path: Path,
+            decode: Callable[[Tensor], Tensor]) -> None:
     """Draw the same pictures as at every other time with the averaged network, into one PNG, if it is not there yet."""
     if path.exists():
         return
@@ -122,7 +128,7 @@ def preview(net: nn.Module, cfg: Config, batch: data.Batch, names: list[str], pl
         cond = dataclasses.replace(cond, text=wishes.pad(cond.text, batch["lengths"], cfg, range(PREVIEWS), 0))
     images = sample.draw(net, cfg, cond, range(PREVIEWS), sample.Options(steps=PREVIEW_STEPS), place.device)
     png = io.BytesIO()
-    data.grid(images.float().cpu(), 4, data.titles(batch, names)).save(png, "png")
+    data.grid(decode(images).cpu(), 4, data.titles(batch, names)).save(png, "png")
     with checkpoint.tolerate(str(path)):
         path.parent.mkdir(exist_ok=True)
         checkpoint.write_bytes(path, png.getvalue())
@@ -235,6 +241,10 @@ def main(argv: list[str], held: ExitStack, status: log.Status) -> None:
         about = about_weights(cfg, source)
         shown = data.fetch(source, encoder, cfg.seed, PREVIEWS, PREVIEWS, 0, 0)
         announce(cfg, net, source, place, peak)
+        if cfg.sample_every:                                # pictures of a run need what decodes them
+            decode = decoder_of(about, "", m.channels, place.device)[0]
+            if isinstance(source, data.Latents):
+                latents.write_panel(source, decode, place.device, out / "samples/round-trip.png")
         status.write("running")
     quiet, since = not chief or not sys.stderr.isatty(), start
     bar = held.enter_context(tqdm(total=cfg.steps, initial=start, disable=quiet, unit="step", dynamic_ncols=True))
@@ -263,7 +273,8 @@ def main(argv: list[str], held: ExitStack, status: log.Status) -> None:
             with checkpoint.tolerate("weights.safetensors"):
                 checkpoint.write_weights(user_file, ema.net.state_dict(), {**about, "step": str(step)})
         if chief and step > 0 and cfg.sample_every and (step % cfg.sample_every == 0 or last):
-            preview(ema.net, cfg, shown, source.classes, place, out / f"samples/step-{step:08d}.png")
+            preview(ema.net, cfg, shown, source.classes, place, out / f"samples/step-{step:08d}.png",
+                    decode)
         if asked or last:
             stop.deaf = True                                # torchrun signals the others as soon as the first has left
             saved = machine.agree(saved, place)             # wait until rank 0 has written

@@ -22,6 +22,8 @@ from config import Config, UserError, seed64
 class Options:
     """What to draw."""
     out: str = "out/demo"           # run folder, as given to train.py
+    weights: str = ""               # published DiT in place of a run: .pt file or diffusers folder; out is for pictures
+    autoencoder: str = ""           # what decodes latents: folder or hub name; empty = that of the run's latents
     prompt: str = ""                # caption; several are separated by ";"; empty = captions of the data set
     label: str = ""                 # class, by name or number; several are separated by ";"; empty = all in turn
     n: int = 16                     # number of pictures
@@ -119,6 +121,6 @@ class Wishes:
             label = [self.labels[k % len(self.labels)] if self.labels else k % len(self.classes) for k in indices]
             return replace(steering, label=torch.tensor(label)), [self.classes[k] for k in label]
         captions = ([self.asked[k % len(self.asked)] for k in indices] if self.asked
-                    else self.source.records(indices, np.zeros_like(indices))["caption"])
+                    else data.captions(self.source, indices))
         text = pad(*self.encoder.encode(captions), self.cfg, indices, self.seed)        # (B, L, E)
         return replace(steering, text=text), captions

@@ -1,10 +1,11 @@
 """CC12M at 256 px: mmDiT-XL/2 on latents of 4 x 32 x 32, the caption as 77 CLIP tokens. [COND] sec. 2, table A4.
 
+python latents.py encode --data=cc12m --out=latents/cc12m256 --crop=local --semantics=text --scaling=factor
 torchrun --nnodes=2 --nproc_per_node=8 --node_rank=0 --master_addr=HEAD train.py --config=configs/cc12m256.py
 
-(--node_rank=1 on the second node.) `data` must be a source of 4-channel latents with captions. There is none yet: of a
-folder of pictures the error says that it has no captions, and its 3 channels would not fit model.channels=4.
-Captions are encoded by open_clip's ViT-L-14 with OpenAI's weights.
+(--node_rank=1 on the second node; encoding, too, runs under torchrun.) `data` is a folder of 4-channel latents with
+captions, 0.36 TB for 11 million pictures with mirror images and one crop of each; of a folder of pictures without
+captions the error says so. Captions are encoded by open_clip's ViT-L-14 with OpenAI's weights while it trains.
 
 Hardware    2 x 8 A100 of 80 GB
 Size        790.3 M parameters, beside the text encoder's

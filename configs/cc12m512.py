@@ -1,11 +1,12 @@
 """CC12M at 512 px from the weights of 256 px: latents of 4 x 64 x 64. [COND] sec. 2.3, tables A3 and A4.
 
+python latents.py encode --data=cc12m --out=latents/cc12m512 --resolution=512 --semantics=text --scaling=factor
 torchrun --nnodes=2 --nproc_per_node=8 --node_rank=0 --master_addr=HEAD train.py --config=configs/cc12m512.py
 
-(--node_rank=1 on the second node.) Run configs/cc12m256.py first; --init=out/imagenet256 starts from classes instead,
-and only what reads the caption is then fresh. `data` must be a source of 4-channel latents with captions. There is
-none yet: of a folder of pictures the error says that it has no captions, and its 3 channels would not fit
-model.channels=4.
+(--node_rank=1 on the second node; encoding, too, runs under torchrun.) Run configs/cc12m256.py first;
+--init=out/imagenet256 starts from classes instead, and only what reads the caption is then fresh. `data` is a folder
+of 4-channel latents with captions, 1.4 TB for 11 million pictures with mirror images and one crop of each; of a
+folder of pictures without captions the error says so.
 
 Hardware    2 x 8 A100 of 80 GB
 Size        790.3 M parameters, beside the text encoder's

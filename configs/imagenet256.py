@@ -1,9 +1,11 @@
 """ImageNet-1k at 256 px: mmDiT-XL/2 on latents of 4 x 32 x 32, the class as one token. [COND] sec. 2, table A4.
 
+python latents.py encode --data=imagenet/train --out=latents/imagenet256 --crop=local --scaling=factor
 torchrun --nnodes=2 --nproc_per_node=8 --node_rank=0 --master_addr=HEAD train.py --config=configs/imagenet256.py
 
-(--node_rank=1 on the second node.) `data` must be a source of 4-channel latents with classes. There is none yet: a
-folder of pictures has 3 channels, and the error says that model.channels=4 does not fit.
+(--node_rank=1 on the second node; encoding, too, runs under torchrun.) `data` is a folder of 4-channel latents with
+classes; of a folder of pictures, which has 3, the error says that model.channels=4 does not fit. Latents cannot be
+cropped, so local crops are drawn once: 42 GB with mirror images, and as much again for each of --variants.
 
 Hardware    2 x 8 A100 of 80 GB
 Size        791.9 M parameters

@@ -1,10 +1,11 @@
 """ImageNet-1k at 512 px from the weights of 256 px: latents of 4 x 64 x 64. [COND] sec. 2.3, tables 4c and A4.
 
+python latents.py encode --data=imagenet/train --out=latents/imagenet512 --resolution=512 --scaling=factor
 torchrun --nnodes=2 --nproc_per_node=8 --node_rank=0 --master_addr=HEAD train.py --config=configs/imagenet512.py
 
-(--node_rank=1 on the second node.) Run configs/imagenet256.py first. `data` must be a source of 4-channel latents
-with classes. There is none yet: a folder of pictures has 3 channels, and the error says that model.channels=4 does
-not fit.
+(--node_rank=1 on the second node; encoding, too, runs under torchrun.) Run configs/imagenet256.py first. `data` is a
+folder of 4-channel latents with classes, 168 GB with mirror images and one crop of each picture; of a folder of
+pictures, which has 3, the error says that model.channels=4 does not fit.
 
 Hardware    2 x 8 A100 of 80 GB
 Size        791.9 M parameters

@@ -1,5 +1,6 @@
 """data: the sample stream, folders with all their faults, what a config opens, read-ahead."""
 import io
+import json
 import os
 import re
 import subprocess
@@ -259,7 +260,100 @@ def test_images_outside_class_folders_are_left_out_aloud(tmp_path, capsys):
     assert len(data.ImageFolder(root, 16, classes=False)) == 3
 
 
+def test_parts_of_a_data_set_are_no_classes(tmp_path):
+    tree(tmp_path, {"train/ant": 2, "train/bee": 1, "val/ant": 1})
+    with pytest.raises(UserError, match="train, val, which are parts .*--data=.*/train$"):
+        data.ImageFolder(tmp_path, 16)
+    assert data.ImageFolder(tmp_path / "train", 16).classes == ["ant", "bee"]
+    assert len(data.ImageFolder(tmp_path, 16, classes=False)) == 4
+
+
+def test_only_the_first_unreadable_files_are_named(tmp_path, capsys):
+    root = tree(tmp_path / "set", {"a": 1}, **{f"a__bad{k:02}_jpg": b"" for k in range(30)})
+    assert len(data.ImageFolder(root, 16, max_bad=1.0).bad) == 30
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 21 and lines[-1].endswith("no more of these are named")
+
+
+# ---------------------------------------------------------------- folders of captions
+
+def captioned(root):
+    """Pictures with captions of both kinds at two depths: a/0 and a/1 by .txt, b/0 and b/c/0 by metadata."""
+    tree(root, {"a": 2, "b": 1, "b/c": 1})
+    (root / "a" / "000.txt").write_text("a  first\n", encoding="utf-8")
+    (root / "a" / "001.TXT").write_text("a second", encoding="utf-8")
+    (root / "b" / "000.txt").write_text("not this", encoding="utf-8")
+    rows = [{"file_name": "000.png", "text": "b first"}, {"file_name": "c/000.png", "text": ["one", "two", "three"]}]
+    (root / "b" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return root
+
+
+def test_a_folder_of_captions(tmp_path):
+    source = data.Captions(captioned(tmp_path / "set"), 16)
+    assert source.names == ["a/000.png", "a/001.png", "b/000.png", "b/c/000.png"] and not source.bad
+    batch = data.records(source, [0, 1, 2, 3], [0] * 4)
+    assert batch["caption"][:3] == ["a first", "a second", "b first"] and "label" not in batch
+    drawn = [source.record(3, epoch)["caption"] for epoch in range(300)]
+    counts = np.array([drawn.count(text) for text in ("one", "two", "three")])
+    assert ((counts - 100) ** 2 / 100).sum() < 14 and source.record(3, 7)["caption"] == drawn[7]
+    assert data.Captions(tmp_path / "set", 16, seed=1).record(3, 0)["crop"] != source.record(3, 0)["crop"]
+
+
+def test_captions_and_classes_show_the_same_pictures(tmp_path):
+    root = captioned(tmp_path / "set")
+    a, b = (make(root, 16).record(2, 5) for make in (data.Captions, data.ImageFolder))
+    assert all(torch.equal(a[k], b[k]) if k == "image" else a[k] == b[k] for k in ("image", "size", "crop", "flip"))
+
+
+def test_the_fingerprint_of_captions_is_of_pictures_and_texts(tmp_path):
+    root, seen = captioned(tmp_path / "set"), set()
+    for change in (lambda: None, lambda: (root / "a" / "000.txt").write_text("a first, longer"),
+                   lambda: (root / "b" / "metadata.jsonl").write_text('{"file_name": "000.png", "text": "b other"}'),
+                   lambda: (root / "a" / "001.png").unlink()):
+        change()
+        seen.add(data.Captions(root, 16, max_bad=0.9).fingerprint)
+        assert data.Captions(root, 32, seed=2, max_bad=0.9).fingerprint in seen
+    assert len(seen) == 4
+
+
 # ---------------------------------------------------------------- config to batches
+
+def test_what_a_path_is(tmp_path):
+    root = captioned(tmp_path / "set")
+    text = replace(MODEL, semantics="text")
+    for semantics, kind in (("text", data.Captions), ("class", data.ImageFolder), ("none", data.ImageFolder)):
+        cfg = Config(data=str(root), model=replace(MODEL, semantics=semantics))
+        assert data.kind(cfg.data) == "folder" and type(data.open_source(cfg)) is kind
+    (tmp_path / "latents").mkdir()
+    (tmp_path / "latents" / "meta.json").write_text("{}")
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "tars" / "0.tar").write_bytes(b"")
+    names = {"shapes": "shapes", "coco:x": "coco", str(tmp_path / "latents"): "latents",
+             str(tmp_path / "tars"): "tars", "x/{0..3}.tar": "tars", "x.tar": "tars", "nowhere": "folder"}
+    assert {name: data.kind(name) for name in names} == names and set(names.values()) | {"folder"} == set(data.KINDS)
+    for name in ("coco:x", str(tmp_path / "tars")):
+        with pytest.raises(UserError, match="captions and no classes; use --model.semantics=text"):
+            data.open_source(Config(data=name, model=MODEL))
+    with pytest.raises(UserError, match="1 of the 1 tar shards|not there"):
+        data.open_source(Config(data="x.tar", model=text))
+
+
+def test_captions_of_other_words_are_refused_before_the_first_step(tmp_path):
+    cfg = Config(data=str(captioned(tmp_path / "set")), model=replace(MODEL, semantics="text"))
+    source, words = data.open_source(cfg), data.text_encoder(cfg)
+    with pytest.raises(UserError, match="encoder=words knows .* shapes only.* 'a first'; .*clip:PATH"):
+        data.check_words(source, words, cfg)
+    data.check_words(source, None, cfg), data.check_words(data.open_source(Config()), words, Config())
+    source.texts = ["a red ring"] * 4
+    data.check_words(source, words, cfg)
+
+
+def test_captions_go_round(tmp_path):
+    source = data.Captions(captioned(tmp_path / "set"), 16)
+    assert data.captions(source, [5, 0, 2]) == ["a second", "a first", "b first"]
+    shapes = data.Shapes(16)
+    assert data.captions(shapes, [3]) == shapes.records([3])["caption"]
+
 
 def test_open_source_refuses_what_the_model_cannot_use(tmp_path):
     root = str(tree(tmp_path / "set", {"a": 2, "b": 2}))
@@ -414,6 +508,34 @@ def test_titles():
     assert data.titles({"image": image, "label": torch.tensor([1, 0])}, ["a", "b"]) == ["b", "a"]
     assert data.titles({"image": image, "label": torch.tensor([1, 0])}) == ["class 1", "class 0"]
     assert data.titles({"image": image}) == ["", ""]
+
+
+def checked(tmp_path, monkeypatch, capsys, root, *rest):
+    monkeypatch.chdir(tmp_path)
+    data.check(str(root), *rest)
+    width = Image.open(tmp_path / "check.png").width
+    assert width > 500
+    return capsys.readouterr().out
+
+
+def test_check_counts_captions_and_names_every_broken_file(tmp_path, monkeypatch, capsys):
+    root = captioned(tmp_path / "set")
+    (root / "a" / "002.png").write_bytes(b"x")
+    (root / "a" / "002.txt").write_text("word " * 80)
+    (root / "a" / "003.png").write_bytes(b"")
+    shown = checked(tmp_path, monkeypatch, capsys, root, 45)
+    for part in ("broken: 'a/002.png': not a JPEG, PNG or WebP image", "broken: 'a/003.png': empty file",
+                 "captions of 1 to 2 words", "6 images, 2 broken", "4 of them below 45", "1  broken: not a JPEG"):
+        assert part in shown, (part, shown)
+    (root / "a" / "000.txt").write_text("word " * 80)
+    assert "1 certainly too long" in checked(tmp_path, monkeypatch, capsys, root, 45)
+    assert "2 of them decoded" in checked(tmp_path, monkeypatch, capsys, root, 16, 2)
+
+
+def test_check_opens_flat_folders_and_refuses_what_is_no_picture(tmp_path, monkeypatch, capsys):
+    assert "3 images, 0 broken" in checked(tmp_path, monkeypatch, capsys, tree(tmp_path, {"flat": 3}) / "flat", 16)
+    with pytest.raises(UserError, match="shapes.* python shapes.py shows it"):
+        data.check("shapes", 16)
 
 
 def test_check_names_what_it_finds_and_draws_it(tmp_path):

@@ -20,27 +20,36 @@ COLUMNS = 120                           # most characters of a line
 
 # room -> the rooms that it may import; a new file is a new line here
 MAY_IMPORT = {
-    "config": "", "schedule": "", "ema": "", "mp_layers": "",
+    "config": "", "schedule": "", "mp_layers": "", "wording": "", "pictures": "", "magnitudes": "",
     "conditioning": "mp_layers",
-    "checkpoint": "config", "machine": "config", "captions": "config",
-    "log": "checkpoint config machine model", "plot": "checkpoint log",
-    "scenes": "captions config", "shapes": "captions config scenes",
-    "pictures": "",
-    "data": "captions config pictures shapes text", "text": "captions config",
-    "latents": "config checkpoint data machine",
+    "checkpoint": "config", "machine": "config", "captions": "config", "cached": "config",
+    "log": "checkpoint config machine model", "plot": "checkpoint config log", "ema": "checkpoint config",
+    "scenes": "captions config", "shapes": "captions config scenes", "text": "captions config",
+    "folders": "config pictures wording", "shards": "checkpoint config folders pictures wording",
+    "coco": "config folders wording",
+    "data": "cached captions coco config folders pictures shapes shards text",
+    "autoencoder": "cached config", "latents": "autoencoder cached checkpoint config data machine",
     "unet": "config conditioning", "mdt": "config conditioning", "uvit": "config conditioning",
-    "blocks": "conditioning mp_layers", "model": "blocks checkpoint conditioning config mp_layers schedule",
-    "transfer": "checkpoint config model",
+    "blocks": "conditioning mp_layers", "mp_blocks": "blocks conditioning mp_layers",
+    "trunk": "blocks conditioning config mp_blocks mp_layers schedule",
+    "official": "checkpoint conditioning config",
+    "model": "blocks checkpoint conditioning config mp_blocks mp_layers official schedule trunk",
+    "transfer": "checkpoint config model", "optim": "config log mp_layers",
     "wishes": "conditioning config data model",
-    "sample": "checkpoint conditioning config data ema latents machine model official schedule wishes",
+    "sample": "autoencoder checkpoint conditioning config data machine model official schedule wishes",
     "preflight": "checkpoint conditioning config data log machine model sample schedule transfer",
-    "fid": "captions config checkpoint data machine shapes",
+    "distances": "machine", "inception": "checkpoint config machine", "fid_check": "config distances inception",
+    "fid_files": "checkpoint config distances folders pictures sample",
+    "perceptual": "checkpoint coco config fid_files inception machine model sample text wishes wording",
+    "judge": "captions checkpoint config data distances fid_files machine model perceptual sample scenes shapes wishes",
+    "fid": "checkpoint config data distances fid_check fid_files inception judge log machine model perceptual sample",
     "mup": "conditioning config model", "probe": "checkpoint conditioning config data machine model schedule",
-    "demo": "captions checkpoint config data fid log machine model plot sample shapes wishes",
+    "demo": "captions checkpoint config data log machine model plot sample shapes wishes",
+    "bench_data": "config data",
     "train": "*", "bench": "* train", "claims": "* train",
 }
 OUTSIDE = {"torch", "numpy", "PIL", "tqdm", "safetensors"}      # what may be imported at the top of a file
-TORCH_ONLY = {"schedule", "conditioning", "mp_layers", "ema"}
+TORCH_ONLY = {"schedule", "conditioning", "mp_layers"}
 
 ROOMS = {path.stem: path for path in sorted(ROOT.glob("*.py")) if path.stem != "conftest"}
 SOURCES = {room: path.read_text(encoding="utf-8") for room, path in ROOMS.items()}
@@ -238,6 +247,9 @@ def check_flags(script, flags):
     room = Path(script).stem
     assert script == f"{room}.py" and room in ROOMS, f"there is no {script}"
     classes, words = option_classes(room), [w for w in flags if w != "--help"]
+    if words and not words[0].startswith("-"):              # a word that says what to do, as in: latents.py encode
+        assert re.search(rf'"{words[0]}": |\["{words[0]}"\]', SOURCES[room]), f"{script} knows no {words[0]}"
+        words = words[1:]
     while words:
         word = words.pop(0)
         pair = [word] if "=" in word or not words or words[0].startswith("--") else [word, words.pop(0)]

@@ -1,0 +1,569 @@
+"""FID, KID and the Inception Score: closed forms, independent implementations, any split into batches and processes,
+files that are refused, and the three ways in. Features here are a few linear ones under the name of Inception.
+"""
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import checkpoint
+import fid
+import fid_check
+import inception
+import log
+import machine
+import sample
+from config import UserError
+from distances import FeatureStats, InceptionScore, frechet_distance, kid
+from fid_files import Stack, open_pictures, read_reference, write_reference
+from test_drawing import drawn, run_folder
+
+ROOT = Path(__file__).parent.parent
+ALONE = machine.Place(torch.device("cpu"), 0, 1)
+D, K = 6, 11
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def covariance(dim, rank, seed=0):
+    A = normal(dim, rank, seed=seed)
+    return A @ A.T / rank
+
+
+class Few:
+    """D features and K logits, linear in the colours of a 4 x 4 reduction, with the papers of the real network."""
+    name, sha256, resize, dim, classes = inception.NAME, inception.SHA256, "tf1", D, K
+    device = torch.device("cpu")
+
+    def __init__(self, weights="", resize="tf1", place=ALONE):
+        self.resize = resize
+
+    def __call__(self, images):
+        assert images.dtype == torch.uint8 and images.shape[1] == 3
+        small = torch.nn.functional.adaptive_avg_pool2d(images.float(), 4).flatten(1) / 64     # (B, 48)
+        return small @ normal(48, D, seed=1).float() / 7, small @ normal(48, K, seed=2).float() / 7
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    monkeypatch.setattr(fid, "Extractor", Few)
+    before = torch.get_num_threads()
+    yield Few()
+    torch.set_num_threads(before)
+
+
+def images(n, h=11, w=9, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (n, h, w, 3), dtype=np.uint8)
+
+
+def stats_of(features, splits=1):
+    stats = FeatureStats(features.shape[1])
+    for part in features.tensor_split(splits):
+        stats.update(part)
+    return stats
+
+
+def last_json(capsys):
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+# ---------------------------------------------------------------- the distance
+
+@pytest.mark.parametrize("rank, tolerance", [(100, 1e-12), (30, 1e-6)])
+def test_exact_for_covariances_that_do_not_commute(rank, tolerance):
+    """C2 = T C1 T: tr (C1 C2)^1/2 = tr C1 T, of full rank and singular."""
+    *gaussians, exact = fid_check.non_commuting(60, rank)
+    C1, C2 = gaussians[1], gaussians[3]
+    assert (C1 @ C2 - C2 @ C1).norm() > 0.1 * (C1 @ C2).norm()
+    assert abs(frechet_distance(*gaussians) / exact - 1) < tolerance
+    assert abs(frechet_distance(*gaussians[2:], *gaussians[:2]) / exact - 1) < tolerance       # symmetric
+    zero = torch.zeros(60)
+    assert abs(frechet_distance(zero, C1, zero, C2) / frechet_distance(zero, C2, zero, C1) - 1) < 10 * tolerance
+
+
+def test_exact_for_covariances_that_commute_and_for_a_shifted_mean():
+    Q, a, b = torch.linalg.qr(normal(30, 30))[0], normal(30, seed=1).square(), normal(30, seed=2).square()
+    mu, step = normal(30, seed=3), normal(30, seed=4)
+    exact = (a.sqrt() - b.sqrt()).square().sum() + step.square().sum()
+    assert math.isclose(frechet_distance(mu, (Q * a) @ Q.T, mu + step, (Q * b) @ Q.T), exact, rel_tol=1e-12)
+    C = covariance(30, 40)
+    assert math.isclose(frechet_distance(mu, C, mu + step, C), step.square().sum(), rel_tol=1e-12)
+    assert frechet_distance(mu, C, mu, C) < 1e-12
+
+
+def test_fewer_pictures_than_features():
+    """Then tr (C1 C2)^1/2 is the nuclear norm of the centred features' product, over sqrt((n - 1) (m - 1))."""
+    x, y = normal(21, 40, seed=5), normal(34, 40, seed=6) * 1.5
+    a, b = stats_of(x), stats_of(y)
+    root = torch.linalg.matrix_norm((x - x.mean(0)) @ (y - y.mean(0)).T, "nuc") / math.sqrt(20 * 33)
+    exact = (x.mean(0) - y.mean(0)).square().sum() + x.T.cov().trace() + y.T.cov().trace() - 2 * root
+    assert math.isclose(frechet_distance(a.mean, a.cov, b.mean, b.cov), exact, rel_tol=1e-6)
+    assert frechet_distance(a.mean, a.cov, a.mean, a.cov) < 1e-5 * a.cov.trace()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [80, 25])
+def test_scipy_and_torch_fidelity_find_the_same(rank):
+    linalg = pytest.importorskip("scipy.linalg")
+    a = normal(40).numpy(), covariance(40, rank, 1).numpy(), normal(40, seed=2).numpy(), covariance(40, 90, 3).numpy()
+    root = linalg.sqrtm(a[1] @ a[3])                        # neither `disp` nor a second result: any SciPy
+    want = ((a[0] - a[2]) ** 2).sum() + np.trace(a[1] + a[3] - 2 * np.real(root))
+    assert math.isclose(frechet_distance(*a), want, rel_tol=1e-10 if rank > 40 else 1e-5)
+    theirs = pytest.importorskip("torch_fidelity.metric_fid").fid_statistics_to_metric(
+        {"mu": a[0], "sigma": a[1]}, {"mu": a[2], "sigma": a[3]}, False)
+    assert math.isclose(frechet_distance(*a), next(iter(theirs.values())), rel_tol=1e-10 if rank > 40 else 1e-5)
+
+
+def test_the_distance_needs_no_scipy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    monkeypatch.setitem(sys.modules, "scipy.linalg", None)
+    assert frechet_distance([0.0], [[1.0]], [2.0], [[9.0]]) == pytest.approx(4 + 4)
+    with pytest.raises(UserError, match="pip install scipy"):
+        fid_check.distance(4)
+
+
+def test_what_is_no_gaussian_is_refused():
+    mu, C = torch.zeros(3), torch.eye(3)
+    with pytest.raises(ValueError, match="do not belong together"):
+        frechet_distance(mu, C, torch.zeros(4), torch.eye(4))
+    with pytest.raises(ValueError, match="inf or nan"):
+        frechet_distance(mu, C, mu, C * math.nan)
+    with pytest.raises(ValueError, match="is negative"):
+        frechet_distance(mu, C, mu, -4 * C)
+
+
+# ---------------------------------------------------------------- streaming
+
+@pytest.mark.parametrize("splits", [1, 2, 7, 50])
+def test_any_split_into_batches_gives_mean_and_covariance(splits):
+    x = normal(50, D).float()
+    stats = stats_of(x, splits)
+    assert stats.n == 50 and stats.cov.dtype == torch.float64
+    assert (stats.mean - x.double().mean(0)).abs().max() < 1e-15
+    assert (stats.cov - x.double().T.cov()).abs().max() < 1e-14
+
+
+def test_float32_sums_would_not_do():
+    x = (normal(4000, D) + 30).float()                      # mean^2 / variance 900
+    assert (stats_of(x, 9).cov - x.double().T.cov()).abs().max() < 1e-10
+
+
+def test_one_feature_has_no_covariance_and_nan_is_noticed():
+    stats = stats_of(normal(1, D))
+    with pytest.raises(ValueError, match="needs two features, got 1"):
+        stats.cov
+    with pytest.raises(ValueError, match="inf or nan"):
+        stats.update(torch.full((2, D), math.inf))
+    with pytest.raises(ValueError, match="wanted .B, 6."):
+        stats.update(torch.zeros(2, D + 1))
+    assert stats.n == 1
+
+
+CASES = [(37, 5), (37, 30), (10, 10)]       # (n, batch): 8, 2 and 1 batches, the last one short or the only one
+WORKER = """
+import sys, json
+sys.path.insert(0, "tests")
+import machine
+from test_fid import everything
+print(json.dumps(everything(machine.setup(threads=1))))
+machine.leave()
+"""
+
+
+def everything(place):
+    """Of each case what this process has seen, and what it holds after the pass."""
+    return [one_pass(n, batch, place) for n, batch in CASES]
+
+
+def one_pass(n, batch, place):
+    seen, all_of_them = [], torch.from_numpy(images(40)).permute(0, 3, 1, 2)
+    pictures = counted(lambda indices: seen.extend(indices.tolist()) or all_of_them[indices])
+    got = fid.collect(pictures, n, batch, Few(), {"fid", "kid", "is"}, place)
+    return [seen, got.stats.n, got.stats.sum.tolist(), got.stats.outer.tolist(), got.rows.tolist(),
+            list(got.score.value()), got.blank]
+
+
+def side_by_side(world):
+    """What each of `world` gloo processes finds."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world),
+           "LOCAL_WORLD_SIZE": str(world), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    runs = [subprocess.Popen([sys.executable, "-c", WORKER], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                             env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(world)]
+    said = [run.communicate(timeout=300)[0] for run in runs]
+    assert all(run.returncode == 0 for run in runs)
+    return [json.loads(text.splitlines()[-1]) for text in said]
+
+
+@pytest.mark.slow
+def test_any_number_of_processes_counts_every_picture_once():
+    """With 2 and 3 of them some have more batches than others, and some have none."""
+    alone = everything(ALONE)
+    for world in (2, 3):
+        ranks = side_by_side(world)
+        for k, (n, _) in enumerate(CASES):
+            assert sorted(alone[k][0]) == sorted(i for rank in ranks for i in rank[k][0]) == list(range(n))
+            for rank in ranks:
+                assert rank[k][1] == n and rank[k][4] == alone[k][4] and rank[k][6] == 0
+                assert np.allclose(rank[k][2], alone[k][2], rtol=1e-14, atol=1e-14)
+                assert np.allclose(rank[k][3], alone[k][3], rtol=1e-14, atol=1e-14)
+                assert np.allclose(rank[k][5], alone[k][5], rtol=1e-12)
+        assert [] in [rank[2][0] for rank in ranks]
+
+
+def test_a_picture_that_is_missing_is_noticed(few, monkeypatch):
+    pictures = counted(lambda indices: torch.from_numpy(images(20)).permute(0, 3, 1, 2)[indices[:-1]])
+    with pytest.raises(RuntimeError, match="18 pictures were counted, 20 were asked for"):
+        fid.collect(pictures, 20, 10, few, {"fid"}, ALONE)
+
+
+def counted(call):
+    call.workers = 0
+    return call
+
+
+# ---------------------------------------------------------------- KID and the Inception Score
+
+def test_kid_is_its_definition():
+    x, y = normal(37, 12).float(), normal(45, 12, seed=1).float() + 0.4
+    k = lambda a, b: (a.double() @ b.double().T / 12 + 1) ** 3
+    off = lambda z: (k(z, z).sum() - k(z, z).trace()) / (len(z) * (len(z) - 1))
+    assert math.isclose(kid(x, y)[0], off(x) + off(y) - 2 * k(x, y).mean(), rel_tol=1e-12)
+
+
+@pytest.mark.slow
+def test_kid_is_that_of_torch_fidelity():
+    theirs = pytest.importorskip("torch_fidelity.metric_kid")
+    x, y = normal(37, 12).float(), normal(37, 12, seed=1).float() + 0.4
+    found = theirs.kid_features_to_metric(x, y, kid_subsets=1, kid_subset_size=37, verbose=False)
+    assert math.isclose(kid(x, y)[0], found[theirs.KEY_METRIC_KID_MEAN], rel_tol=1e-5)          # float32 kernels
+
+
+def test_kid_in_blocks_is_kid(monkeypatch):
+    x, y = normal(23, D), normal(31, D, seed=1)
+    whole = kid(x, y)
+    monkeypatch.setattr("distances.BLOCK", 5)
+    assert kid(x, y) == pytest.approx(whole, rel=1e-12)
+    with pytest.raises(ValueError, match="needs two features"):
+        kid(x[:1], y)
+
+
+@pytest.mark.slow
+def test_kid_has_no_bias_and_its_error_is_its_spread():
+    """Over 400 pairs of sets of 20 and 30: mean within 4 standard errors of the value of large sets, spread within
+    25 % (a spread of 400 has a standard error of 3.5 %; the projection leaves out what falls as 1/n^2)."""
+    found = np.array([kid(normal(20, 3, seed=2 * k), normal(30, 3, seed=2 * k + 1) + 1) for k in range(400)])
+    truth = np.mean([kid(normal(2000, 3, seed=9000 + k), normal(2000, 3, seed=9500 + k) + 1)[0] for k in range(5)])
+    spread = found[:, 0].std()
+    assert abs(found[:, 0].mean() - truth) < 4 * spread / 20
+    assert 0.75 < np.sqrt((found[:, 1] ** 2).mean()) / spread < 1.25
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [40, 43])
+def test_the_inception_score_is_that_of_torch_fidelity(n):
+    theirs = pytest.importorskip("torch_fidelity.metric_isc")
+    logits = (2 * normal(n, K)).float()
+    score = InceptionScore(n, K)
+    for part in torch.randperm(n).split(7):                 # any order: a picture belongs to the split of its number
+        score.update(logits[part], part)
+    want = theirs.isc_features_to_metric(logits, splits=10, shuffle=False)
+    value, error = score.value()
+    assert math.isclose(value, want[theirs.KEY_METRIC_ISC_MEAN], rel_tol=1e-12)
+    assert math.isclose(error * 3, want[theirs.KEY_METRIC_ISC_STD], rel_tol=1e-9)      # std / sqrt(splits - 1)
+
+
+def test_the_inception_score_lies_between_one_and_the_number_of_classes():
+    same, sure = InceptionScore(10, K, splits=2), InceptionScore(22, K, splits=2)
+    same.update(normal(1, K).expand(10, K), torch.arange(10))
+    sure.update(1000 * torch.eye(K).repeat(2, 1), torch.arange(22))
+    assert same.value()[0] == pytest.approx(1) and sure.value() == pytest.approx((K, 0))
+    with pytest.raises(ValueError, match="9 pictures do not fill 10 splits"):
+        InceptionScore(9, K)
+
+
+# ---------------------------------------------------------------- references
+
+def reference(path, few, n=200, kid=False):
+    rows, _ = few(torch.from_numpy(images(n, seed=3)).permute(0, 3, 1, 2))
+    write_reference(path, stats_of(rows), few, "some pictures", rows if kid else None)
+    return path
+
+
+def test_a_reference_comes_back(tmp_path, few):
+    path = reference(tmp_path / "ref.npz", few, kid=True)
+    ref = read_reference(str(path), few)
+    rows, _ = few(torch.from_numpy(images(200, seed=3)).permute(0, 3, 1, 2))
+    assert torch.equal(ref.mu, stats_of(rows).mean) and torch.equal(ref.sigma, stats_of(rows).cov)
+    assert (ref.n, ref.data, ref.labelled) == (200, "some pictures", True) and torch.equal(ref.rows, rows)
+    assert ref.sha256 == checkpoint._sha256(path)
+
+
+@pytest.mark.slow
+def test_pytorch_fid_reads_our_references(tmp_path, few):
+    theirs, path = pytest.importorskip("pytorch_fid.fid_score"), reference(tmp_path / "ref.npz", few)
+    ref = read_reference(str(path), few)
+    mu, sigma = theirs.compute_statistics_of_path(str(path), None, 1, D, "cpu")
+    assert np.array_equal(mu, ref.mu.numpy()) and np.array_equal(sigma, ref.sigma.numpy())
+
+
+def test_references_of_other_tools_are_read_and_said_to_be_unlabelled(tmp_path, few, capsys):
+    mu, sigma = normal(D).numpy(), covariance(D, 9).numpy()
+    np.savez(tmp_path / "pytorch_fid.npz", mu=mu, sigma=sigma)
+    np.savez(tmp_path / "adm.npz", mu=mu.astype(np.float32), sigma=sigma, mu_s=np.ones(3), sigma_s=np.eye(3),
+             arr_0=images(4))
+    for name in ("pytorch_fid", "adm"):
+        ref = read_reference(str(tmp_path / f"{name}.npz"), few)
+        assert np.allclose(ref.mu, mu, rtol=1e-6) and ref.mu.dtype == torch.float64
+        assert not ref.labelled and ref.n == 0
+        pictures = counted(lambda k: torch.from_numpy(images(9)).permute(0, 3, 1, 2)[k])
+        got = fid.evaluate(pictures, 9, 5, few, ref, "fid", ALONE)
+        assert "unlabelled reference" in capsys.readouterr().err and list(got) == ["fid9/inception-2015-12-05/tf1"]
+    with pytest.raises(UserError, match="so --resize=clean cannot be compared with it"):
+        read_reference(str(tmp_path / "adm.npz"), Few(resize="clean"))
+
+
+@pytest.mark.parametrize("key, other, said", [("resize", "clean", "resize tf1, wanted clean"),
+                                              ("name", "judge", "features inception-2015-12-05, wanted judge"),
+                                              ("sha256", "0" * 64, "weights_sha256 6726825d")])
+def test_a_reference_made_otherwise_is_refused(tmp_path, few, key, other, said):
+    path, theirs = reference(tmp_path / "ref.npz", few), Few()
+    setattr(theirs, key, other)
+    with pytest.raises(UserError, match=said):
+        read_reference(str(path), theirs)
+
+
+def test_what_is_no_reference_is_refused(tmp_path, few):
+    def said(**arrays):
+        np.savez(tmp_path / "x.npz", **arrays)
+        with pytest.raises(UserError) as e:
+            read_reference(str(tmp_path / "x.npz"), few)
+        return str(e.value)
+    mu, sigma = normal(D).numpy(), covariance(D, 9).numpy()
+    assert "has no mu and sigma; it holds arr_0" in said(arr_0=images(2))
+    assert "mu (7,)" in said(mu=normal(7).numpy(), sigma=sigma)
+    assert "inf or nan" in said(mu=mu * math.nan, sigma=sigma)
+    assert "not symmetric" in said(mu=mu, sigma=sigma + np.triu(np.ones((D, D))))
+    assert "format 2, this code reads up to 1" in said(mu=mu, sigma=sigma, version=2)
+    assert "pickles are not read" in said(mu=np.array([mu, None], dtype=object), sigma=sigma)
+    (tmp_path / "edm.pkl").write_bytes(b"\x80\x04}q\x00.")
+    with pytest.raises(UserError, match="pickles are not read"):
+        read_reference(str(tmp_path / "edm.pkl"), few)
+    for path, text in (("", "need --ref=FILE.npz"), ("none.npz", "cannot read the reference 'none.npz'")):
+        with pytest.raises(UserError, match=text):
+            read_reference(path, few)
+
+
+# ---------------------------------------------------------------- pictures in files
+
+def saved(folder, array, suffix=".png"):
+    folder.mkdir(exist_ok=True)
+    for k, image in enumerate(array):
+        Image.fromarray(image).save(folder / f"{k:03}{suffix}")
+    return folder
+
+
+def test_a_folder_an_npz_and_an_npy_hold_the_same_pictures(tmp_path):
+    x = images(11, 12, 10)
+    np.savez(tmp_path / "a.npz", arr_0=x)
+    np.savez_compressed(tmp_path / "b.npz", other=x[:2], arr_0=x)
+    np.save(tmp_path / "c.npy", x)
+    for path in (saved(tmp_path / "d", x), *(tmp_path / name for name in ("a.npz", "b.npz", "c.npy"))):
+        pictures = open_pictures(str(path))
+        for first, last in ((8, 11), (0, 3), (2, 9)):
+            found = pictures(np.arange(first, last))
+            assert found.shape == (last - first, 3, 12, 10) and found.dtype == torch.uint8
+            assert np.array_equal(found.permute(0, 2, 3, 1).numpy(), x[first:last])
+        assert len(pictures) == 11 and pictures.jpegs == 0
+
+
+def test_square_cuts_the_middle_out_and_resizes_it(tmp_path):
+    x = np.zeros((2, 40, 64, 3), np.uint8)
+    x[:, :, 12:52] = 200                                    # the middle; what is beside it stays out
+    found = open_pictures(str(saved(tmp_path / "d", x)), 16)(np.arange(2))
+    assert found.shape == (2, 3, 16, 16) and (found[:, :, :, 2:-2] == 200).all()     # the filter looks beyond an edge
+
+
+def test_pictures_that_cannot_be_are_errors(tmp_path):
+    saved(tmp_path / "d", [*images(2, 9, 8), images(1, 9, 12)[0]])
+    with pytest.raises(UserError, match="different sizes, e.g. .9, 8. and .9, 12.; give"):
+        open_pictures(str(tmp_path / "d"))(np.arange(3))
+    (tmp_path / "d/000.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="000.png cannot be read: not a JPEG"):
+        open_pictures(str(tmp_path / "d"))(np.arange(1))
+    (tmp_path / "d/000.png").write_bytes(b"")
+    with pytest.raises(UserError, match="1 files of .* are empty, e.g. '000.png'"):
+        open_pictures(str(tmp_path / "d"))
+    for wrong in (images(2).astype(np.float32), images(2)[..., :1], images(2)[0], images(0)):
+        np.savez(tmp_path / "x.npz", arr_0=wrong)
+        with pytest.raises(UserError, match="wanted uint8 .n, height, width, 3."):
+            open_pictures(str(tmp_path / "x.npz"))
+    np.savez(tmp_path / "x.npz", mu=images(2))
+    with pytest.raises(UserError, match="wanted an array arr_0"):
+        open_pictures(str(tmp_path / "x.npz"))
+    np.save(tmp_path / "x.npy", images(3))
+    (tmp_path / "x.npy").write_bytes((tmp_path / "x.npy").read_bytes()[:-5])
+    with pytest.raises(UserError, match="ends before picture 2"):
+        open_pictures(str(tmp_path / "x.npy"))(np.arange(3))
+    with pytest.raises(UserError, match="no pictures at 'nowhere'"):
+        open_pictures("nowhere")
+    with pytest.raises(UserError, match="is for folders"):
+        open_pictures(str(tmp_path / "x.npz"), 16)
+
+
+# ---------------------------------------------------------------- the command line
+
+def test_reference_then_metrics_of_files(tmp_path, few, capsys):
+    real, drawn = images(60), images(50, seed=1) // 2
+    np.savez(tmp_path / "drawn.npz", arr_0=drawn)
+    ref = tmp_path / "ref.npz"
+    fid.main(["ref", f"--images={saved(tmp_path / 'real', real)}", f"--to={ref}", "--kid=true", "--batch=7",
+              "--threads=1"])
+    assert last_json(capsys)["n"] == 60
+    fid.main(["fid", f"--images={tmp_path / 'drawn.npz'}", f"--ref={ref}", "--metrics=fid+kid+is", "--batch=8",
+              "--threads=1"])
+    said = capsys.readouterr()
+    line = json.loads(said.out.splitlines()[-1])
+    x, y = (few(torch.from_numpy(z).permute(0, 3, 1, 2))[0] for z in (drawn, real))
+    a, b, ending = stats_of(x), stats_of(y), "50/inception-2015-12-05/tf1"
+    assert list(line["metrics"]) == ["fid" + ending, "kid" + ending, "is" + ending]
+    want = frechet_distance(a.mean, a.cov, b.mean, b.cov)
+    assert line["metrics"]["fid" + ending] == {"value": pytest.approx(want, rel=1e-6), "se": None}
+    assert tuple(line["metrics"]["kid" + ending].values()) == pytest.approx(kid(x, y), rel=1e-5)
+    assert line["n"] == 50 and line["reference_n"] == 60 and line["reference_sha256"] == checkpoint._sha256(ref)
+    assert line["features_sha256"] == inception.SHA256 and line["images_per_second"] > 0
+    assert "warning: FID of 50 pictures is biased" in said.err
+    fid.main(["fid", f"--images={tmp_path / 'drawn.npz'}", "--metrics=is", "--threads=1"])     # needs no reference
+    assert list(last_json(capsys)["metrics"]) == ["is" + ending]
+
+
+def test_a_reference_to_itself_is_at_zero(tmp_path, capsys):
+    folder, ref = saved(tmp_path / "real", images(60)), tmp_path / "ref.npz"
+    fid.main(["ref", f"--images={folder}", f"--to={ref}", "--n=30", "--threads=1"])
+    fid.main(["fid", f"--images={folder}", f"--ref={ref}", "--n=30", "--threads=1"])
+    (value,) = last_json(capsys)["metrics"].values()
+    assert value["value"] < 1e-9
+
+
+def test_what_is_doubtful_is_said_and_what_is_wrong_is_refused(tmp_path, few, capsys):
+    ref, x = reference(tmp_path / "ref.npz", few), images(12)
+    def run(*flags):
+        fid.main(["fid", f"--ref={ref}", "--threads=1", *flags])
+        return capsys.readouterr().err
+    assert "12 of the samples are JPEG" in run(f"--images={saved(tmp_path / 'jpeg', x, '.jpg')}")
+    x[3:5] = 0
+    np.save(tmp_path / "x.npy", x)
+    assert "2 of 12 pictures are of one colour" in run(f"--images={tmp_path / 'x.npy'}", "--batch=5")
+    np.save(tmp_path / "black.npy", x * 0)
+    for flags, text in (([f"--images={tmp_path / 'black.npy'}"], "all 12 pictures are of one colour each"),
+                        ([f"--images={tmp_path / 'x.npy'}", "--n=13"], "n=13 pictures were asked for, but .* has 12"),
+                        ([f"--images={tmp_path / 'x.npy'}", "--metrics=fid+fud"], "'fud' .*there are fid, kid, is"),
+                        ([f"--images={tmp_path / 'x.npy'}", "--metrics=kid"], "fid.py ref --kid=true"),
+                        ([f"--images={tmp_path / 'x.npy'}", "--metrics=is", "--n=9"], "n=9 pictures are too few"),
+                        ([f"--images={tmp_path / 'x.npy'}", "--resize=clean"], "resize tf1, wanted clean")):
+        with pytest.raises(UserError, match=text):
+            run(*flags)
+    with pytest.raises(UserError, match="there are fid, ref, check, speed"):
+        fid.main(["fud"])
+    with pytest.raises(UserError, match="ref wants --images"):
+        fid.main(["ref", "--images=a", "--to=b.txt", "--threads=1"])
+
+
+def test_features_of_another_network_are_never_called_fid(few):
+    for key, other in (("name", "judge"), ("sha256", "0" * 64)):
+        theirs = Few()
+        setattr(theirs, key, other)
+        with pytest.raises(ValueError, match="is not the network of FID"):
+            fid.evaluate(counted(lambda k: None), 20, 5, theirs, None, "is", ALONE)
+
+
+@pytest.mark.slow
+def test_without_weights_there_is_an_error_and_no_number(tmp_path):
+    np.save(tmp_path / "x.npy", images(3))
+    np.savez(tmp_path / "ref.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    (tmp_path / "weights.pth").write_bytes(b"other weights")
+    done = subprocess.run([sys.executable, "fid.py", "fid", f"--images={tmp_path / 'x.npy'}", "--threads=1",
+                           f"--ref={tmp_path / 'ref.npz'}", f"--inception={tmp_path / 'weights.pth'}"],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and "not that of the Inception of FID" in done.stderr
+
+
+@pytest.mark.slow
+def test_check_passes_here_and_fails_where_something_is_off(capsys, monkeypatch):
+    fid.main(["check", "--threads=1"])
+    assert capsys.readouterr().out.count("ok  ") == 7
+    monkeypatch.setattr(fid, "checks", lambda: iter([("a", 1.0, 0.1), ("b", math.nan, 0.1), ("c", 0.0, 0.1)]))
+    with pytest.raises(UserError, match="2 checks failed"):
+        fid.main(["check", "--threads=1"])
+    assert capsys.readouterr().out.count("FAIL") == 2
+
+
+# ---------------------------------------------------------------- of a run, and during training
+
+FLAGS = ["--n=11", "--batch=4", "--steps=3", "--dtype=float32", "--threads=1", "--prompt=a red ring; a blue square"]
+
+
+def test_a_run_is_measured_on_the_pictures_that_sample_draws(tmp_path, few, capsys):
+    out, ref = run_folder(tmp_path / "run"), reference(tmp_path / "ref.npz", few)
+    array, path = drawn(out, *FLAGS)
+    before = sorted(p.name for p in out.rglob("*"))
+    values = []
+    capsys.readouterr()
+    for source in ([f"--out={out}", *FLAGS], [f"--images={path}", "--threads=1"],
+                   [f"--out={out}", *FLAGS, f"--arr0={tmp_path / 'adm.npz'}"]):
+        fid.main(["fid", f"--ref={ref}", *source])
+        values.append(last_json(capsys))
+    assert values[0]["metrics"] == values[2]["metrics"]
+    name = "fid11/inception-2015-12-05/tf1"
+    assert values[0]["metrics"][name]["value"] == pytest.approx(values[1]["metrics"][name]["value"], rel=1e-9)
+    assert (values[0]["train_step"], values[0]["lambda"], values[0]["steps"], values[0]["ema"]) == (12, 1.5, 3, 0.1)
+    assert values[0]["resolution"] == [16, 16] and values[0]["dtype"] == "float32" and values[0]["sampler"] == "ddim"
+    assert before == sorted(p.name for p in out.rglob("*"))                 # nothing is left on the disk
+    assert sorted(p.name for p in tmp_path.glob("adm*")) == ["adm.npz"]
+    assert np.array_equal(np.load(tmp_path / "adm.npz")["arr_0"], array)
+
+
+def test_a_run_that_draws_latents_or_nothing_finite_is_refused(tmp_path, few, monkeypatch):
+    ref = reference(tmp_path / "ref.npz", few)
+    latents = run_folder(tmp_path / "latents", "none", channels=4)
+    with pytest.raises(UserError, match="latents of 4 channels"):
+        fid.main(["fid", f"--out={latents}", f"--ref={ref}", "--threads=1"])
+    monkeypatch.setattr(sample, "draw", lambda *a: torch.full((4, 3, 16, 16), math.nan))
+    with pytest.raises(UserError, match="pictures 0 to 3 are not finite"):
+        fid.main(["fid", f"--out={run_folder(tmp_path / 'run')}", f"--ref={ref}", *FLAGS])
+
+
+def test_during_training_a_line_is_logged_and_nothing_else_changes(tmp_path, few, capsys):
+    import model
+    out, ref = run_folder(tmp_path / "run", "class"), reference(tmp_path / "ref.npz", few)
+    net, cfg = model.load(out)
+    net.dtype = torch.float32
+    about, state = checkpoint.read_header(out / "weights.safetensors"), torch.get_rng_state()
+    o = fid.Options(out=str(out), ref=str(ref), n=11, batch=4, steps=3)
+    monitor = fid.Monitor(o, cfg, about, ALONE)
+    first, second = monitor(net, 100), monitor(net, 200)
+    assert first == second and torch.equal(state, torch.get_rng_state())
+    lines = log.read(out)
+    assert [line["step"] for line in lines] == [100, 200]
+    (name, value), = first.items()
+    assert lines[0][name] == pytest.approx(value["value"], rel=1e-5)
+    capsys.readouterr()
+    fid.main(["fid", f"--out={out}", f"--ref={ref}", *[flag for flag in FLAGS if "prompt" not in flag]])
+    assert last_json(capsys)["metrics"][name] == value
+    with pytest.raises(UserError, match="unknown sampler"):
+        fid.Monitor(replace(o, sampler="euler"), cfg, about, ALONE)
+    with pytest.raises(UserError, match="need --ref"):
+        fid.Monitor(replace(o, ref=""), cfg, about, ALONE)

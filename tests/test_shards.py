@@ -1,0 +1,426 @@
+"""Tar shards and COCO: what a pattern stands for, where samples lie in a tar, one order for all readers, damage."""
+import io
+import itertools
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tarfile
+import threading
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from PIL import Image
+
+import coco
+import data
+import shards
+from config import Config, ModelConfig, UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+def picture(k, h=24, w=30):
+    """The bytes of a picture in a colour of its own."""
+    file = io.BytesIO()
+    Image.new("RGB", (w, h), (9 * k % 256, 200 - 3 * k % 200, 7)).save(file, "PNG")
+    return file.getvalue()
+
+
+def sample(k, **about):
+    """The three members of a sample."""
+    about = {"caption": f"json {k}", "original_height": 300 + k, "original_width": 400, **about}
+    members = {"png": picture(k), "txt": f"number {k}".encode(), "json": json.dumps(about).encode()}
+    return {f"{k:09}.{suffix}": content for suffix, content in members.items()}
+
+
+def write_tar(path, members, format=tarfile.PAX_FORMAT):
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def write_shards(root, counts):
+    root.mkdir()
+    numbers = iter(range(sum(counts)))
+    for s, count in enumerate(counts):
+        parts = [sample(k) for k in itertools.islice(numbers, count)]
+        write_tar(root / f"{s:05}.tar", {name: body for part in parts for name, body in part.items()})
+    return root
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(
+        torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a)
+
+
+# ---------------------------------------------------------------- patterns
+
+def test_what_a_pattern_stands_for():
+    assert shards.expand("a/{008..011}.tar") == ["a/008.tar", "a/009.tar", "a/010.tar", "a/011.tar"]
+    assert shards.expand("{8..11}") == ["8", "9", "10", "11"] and shards.expand("plain.tar") == ["plain.tar"]
+    assert shards.expand("{a,b}/{1..2}x") == ["a/1x", "a/2x", "b/1x", "b/2x"]
+    assert shards.expand("{0..0}{,z}") == ["0", "0z"]
+    for wrong, match in (("{3..1}", "rising"), ("{a..c}", "rising"), ("{1}", "neither"), ("{}", "neither"),
+                         ("{1..2", "unbalanced"), ("1..2}", "unbalanced"), ("{{1..2}}", "unbalanced"),
+                         ("{0..9999999}", "rising"), ("{0..9999}{0..9999}", "more than 1,000,000"),
+                         ("{²..3}", "rising")):
+        with pytest.raises(UserError, match=match):
+            shards.expand(wrong)
+
+
+PLAIN = st.text("abc/.0-", max_size=4)
+RANGES = st.tuples(st.integers(0, 60), st.integers(0, 6), st.integers(0, 4))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.one_of(PLAIN, RANGES, st.lists(PLAIN, min_size=2, max_size=4)), max_size=4))
+def test_patterns_are_the_product_of_their_parts(parts):
+    text, choices = "", []
+    for part in parts:
+        if isinstance(part, str):
+            text, one = text + part, [part]
+        elif isinstance(part, tuple):
+            first, more, zeros = part
+            wide = len("0" * zeros + str(first))
+            text += f"{{{first:0{wide}}..{first + more}}}"
+            one = [str(k).rjust(wide, "0") if zeros else str(k) for k in range(first, first + more + 1)]
+        else:
+            text, one = text + "{" + ",".join(part) + "}", part
+        choices.append(one)
+    assert shards.expand(text) == ["".join(p) for p in itertools.product(*choices)]
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.text("{}.,0a9", max_size=14))
+def test_any_pattern_is_names_or_an_error(pattern):
+    try:
+        assert shards.expand(pattern)
+    except UserError:
+        pass
+
+
+def test_which_files_a_path_means(tmp_path):
+    root = write_shards(tmp_path / "set", [2, 1])
+    (root / ".00009.tar").write_bytes(b"")
+    both = [root / "00000.tar", root / "00001.tar"]
+    for where in (root, root / "{00000..00001}.tar", root / "{00000,00001}.tar"):
+        assert shards.is_shards(str(where)) and shards.find_shards(str(where)) == both
+    assert shards.find_shards(str(root / "00001.tar")) == both[1:]
+    with pytest.raises(UserError, match="2 of the 4 tar shards .*00002.tar"):
+        shards.find_shards(str(root / "{00000..00003}.tar"))
+    (tmp_path / "b{1}").mkdir()
+    assert not shards.is_shards(str(tmp_path / "b{1}")) and not shards.is_shards(str(tmp_path))
+
+
+# ---------------------------------------------------------------- what is where in a tar
+
+NAMES = st.text("abcdefé0123456789_", min_size=1, max_size=12)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["", "a/", "é/" + "x" * 120 + "/"]), NAMES, st.sets(st.sampled_from(
+    ["jpg", "JPEG", "txt", "json", "seg.png", "pkl"]), min_size=1), st.integers(0, 1500)), min_size=1, max_size=6,
+    unique_by=lambda row: row[:2]), st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]))
+def test_an_index_points_at_what_was_written(tmp_path_factory, rows, format):
+    rng, members, want, others = np.random.default_rng(0), {}, [], 0
+    for folder, stem, suffixes, size in rows:
+        suffixes = suffixes - ({"JPEG"} if "jpg" in suffixes else set())
+        found = {}
+        for suffix in sorted(suffixes):
+            members[f"{folder}{stem}.{suffix}"] = found[suffix.lower()] = rng.bytes(size)
+        others += len({"seg.png", "pkl"} & suffixes)
+        if kept := {"jpg", "jpeg", "txt", "json"} & found.keys():
+            want.append([found.get("jpg", found.get("jpeg")), found.get("txt"), found.get("json")])
+            assert kept
+    path = write_tar(tmp_path_factory.mktemp("t") / "x.tar", members, format)
+    if not want:
+        with pytest.raises(UserError, match="holds no samples"):
+            shards.index(path)
+        return
+    table, ignored = shards.index(path)
+    with open(path, "rb") as file:
+        got = [[shards.read_member(file, *row[k:k + 2]) for k in (0, 2, 4)] for row in table.tolist()]
+    assert got == want and ignored == others
+
+
+@settings(max_examples=40, deadline=None)
+@given(cut=st.integers(0, 20_000))
+def test_a_cut_tar_is_an_error_wherever_it_is_cut(tmp_path_factory, cut):
+    path = tmp_path_factory.mktemp("t") / "x.tar"
+    write_tar(path, {name: body for k in range(6) for name, body in sample(k).items()})
+    content = path.read_bytes()
+    end = (int(shards.index(path)[0][:, ::2].max()) + 1) * 512          # of the last member; then comes the end mark
+    path.write_bytes(content[:cut % (end + 1024)])
+    with pytest.raises(UserError, match="cut or damaged after entry"):
+        shards.index(path)
+
+
+@settings(max_examples=50, deadline=None)
+@given(which=st.integers(0, 17), bit=st.integers(0, 512 * 8 - 1))
+def test_a_flipped_bit_of_a_header_is_an_error_or_changes_nothing(tmp_path_factory, which, bit):
+    path = tmp_path_factory.mktemp("t") / "x.tar"
+    write_tar(path, {name: body for k in range(6) for name, body in sample(k).items()})
+    table, _ = shards.index(path)
+    content = bytearray(path.read_bytes())
+    starts = np.sort(table[:, ::2].ravel()) - 1
+    content[int(starts[which]) * 512 + bit // 8] ^= 1 << bit % 8
+    path.write_bytes(bytes(content))
+    try:
+        assert np.array_equal(shards.index(path)[0], table)
+    except UserError:
+        pass
+
+
+def test_the_index_is_kept_and_made_again_when_the_tar_or_it_has_changed(tmp_path, monkeypatch):
+    root, walks = write_shards(tmp_path / "set", [4]), []
+    real = shards.members
+    monkeypatch.setattr(shards, "members", lambda path: walks.append(path) or real(path))
+    tar, kept = root / "00000.tar", root / ".index" / "00000.tar.npy"
+    first = shards.cached_index(tar)
+    assert np.array_equal(shards.cached_index(tar)[0], first[0]) and len(walks) == 1
+    for damage in (b"", kept.read_bytes()[:-7], b"x" * 300, kept.read_bytes()[:-1] + b"\x07"):
+        kept.write_bytes(damage)
+        assert np.array_equal(shards.cached_index(tar)[0], first[0])
+    objects = io.BytesIO()
+    np.save(objects, np.array([{}], dtype=object), allow_pickle=True)
+    kept.write_bytes(objects.getvalue())
+    assert np.array_equal(shards.cached_index(tar)[0], first[0]) and len(walks) == 6
+    write_tar(tar, {**sample(1), **sample(2)})
+    os.utime(tar, (1, 1))
+    assert len(shards.cached_index(tar)[0]) == 2 and len(walks) == 7
+
+
+def test_an_index_that_cannot_be_kept_is_a_warning(tmp_path, capsys):
+    root = write_shards(tmp_path / "set", [3])
+    (root / ".index").write_text("in the way")
+    assert len(data.TarShards(root, 8)) == 3 and "made again next time" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- the source
+
+def test_a_sample_is_the_picture_the_text_and_the_size_of_the_original(tmp_path):
+    source = data.TarShards(write_shards(tmp_path / "set", [3, 1, 2]), 16)
+    assert len(source) == 6 and source.channels == 3 and source.classes == []
+    batch = data.records(source, [4, 0, 3], [0, 0, 1])
+    assert batch["caption"] == ["number 4", "number 0", "number 3"]
+    assert batch["size"].tolist() == [[304, 400], [300, 400], [303, 400]] and batch["index"].tolist() == [4, 0, 3]
+    assert source.name(3) == "00001.tar/000000003.png"
+    for row, k in zip(batch["image"], (4, 0, 3)):
+        colour = np.array([9 * k % 256, 200 - 3 * k % 200, 7], np.float32)
+        assert np.abs(row.mean((1, 2)).numpy() - (colour / 127.5 - 1)).max() < 1e-6
+
+
+def test_size_and_caption_of_the_json(tmp_path):
+    bare, odd = {"a.png": picture(1), "a.json": b"{}"}, {"b.png": picture(2), "b.json": b'{"caption": "from json"}'}
+    turned = sample(3, original_height=900, original_width=1600)
+    turned["000000003.png"] = picture(3, h=40, w=24)                        # stored upright, its original was not
+    source = data.TarShards(write_tar(tmp_path / "x.tar", {**odd, **turned, **bare, **sample(5)}), 8, max_bad=0.5)
+    row = source.render(0, 0)
+    assert row["caption"] == "from json" and row["size"] == (24, 30)
+    assert source.render(1, 0)["size"] == (1600, 900)
+    square = {**sample(4), "000000004.png": picture(4, h=24, w=24)}         # nothing says that it was turned
+    assert data.TarShards(write_tar(tmp_path / "y.tar", square), 8).render(0, 0)["size"] == (304, 400)
+    with pytest.raises(ValueError, match="a caption is text"):
+        source.render(2, 0)
+    plain = data.TarShards(tmp_path / "x.tar", 8, captions=False)
+    assert len(plain) == 4 and "caption" not in plain.record(2, 0) and plain.fingerprint != source.fingerprint
+
+
+def test_tars_and_a_folder_of_the_same_files_give_the_same_records(tmp_path):
+    tars = data.TarShards(write_shards(tmp_path / "set", [5, 4, 3]), 16, seed=3)
+    (tmp_path / "loose").mkdir()
+    for k in range(12):
+        for name, body in list(sample(k).items())[:2]:
+            (tmp_path / "loose" / name).write_bytes(body)
+    loose = data.Captions(tmp_path / "loose", 16, seed=3)
+    keys = [(source, step, m) for source in (tars, loose) for step in (0, 1) for m in range(3)]
+    rows = [data.fetch(source, None, 7, 12, 4, step, m) for source, step, m in keys]
+    for a, b in zip(rows[:6], rows[6:]):
+        a.pop("size"), b.pop("size")                            # of the original, and of the stored picture
+        assert equal(a, b)
+
+
+def test_order_does_not_depend_on_micro_workers_or_what_was_read_before(tmp_path):
+    root, seen = write_shards(tmp_path / "set", [5, 6, 2]), {}
+    for micro, workers in ((12, 0), (4, 3), (1, 2)):
+        fetch = partial(data.fetch, data.TarShards(root, 8, seed=1), None, 5, 12, micro)
+        keys = [(step, m) for step in range(3) for m in range(12 // micro)]
+        parts = list(data.prefetch(fetch, keys, workers))
+        seen[micro] = {k: torch.cat([p[k] for p in parts]) for k in ("image", "index", "crop", "flip", "size")}
+    assert equal(seen[12], seen[4]) and equal(seen[12], seen[1])
+    late = data.fetch(data.TarShards(root, 8, seed=1), None, 5, 12, 12, 2, 0)           # resumed at step 2
+    assert torch.equal(late["image"], seen[12]["image"][24:])
+
+
+def test_the_fingerprint_is_of_names_and_members(tmp_path):
+    root = write_shards(tmp_path / "set", [3, 3])
+    first = data.TarShards(root, 8).fingerprint
+    os.utime(root / "00000.tar", (5, 5))
+    assert data.TarShards(root, 32, seed=4).fingerprint == first
+    write_tar(root / "00001.tar", {**sample(3), **sample(4), "5.png": picture(5), "5.txt": b"other"})
+    assert data.TarShards(root, 8).fingerprint != first
+
+
+def test_readers_at_once_get_what_one_gets(tmp_path):
+    source = data.TarShards(write_shards(tmp_path / "set", [7, 8]), 8)
+    want, wrong = [source.record(k, 0)["caption"] for k in range(15)], []
+
+    def read():
+        wrong.extend(k for k in list(range(15)) * 4 if source.record(k, 0)["caption"] != want[k])
+
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    [t.start() for t in threads], [t.join() for t in threads]
+    assert not wrong
+
+
+def test_nothing_is_extracted_or_unpickled(tmp_path, monkeypatch):
+    class Canary:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "canary"),)
+
+    bad = {**sample(0), "000000000.pkl": pickle.dumps(Canary()), "../out.jpg": picture(1), "/etc/x.jpg": picture(1)}
+    path = write_tar(tmp_path / "x.tar", {**bad, **sample(2)})
+    def refuse(*args, **kwargs):
+        raise AssertionError("unsafe")
+    for name in ("extract", "extractall", "_extract_member"):
+        monkeypatch.setattr(tarfile.TarFile, name, refuse)
+    monkeypatch.setattr(pickle, "load", refuse), monkeypatch.setattr(pickle, "loads", refuse)
+    source = data.TarShards(path, 8)
+    assert len(source) == 2 and len(data.records(source, [0, 1], [0, 0])["caption"]) == 2
+    assert {p.name for p in tmp_path.iterdir()} == {"x.tar", ".index"} and not (tmp_path.parent / "out.jpg").exists()
+
+
+def test_a_tar_that_changes_under_a_run_is_a_bad_sample(tmp_path):
+    path = write_tar(tmp_path / "x.tar", {name: body for k in range(4) for name, body in sample(k).items()})
+    source = data.TarShards(path, 8)
+    path.write_bytes(path.read_bytes()[:512 * 5])
+    with pytest.raises(UserError, match="in a row|cannot be read"):
+        [source.record(k, 0) for k in range(4)]
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_entries(tmp_path):
+    head = [tarfile.TarInfo(f"{k:09}.{suffix}").tobuf() for k in range(50_000) for suffix in ("jpg", "txt")]
+    (tmp_path / "x.tar").write_bytes(b"".join(head) + bytes(1024))
+    table, others = shards.index(tmp_path / "x.tar")
+    assert table.shape == (50_000, 6) and others == 0 and (table[:, 2] == table[:, 0] + 1).all()
+
+
+# ---------------------------------------------------------------- COCO
+
+def write_coco(root, n=5, **changes):
+    (root / "annotations").mkdir(parents=True)
+    (root / "val2014").mkdir()
+    names = {10 * k: f"COCO_{k}.jpg" for k in range(n)}
+    for k, name in enumerate(names.values()):
+        (root / "val2014" / name).write_bytes(picture(k))
+    rows = [{"id": 7 * number + j, "image_id": number, "caption": f"image {number}  text {j}\n"}
+            for j in (2, 0, 1) for number in names]
+    images = [{"id": number, "file_name": name} for number, name in names.items()][::-1]
+    tree = {"images": images, "annotations": rows}
+    (root / "annotations" / "captions_val2014.json").write_text(json.dumps({**tree, **changes}), encoding="utf-8")
+    return root
+
+
+def test_coco_gives_an_image_one_caption_by_seed(tmp_path):
+    root = write_coco(tmp_path / "coco", 40)
+    (root / "annotations" / "captions_train2014.json").write_text("{}")
+    picks = {seed: [data.CocoCaptions(root, 8, seed).record(k, epoch)["caption"] for k in range(40)]
+             for seed, epoch in ((0, 0), (1, 0), (0, 5))[:2]}
+    again = [data.CocoCaptions(root / "annotations" / "captions_val2014.json", 8, 0).record(k, 5)["caption"]
+             for k in range(40)]
+    assert picks[0] == again != picks[1]
+    assert [c.split(" text ")[0] for c in picks[0]] == [f"image {10 * k}" for k in range(40)]
+    counts = np.bincount([int(c[-1]) for c in picks[0] + picks[1]], minlength=3)
+    assert ((counts - 80 / 3) ** 2 / (80 / 3)).sum() < 14                       # chi2 with 2 degrees, p = 0.001
+    source = data.open_source(Config(data=f"coco:{root}", model=ModelConfig(resolution=8)))
+    assert source.names[3] == "COCO_3.jpg" and data.captions(source, [42, 2]) == [picks[0][2]] * 2
+
+
+def test_what_is_wrong_with_coco_is_said(tmp_path):
+    root = write_coco(tmp_path / "coco", 6)
+    (root / "val2014" / "COCO_2.jpg").unlink()
+    source = data.CocoCaptions(root, 8, max_bad=0.2)
+    assert len(source) == 5 and list(source.bad) == ["COCO_2.jpg"]
+    with pytest.raises(UserError, match="captions json, or a folder"):
+        data.CocoCaptions(tmp_path, 8)
+    image = [{"id": 1, "file_name": "x.jpg"}]
+    for number, (changes, match) in enumerate((
+            ({"images": 3}, "not a COCO"), ({"annotations": [{"id": 1}]}, "not a COCO"),
+            ({"images": [{"id": 1, "file_name": "../x.jpg"}]}, "leads out"), ({"images": image * 2}, "not|none"),
+            ({"images": image + [{"id": 2, "file_name": "x.jpg"}]}, "twice"),
+            ({"images": [{"id": "1", "file_name": "x.jpg"}]}, "whole number"), ({"images": []}, "none of the 0"))):
+        with pytest.raises(UserError, match=match):
+            data.CocoCaptions(write_coco(tmp_path / str(number), **changes), 8)
+    for content in (b"", b"\xff\xfe", b"[" * 100_000, b"[]"):
+        (tmp_path / "x.json").write_bytes(content)
+        with pytest.raises(UserError, match="not a COCO"):
+            coco.read(tmp_path / "x.json")
+
+
+# ---------------------------------------------------------------- runs
+
+RUNS = """
+import sys
+import sample, train
+model = ["--model.width=32", "--model.depth=2", "--model.heads=2", "--model.patch=4", "--model.resolution=16"]
+for name, where in (("tars", "set"), ("loose", "loose"), ("coco", "coco:coco")):
+    rest = ["--data=" + where, "--model.semantics=text", "--batch=4", "--micro=2", "--log_every=1", *model]
+    rest += ["--save_every=2", "--sample_every=0", "--warmup=1", "--threads=1", "--compile=off"]
+    for steps, out in ((4, "whole"), (2, "parts"), (4, "parts")):
+        assert train.run([*rest, f"--steps={steps}", f"--out=out/{name}/{out}"]) == 0, (name, out)
+    sample.main([f"--out=out/{name}/parts", "--n=2", "--steps=2", "--prompt=a red ring"])
+"""
+
+
+@pytest.mark.slow
+def test_every_source_trains_goes_on_and_draws(tmp_path):
+    words, members = ("red", "blue", "green"), []
+    rings = [{"id": k, "image_id": 10 * k, "caption": "a red ring"} for k in range(5)]
+    write_coco(tmp_path / "coco", annotations=rings)
+    (tmp_path / "loose").mkdir()
+    for k in range(6):
+        part = {**sample(k), f"{k:09}.txt": f"a {words[k % 3]} ring".encode()}
+        members += part.items()
+        for name, body in list(part.items())[:2]:
+            (tmp_path / "loose" / name).write_bytes(body)
+    (tmp_path / "set").mkdir()
+    write_tar(tmp_path / "set" / "0.tar", dict(members))
+    done = subprocess.run([sys.executable, "-c", RUNS], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("tars", "loose", "coco"):
+        logs = [[json.loads(line) for line in (tmp_path / "out" / name / out / "log.jsonl").read_text().splitlines()]
+                for out in ("whole", "parts")]
+        losses = [[(row["step"], row["loss"]) for row in log if "loss" in row] for log in logs]
+        assert losses[0] == losses[1] and len(losses[0]) == 4, name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's count of pages")
+@pytest.mark.parametrize("kind", ["tars", "loose", "classes", "coco"])
+def test_memory_stays_flat_over_ten_thousand_batches(tmp_path, kind):
+    root = write_shards(tmp_path / "set", [9, 7])
+    for k in range(16):
+        (tmp_path / "loose" / "c").mkdir(parents=True, exist_ok=True)
+        for name, body in list(sample(k).items())[:2]:
+            (tmp_path / "loose" / "c" / name).write_bytes(body)
+    loose = tmp_path / "loose"
+    source = {"tars": lambda: data.TarShards(root, 8), "loose": lambda: data.Captions(loose, 8),
+              "classes": lambda: data.ImageFolder(loose, 8),
+              "coco": lambda: data.CocoCaptions(write_coco(tmp_path / "coco"), 8)}[kind]()
+    page, sizes = os.sysconf("SC_PAGE_SIZE"), []
+    for step in range(10_001):
+        data.fetch(source, None, 0, 1, 1, step, 0)
+        if step in (2000, 10_000):
+            sizes.append(int(Path("/proc/self/statm").read_text().split()[1]) * page)
+    assert sizes[1] - sizes[0] < 3e6, sizes
