@@ -4,6 +4,9 @@ python fid.py ref --images=data/train --square=256 --to=ref.npz         statisti
 python fid.py fid --images=samples.npz --ref=ref.npz                    or a folder of PNG files
 python fid.py fid --out=out/imagenet --ref=ref.npz --n=50000 --lam=1.5  drawn as sample.py draws, never on the disk
 torchrun --nproc_per_node=8 -- fid.py fid --out=out/imagenet --ref=ref.npz --metrics=fid+kid+is
+python fid.py clip --images=samples.npz --prompts=prompts.txt           CLIPScore
+python fid.py lpips --out=out/imagenet --n=100                          how far pictures differ by size alone
+python fid.py toy --images=out/demo/samples/NAME.npz                    shapes: toy_fd, accuracy by attribute
 python fid.py check                                                     golden and analytic tests, without weights
 python fid.py speed                                                     of the distance and of the features
 
@@ -29,15 +32,18 @@ from tqdm import tqdm
 import checkpoint
 import data
 import inception
+import judge
 import log
 import machine
-import model
+import perceptual
 import sample
+from autoencoder import decoder_of
 from config import Config, UserError, parse
 from distances import FeatureStats, InceptionScore, frechet_distance, kid
 from fid_check import Check, Speed, checks, speeds
 from fid_files import Folder, Reference, Stack, open_pictures, read_reference, write_reference
 from inception import Extractor
+from perceptual import clip_score, lpips_diversity      # noqa: F401 (of the public names of this room)
 
 ENOUGH = 10_000                         # below so many pictures the bias of FID is no longer small
 
@@ -146,11 +152,8 @@ class Drawn:
     jpegs, workers = 0, 0
 
     def __init__(self, o: sample.Options, net: nn.Module, cfg: Config, wishes: sample.Wishes,
-                 device: torch.device) -> None:
-        if cfg.model.channels != 3:
-            raise UserError(f"{o.out} draws latents of {cfg.model.channels} channels; FID wants RGB pictures: decode "
-                            f"them and use --images")
-        self.o, self.net, self.cfg, self.wishes, self.device = o, net, cfg, wishes, device
+                 decoder: tuple[Callable, int], device: torch.device) -> None:
+        self.o, self.net, self.cfg, self.wishes, self.decoder, self.device = o, net, cfg, wishes, decoder, device
 
     def __call__(self, indices: np.ndarray) -> Tensor:
         """Pictures number `indices` (B,), of which only the last batch may be short. (B, 3, H, W) uint8"""
@@ -159,7 +162,7 @@ class Drawn:
         x = sample.draw(self.net, self.cfg, self.wishes(whole)[0], whole, self.o, self.device)
         if not torch.isfinite(x).all():
             raise UserError(f"pictures {first} to {indices[-1]} are not finite; try --dtype=float32")
-        return torch.from_numpy(sample.to_uint8(x)[:len(indices)]).permute(0, 3, 1, 2)
+        return torch.from_numpy(sample.to_uint8(self.decoder[0](x))[:len(indices)]).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -177,12 +180,12 @@ class Options(sample.Options):
 
 def run_pictures(o: Options, place: machine.Place) -> tuple[Callable, dict]:
     """Pictures of the run o.out, and what is to be known of them. UserError for options that cannot be drawn."""
-    net, cfg = model.load(o.out)
+    net, cfg, header = sample.open_run(o)
     sample.check(o, cfg)
-    header = checkpoint.read_header(Path(o.out) / "weights.safetensors")
+    decoder = decoder_of(header, o.autoencoder, cfg.model.channels, place.device)
     net = net.to(place.device)
     net.dtype = machine.precision(place.device, o.dtype)
-    pictures = Drawn(o, net, cfg, sample.Wishes(o, cfg, header), place.device)
+    pictures = Drawn(o, net, cfg, sample.Wishes(o, cfg, header), decoder, place.device)
     source = {"class": "all classes in turn", "text": "captions of the test split", "none": "nothing"}
     about = {"samples": o.out, "weights": header["sha256"], "train_step": int(header["step"]), "ema": cfg.ema,
              "sampler": o.sampler, "steps": o.steps, "spacing": o.spacing or sample.SPACING[o.sampler], "eta": o.eta,
@@ -199,7 +202,7 @@ def export(o: Options, drawn: Drawn, about: dict, place: machine.Place) -> Stack
         raise UserError(f"arr0={o.arr0!r} wants a name that ends in .npz, in a folder that is there")
     key = hashlib.sha256(json.dumps(about | {"n": o.n, "batch": o.batch}).encode()).hexdigest()[:8]
     part = path.with_name(f"{path.stem}-{key}")             # unfinished pictures of exactly these options
-    images = sample.draw_all(o, drawn.net, drawn.cfg, drawn.wishes, place, part)
+    images = sample.draw_all(o, drawn.net, drawn.cfg, drawn.wishes, place, part, drawn.decoder)
     if place.rank == 0:
         with open(path.with_suffix(".tmp"), "wb") as file:
             np.savez(file, arr_0=images)
@@ -224,11 +227,12 @@ class Monitor:
         self.reference = find_reference(o, self.extract)
         wanted(o.metrics, o.n, self.reference)
         self.wishes = sample.Wishes(o, cfg, about)
+        self.decoder = decoder_of(about, o.autoencoder, cfg.model.channels, place.device)
 
     def __call__(self, net: nn.Module, step: int) -> dict[str, dict]:
         """The values of `net` at `step`, on rank 0; {} elsewhere."""
         began = time.monotonic()
-        pictures = Drawn(self.o, net, self.cfg, self.wishes, self.place.device)
+        pictures = Drawn(self.o, net, self.cfg, self.wishes, self.decoder, self.place.device)
         values = evaluate(pictures, self.o.n, self.o.batch, self.extract, self.reference, self.o.metrics, self.place)
         if self.place.rank == 0:
             line = {"step": step, **{name: v["value"] for name, v in values.items()},
@@ -335,8 +339,24 @@ def main_speed(argv: list[str]) -> None:
     print(json.dumps(speeds(o)))
 
 
-# A command is a function of the words after it; here others come in.
-COMMANDS = {"fid": main_fid, "ref": main_ref, "check": main_check, "speed": main_speed}
+def main_clip(argv: list[str]) -> None:
+    """clip: CLIPScore of pictures and their captions."""
+    perceptual.main(["--metric=clip", *argv])
+
+
+def main_lpips(argv: list[str]) -> None:
+    """lpips: how far pictures of a run differ when only the requested size does."""
+    perceptual.main(["--metric=lpips", *argv])
+
+
+def main_toy(argv: list[str]) -> None:
+    """toy: of pictures of shapes, toy_fd and accuracy by attribute, or the leak of size."""
+    judge.main(argv)
+
+
+# A command is a function of the words after it.
+COMMANDS = {"fid": main_fid, "ref": main_ref, "check": main_check, "speed": main_speed, "clip": main_clip,
+            "lpips": main_lpips, "toy": main_toy}
 
 
 def main(argv: list[str]) -> None:

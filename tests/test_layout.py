@@ -42,7 +42,8 @@ MAY_IMPORT = {
     "fid_files": "checkpoint config distances folders pictures sample",
     "perceptual": "checkpoint coco config fid_files inception machine model sample text wishes wording",
     "judge": "captions checkpoint config data distances fid_files machine model perceptual sample scenes shapes wishes",
-    "fid": "checkpoint config data distances fid_check fid_files inception judge log machine model perceptual sample",
+    "fid": "autoencoder checkpoint config data distances fid_check fid_files inception judge log machine perceptual "
+           "sample",
     "mup": "conditioning config model", "probe": "checkpoint conditioning config data machine model schedule",
     "demo": "captions checkpoint config data log machine model plot sample shapes wishes",
     "bench_data": "config data",
@@ -250,6 +251,8 @@ def check_flags(script, flags):
     if words and not words[0].startswith("-"):              # a word that says what to do, as in: latents.py encode
         assert re.search(rf'"{words[0]}": |\["{words[0]}"\]', SOURCES[room]), f"{script} knows no {words[0]}"
         words = words[1:]
+        classes = classes + [c for r in ROOMS if f"{r}.main([" in SOURCES[room] or f"{r}.main(argv)" in SOURCES[room]
+                             for c in option_classes(r)]
     while words:
         word = words.pop(0)
         pair = [word] if "=" in word or not words or words[0].startswith("--") else [word, words.pop(0)]

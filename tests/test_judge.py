@@ -1,0 +1,284 @@
+"""The judge: it sees what is there, toy_fd rises with every kind of damage, the size leak is that of the content.
+
+The judge that is shipped, on renders that it was not trained on. Tolerances of shares are three standard errors.
+"""
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import judge
+import machine
+from captions import SHAPES
+from config import UserError
+from distances import FeatureStats, frechet_distance
+from judge import Judge, Reading, toy_fd, toy_leak
+from shapes import Shapes, score
+
+ALONE = machine.Place(torch.device("cpu"), 0, 1)
+
+
+@pytest.fixture(scope="module")
+def net():
+    return judge.load()
+
+
+@pytest.fixture(scope="module")
+def renders():
+    return Shapes(32, split="test").records(range(400))
+
+
+@pytest.fixture(scope="module")
+def reference(net):
+    return judge.render_stats(net, Shapes(32, split="test"), range(judge.FAR, judge.FAR + 1500))
+
+
+def byte(images):
+    return ((images + 1) * 127.5).round().to(torch.uint8)
+
+
+# ---------------------------------------------------------------- what it sees
+
+def test_shapes_of_what_it_says_with_no_two_sizes_equal():
+    seen = Judge(width=24)(torch.zeros(3, 3, 50, 40))
+    assert seen.there.shape == seen.x.shape == seen.y.shape == seen.r.shape == (3, 8)
+    assert seen.shape.shape == (3, 8, len(SHAPES)) and seen.background.shape == (3, 5)
+    assert Judge(width=24).features(torch.zeros(3, 3, 50, 40)).shape == (3, 24)
+
+
+@pytest.mark.parametrize("R", [32, 64])
+def test_it_is_right_on_whole_renders_of_the_test_split(net, R):
+    batch = Shapes(R, split="test", crop=False, flip=False).records(range(200 if R == 32 else 100))
+    right = judge.answers(net, batch["image"], batch["caption"])
+    asked = score(batch["image"], batch["caption"])
+    for key, said in right.items():
+        assert torch.equal(said.isnan(), asked[key].isnan()), key       # judge and pixels answer the same questions
+        assert said.nanmean() > 0.97, key
+
+
+@pytest.mark.parametrize("key, swap", [
+    ("color", ("red", "cyan")), ("shape", ("circle", "star")), ("background", ("navy", "beige")),
+    ("side", ("left of", "right of")), ("level", ("above", "below")), ("size", ("small", "large"))])
+def test_a_caption_with_one_thing_changed_is_wrong_there_and_nowhere_else(net, key, swap):
+    batch = Shapes(32, split="test", crop=False, flip=False, objects=(2,)).records(range(300))
+    one, two = swap
+    rows = [b for b, c in enumerate(batch["caption"]) if one in c and two not in c]
+    images, true = batch["image"][rows], [batch["caption"][b] for b in rows]
+    before = judge.answers(net, images, true)
+    after = judge.answers(net, images, [c.replace(one, two) for c in true])
+    judged = ~after[key].isnan()
+    assert judged.sum() >= 20 and after[key][judged].mean() < 0.05
+    for other in {"count", "background", "side", "level"} - {key} - ({"side", "level"} if key == "color" else set()):
+        assert torch.equal(before[other].nan_to_num(7), after[other].nan_to_num(7)), other
+
+
+def test_a_wrong_number_of_objects_is_counted(net):
+    batch = Shapes(32, split="test", crop=False, flip=False, objects=(2,)).records(range(60))
+    less = [c.split(" on ")[0].split(" and ")[0] for c in batch["caption"]]
+    rows = [b for b, c in enumerate(less) if c != batch["caption"][b].split(" on ")[0]]
+    said = judge.answers(net, batch["image"][rows], [less[b] for b in rows])
+    assert len(rows) >= 5 and not said["count"].any() and not said["all"].any()
+
+
+def test_centre_radius_and_largest_agree_with_the_scene(net):
+    batch = Shapes(32, split="test", crop=False).records(range(300))        # mirrored half the time
+    true, counts = judge.truth(batch["scene"])
+    seen = judge.read(net, batch["image"])
+    there = true.there
+    assert counts.all() and (there.sum(1) == batch["scene"]["n"]).all()
+    assert (seen.there > 0).eq(there).float().mean() > 0.999
+    for a, b, most in ((seen.x, true.x, 0.03), (seen.y, true.y, 0.03), (seen.r, true.r, 0.02)):
+        assert (a - b)[there].abs().mean() < most
+    assert (judge.largest(seen) == batch["label"]).float().mean() > 0.97
+
+
+def test_an_object_that_is_gone_is_absent_and_one_that_is_half_gone_does_not_count():
+    three = torch.tensor
+    scene = dict(n=three([3]), shape=three([[1, 2, 3]]), color=three([[4, 5, 6]]), background=three([2]),
+                 native=three([0]), x=three([[0.5, -0.1, -0.4]]), y=three([[0.5, 0.5, 0.5]]),
+                 r=three([[0.2, 0.2, 0.2]]))
+    true, counts = judge.truth(scene)
+    assert true.there[0].nonzero().flatten().tolist() == [4] and true.shape[0, 4] == 1
+    assert not counts[0, 5] and counts[0, [0, 1, 2, 3, 4, 6, 7]].all()
+
+
+@pytest.mark.slow
+def test_a_short_training_learns_where_things_are_and_is_repeatable():
+    small = judge.train(seed=3, steps=120, batch=64)
+    batch = Shapes(32, split="test", crop=False, flip=False).records(range(200))
+    right = judge.answers(small, batch["image"], batch["caption"])
+    assert right["color"].nanmean() > 0.9 and right["side"].nanmean() > 0.9
+    one, same, other = (judge.train(seed=s, steps=2, batch=8).state_dict() for s in (3, 3, 4))
+    assert all(torch.equal(one[k], same[k]) for k in one) and not torch.equal(one["r.weight"], other["r.weight"])
+
+
+def test_every_weight_is_trained():
+    net, batch = Judge(), Shapes(32).records(range(16))
+    judge.loss(net(batch["image"]), batch["scene"]).backward()
+    dead = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not dead, dead
+
+
+# ---------------------------------------------------------------- toy_fd
+
+def test_toy_fd_is_the_frechet_distance_of_mean_features_of_8_bit_pictures(net, renders):
+    one, two = renders["image"][:150], renders["image"][150:400]
+    means = [net.map(byte(x).float() / 127.5 - 1).mean((2, 3)).double() for x in (one, two)]
+    want = frechet_distance(*(v for m in means for v in (m.mean(0), m.T.cov())))
+    stats = FeatureStats(net.width)
+    judge.add_features(stats, net, two)
+    assert toy_fd(net, one, stats) == pytest.approx(want, rel=1e-6)
+    assert toy_fd(net, byte(one).float() / 127.5 - 1, stats) == pytest.approx(want, rel=1e-6)
+
+
+def blur(images, sigma):
+    at = torch.arange(-9, 10).float()
+    k = torch.exp(-at ** 2 / (2 * sigma ** 2))
+    k = k / k.sum()
+    x = F.pad(images, (9, 9, 9, 9), mode="reflect").flatten(0, 1)[:, None]
+    return F.conv2d(F.conv2d(x, k[None, None, None]), k[None, None, :, None])[:, 0].unflatten(0, images.shape[:2])
+
+
+def rises(values, first):
+    return all(a < b for a, b in zip(values, values[1:])) and values[1] > first * values[0]
+
+
+def test_toy_fd_rises_with_blur_and_with_noise(net, renders, reference):
+    x = renders["image"]
+    z = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    floor = toy_fd(net, x, reference)
+    assert rises([floor] + [toy_fd(net, blur(x, s), reference) for s in (0.5, 0.8, 1.2, 2.0)], 1.3)
+    assert rises([floor] + [toy_fd(net, (x + s * z).clamp(-1, 1), reference) for s in (0.05, 0.1, 0.2, 0.4)], 1.3)
+
+
+def test_toy_fd_rises_with_dropped_classes_and_with_collapse(net, reference):
+    batch = Shapes(32, split="test").records(range(1600))
+    kept = [batch["image"][batch["label"] < k][:180] for k in (8, 5, 3, 1)]        # equally many pictures each
+    assert {len(x) for x in kept} == {180}
+    assert rises([toy_fd(net, x, reference) for x in kept], 1.2)
+    x = batch["image"][:600]
+    assert rises([toy_fd(net, x[:k].repeat(600 // k, 1, 1, 1), reference) for k in (600, 150, 40, 10, 2)], 1.2)
+
+
+def test_the_floor_falls_as_one_over_n(net):
+    source = Shapes(32, split="test")
+    whole = judge.render_stats(net, source, range(judge.FAR, judge.FAR + 1500))
+    x = source.records(range(1000))["image"]
+    few = np.mean([toy_fd(net, part, whole) for part in x.split(100)])
+    many = toy_fd(net, x, whole)
+    assert few > 3 * many                   # 1/100 + 1/1500 against 1/1000 + 1/1500 is 6.4 times; the rest is no bias
+
+
+def test_renders_are_at_the_floor_whoever_else_is_in_the_batch(net):
+    source = Shapes(32, split="test")
+    whole, other = (judge.render_stats(net, source, order) for order in (range(0, 500), range(499, -1, -1)))
+    assert whole.n == other.n == 500
+    assert torch.allclose(whole.mean, other.mean, atol=1e-6) and torch.allclose(whole.cov, other.cov, atol=1e-5)
+
+
+# ---------------------------------------------------------------- the leak
+
+def test_content_counts_a_lost_object_and_a_wrong_shape_as_stated():
+    def one(there, shape, x, y):
+        seen = Reading(torch.full((1, 8), -50.0), torch.zeros(1, 8, 8), *torch.zeros(3, 1, 8), None, None)
+        if there:
+            seen.there[0, 3], seen.x[0, 3], seen.y[0, 3] = 50.0, x, y
+        seen.shape[0, 3, shape] = 100.0
+        return judge.content(seen)
+
+    def apart(a, b):
+        return (one(*a) - one(*b)).square().sum().item()
+
+    assert apart((1, 2, 0.3, 0.4), (0, 2, 0.0, 0.0)) == pytest.approx(1 + 0.09 + 0.16, rel=1e-5)
+    assert apart((1, 2, 0.3, 0.4), (1, 5, 0.3, 0.4)) == pytest.approx(2, rel=1e-5)
+    assert apart((1, 2, 0.3, 0.4), (1, 2, 0.8, 0.4)) == pytest.approx(0.25, rel=1e-5)
+    assert apart((0, 2, 0.3, 0.4), (0, 5, 0.9, 0.1)) == pytest.approx(0, abs=1e-10)
+
+
+def test_the_leak_is_zero_for_equal_pictures_small_for_sharpness_and_large_for_other_scenes(net):
+    source = Shapes(32, split="test", crop=False, flip=False)
+    sizes = judge.resized(source, range(40))
+    assert sizes.shape == (40, 6, 3, 32, 32) and sizes.dtype == torch.uint8
+    assert (sizes[:, 0] != sizes[:, 5]).flatten(1).any(1).all()             # they do differ, in sharpness
+    same = toy_leak(net, [sizes[:, :1].expand(-1, 6, -1, -1, -1)], ALONE)
+    floor = toy_leak(net, [sizes[:15], sizes[15:]], ALONE)
+    other = toy_leak(net, [byte(source.records(range(240))["image"]).unflatten(0, (40, 6))], ALONE)
+    assert same.value < 1e-10 and same.value < floor.value < 0.15 * other.value
+    assert floor.n == 40 and 0 < floor.error < floor.value
+    assert floor == toy_leak(net, [sizes], ALONE) or floor.value == pytest.approx(toy_leak(net, [sizes], ALONE).value)
+
+
+def test_scenes_that_are_resized_are_those_of_the_data_set():
+    source = Shapes(24, split="test", crop=False, flip=False)
+    native = source.records(range(30))
+    sizes = judge.resized(source, range(30))
+    k = torch.tensor([judge.NATIVE.index(int(s)) for s in native["size"][:, 0]])
+    assert torch.equal(sizes[torch.arange(30), k], byte(native["image"]))
+
+
+# ---------------------------------------------------------------- files and the command
+
+def test_what_is_written_is_read_and_its_hash_follows_its_weights(tmp_path, net, renders):
+    judge.write(net, tmp_path / "a.safetensors", {"seed": 0})
+    again = judge.load(tmp_path / "a.safetensors")
+    x = renders["image"][:20]
+    assert torch.equal(again.features(x), net.features(x)) and not again.training
+    changed = Judge()
+    changed.load_state_dict(net.state_dict() | {"r.bias": net.r.bias + 1e-6})
+    judge.write(changed, tmp_path / "b.safetensors", {"seed": 0})
+    assert judge.load(tmp_path / "b.safetensors").sha256 != again.sha256
+
+
+def test_a_judge_that_is_missing_foreign_or_damaged_is_an_error(tmp_path, net, monkeypatch):
+    with pytest.raises(UserError, match="no judge at .*--write="):
+        judge.load(tmp_path / "none.safetensors")
+    file = tmp_path / "a.safetensors"
+    judge.write(net, file, {})
+    monkeypatch.setattr(judge, "VERSION", "shapes 99")
+    with pytest.raises(UserError, match="no judge of 'shapes 99'"):
+        judge.load(file)
+    monkeypatch.undo()
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="damaged"):
+        judge.load(file)
+
+
+def test_the_shipped_judge_is_small():
+    assert judge.JUDGE.stat().st_size < 1e6
+
+
+@pytest.mark.parametrize("flags, says", [
+    ([], "give one of"), (["--leak=a", "--write=b"], "give one of"),
+    (["--images=gone/samples/x.npz"], "x.json is not there"), (["--leak=gone"], "gone"),
+    (["--leak=x", "--judge=none.safetensors"], "no judge at none.safetensors")])
+def test_what_cannot_be_measured_is_said(flags, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=says):
+        judge.main(flags)
+
+
+@pytest.mark.slow
+def test_pictures_of_a_run_are_measured(tmp_path, capsys):
+    import sample
+    import train
+    out = tmp_path / "run"
+    tiny = ["--config=configs/shapes32.py", f"--out={out}", "--steps=2", "--batch=4", "--micro=4", "--model.width=32",
+            "--model.depth=1", "--model.heads=2", "--sample_every=0", "--compile=off", "--warmup=1", "--workers=0",
+            "--threads=1"]
+    assert train.run(tiny) == 0
+    sample.main([f"--out={out}", "--n=20", "--steps=2", "--name=x", "--threads=1"])
+    capsys.readouterr()
+    judge.main([f"--images={out}/samples/x.npz", "--threads=1"])
+    drawn = json.loads(capsys.readouterr().out.splitlines()[-1])
+    sha = judge.load().sha256
+    assert drawn["metric"] == f"toy_fd20/judge-{sha[:8]}" and drawn["judge"] == sha and drawn["n"] == 20
+    assert drawn["value"] > 2 * drawn["renders"]
+    assert all(drawn[f"by_{who}"]["count"][2] == 20 for who in ("judge", "pixels"))
+
+    judge.main([f"--leak={out}", "--n=4", "--threads=1"])
+    leak = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert leak["n"] == 4 and leak["sizes"] == list(judge.NATIVE) and leak["value"] >= 0 and leak["renders"] > 0
