@@ -1,9 +1,9 @@
 """One small class for each kind of block, the parts they are made of, and what stands before and after them.
 
 Block contract: Block(D, H, last, parts), forward(x, ctx, c) -> x, ctx with x (B, N, D) image tokens, ctx (B, L, D)
-context tokens, c (B, D) the modulation vector, of which `parts` says what it changes: adaLN's shift, scale and gate, or
-another choice of mp_layers.LAYOUT. DiTBlock has no use for context and hands it back untouched; of the others the last
-of a network (`last`) hands it back too and owns no context weights that nothing would read.
+context tokens, c (B, D) the modulation vector. `parts` says what c does: adaLN's shift, scale and gate, or another
+choice of mp_layers.LAYOUT. DiTBlock has no use for context and hands it back untouched; of the others the last of a
+network (`last`) hands it back too and owns no context weights that nothing would read.
 Dimensions: B batch, N = h w image tokens, L context tokens, M keys, D width, H heads, d = D/H, C channels, P patch.
 """
 import torch
@@ -134,7 +134,7 @@ class DualAttention(nn.Module):
 
 
 def modulation(D: int, *groups: tuple[str, ...]) -> nn.Sequential:
-    """[DiT] adaLN-Zero: the parts of all groups from c, side by side, zero at first. (B, D) -> (B, rows); split_parts"""
+    """[DiT] adaLN-Zero: all parts from c, side by side, zero at first; split_parts parts them. (B, D) -> (B, rows)"""
     return nn.Sequential(nn.SiLU(), Linear(D, sum(rows(parts, D) for parts in groups)))
 
 

@@ -42,8 +42,8 @@ def std_to_gamma(std: float) -> float:
 class PowerEMA:
     """[EDM2] eq. 121-127: theta_hat = beta theta_hat + (1 - beta) theta, beta = (1 - 1/n)^(gamma + 1), step n >= 1.
 
-    Its width is a share of the run so far, so it never has to be matched to a run's length. Decay is a function of the
-    step alone; the first update copies the weights. `net` is the average, a network of its own."""
+    Its width is a share of the run so far, so it never has to be matched to a run's length. Decay is a function of
+    the step alone; the first update copies the weights. `net` is the average, a network of its own."""
     def __init__(self, net: nn.Module, std: float) -> None:
         self.gamma = std_to_gamma(std)
         self.net = copy.deepcopy(net).float().eval().requires_grad_(False)
@@ -60,6 +60,12 @@ class PowerEMA:
 def averages(net: nn.Module, std: float, snapshots: int) -> dict[float, PowerEMA]:
     """The averages that a run keeps, by width: its own first, and WIDTHS as well if it takes snapshots."""
     return {width: PowerEMA(net, width) for width in dict.fromkeys((std, *(WIDTHS if snapshots else ())))}
+
+
+def update(kept: dict[float, PowerEMA], net: nn.Module, step: int) -> None:
+    """Take in the weights after step `step` = 1, 2, ... into every average."""
+    for average in kept.values():
+        average.update(net, step)
 
 
 def due(step: int, steps: int, snapshots: int) -> bool:
@@ -102,7 +108,7 @@ def found(out: Path) -> list[Snapshot]:
     names = [NAME.fullmatch(path.name) for path in sorted((out / "snapshots").glob("*"))]
     kept = [Snapshot(out / "snapshots" / n[0], int(n[1]), float(n[2])) for n in names if n]
     if not kept:
-        raise UserError(f"no snapshots in {out / 'snapshots'}; train.py writes them when it is given --snapshots=20")
+        raise UserError(f"no snapshots in {out / 'snapshots'}; train.py writes them when given --snapshots=20")
     return kept
 
 
@@ -118,13 +124,13 @@ def inner(t_a: Tensor, gamma_a: Tensor, t_b: Tensor, gamma_b: Tensor) -> Tensor:
 def coefficients(snapshots: list[Snapshot], std: float) -> tuple[Tensor, float]:
     """[EDM2] app. C: x (S,) such that sum_s x_s p_s is closest to the profile of width `std` at the last snapshot.
 
-    Least squares in float64 among those x whose sum is 1, which keep constant weights. Also |sum_s x_s p_s - p| / |p|:
-    the error of the average as a share of its noise, were the weights of all steps independent. UserError with fewer
-    than two steps, or a width that there is not."""
+    Least squares in float64 among those x whose sum is 1, which keep constant weights. Also |sum_s x_s p_s - p| /
+    |p|: the error of the average as a share of its noise, were the weights of all steps independent. UserError with
+    fewer than two steps, or a width that there is not."""
     gamma_r = torch.tensor(std_to_gamma(std), dtype=torch.float64)
     if len({s.step for s in snapshots}) < 2:
-        raise UserError(f"one snapshot is too few for another width, got {snapshots[0].path}; two or more are needed, "
-                        f"train.py writes as many as --snapshots says")
+        raise UserError(f"one snapshot, {snapshots[0].path.name}, is too few for another width; two or more are "
+                        f"needed, train.py writes as many as --snapshots says")
     last = max(s.step for s in snapshots)
     t = torch.tensor([s.step / last for s in snapshots], dtype=torch.float64)               # (S,)
     gamma = torch.tensor([std_to_gamma(s.std) for s in snapshots], dtype=torch.float64)
@@ -150,7 +156,8 @@ def posthoc(snapshots: list[Snapshot], std: float) -> dict[str, Tensor]:
     for share, s in zip(x.tolist(), snapshots):
         tensors, header = checkpoint.read_weights(s.path)
         if (header.get("step"), header.get("ema")) != (str(s.step), f"{s.std:g}"):
-            raise UserError(f"{s.path} holds width {header.get('ema')} after step {header.get('step')}; it was renamed")
+            raise UserError(f"{s.path} holds width {header.get('ema')} after step {header.get('step')}; "
+                            f"it was renamed")
         shapes = {k: v.shape for k, v in tensors.items()}
         if total and shapes != {k: v.shape for k, v in total.items()}:
             raise UserError(f"{s.path} is of another model than {snapshots[0].path}; keep the snapshots of one run")
@@ -179,12 +186,14 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--step={o.step} has no snapshot; there are {', '.join(map(str, steps))}")
     name = o.name or f"weights-ema{o.std:g}" + (f"-step-{o.step:08d}" if o.step else "")
     if Path(name).name != name or name == "weights":
-        raise UserError(f"--name={name!r} is to be the name of a new file in {out}, without folders, and not 'weights'")
+        raise UserError(f"--name={name!r} is to be the name of a new file in {out}: no folders, and not 'weights'")
     used = [s for s in every if s.step <= (o.step or steps[-1])]
     _, error = coefficients(used, o.std)
     tensors, header = posthoc(used, o.std), checkpoint.read_header(used[-1].path)
     path = out / f"{name}.safetensors"
-    checkpoint.write_weights(path, tensors, {**{k: v for k, v in header.items() if k != "sha256"}, "ema": f"{o.std:g}"})
+    header = {**header, "ema": f"{o.std:g}"}
+    header.pop("sha256")                                    # that of the snapshot
+    checkpoint.write_weights(path, tensors, header)
     print(f"average of width {o.std:g} at step {used[-1].step:,} from {len(used)} snapshots, its profile met to "
           f"{100 * error:.2g} %: {path}")
     if error > ROUGH:

@@ -19,8 +19,8 @@ CURVES = 12                             # most measurements that are drawn, spre
 
 
 def plot(out: str | Path) -> str:
-    """Draw <out>/loss.png: loss over steps, mean and by quarter of the noise range. Its path, or why there is none."""
-    lines, path = log.read(Path(out)), Path(out) / "loss.png"
+    """Draw <out>/loss.png: loss by step, mean and by quarter of the noise range. Its path, or why there is none."""
+    lines, path = [line for line in log.read(Path(out)) if "loss" in line], Path(out) / "loss.png"
     if (figure := _figure()) is None:
         return "not drawn; it needs matplotlib: pip install matplotlib"
     if not lines:
@@ -60,6 +60,7 @@ def plot_magnitudes(out: str | Path) -> str:
     right.set(xlabel="block", ylabel="RMS of the weights", yscale="log")
     for axes in (left, right):
         axes.grid(True, which="both", linewidth=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
     figure.colorbar(color, ax=right, label="step")
     return _save(figure, path)
 

@@ -18,11 +18,12 @@ import model
 from conditioning import PADDINGS
 from config import Config, UserError, check_ranges, differences, from_json, load, parse
 
-CURES = ("lr", "warmup", "cooldown", "clip", "dtype")   # what to change after a loss that is not finite
+# what to change after a loss that is not finite
+CURES = ("lr", "lr_mp", "warmup", "decay", "cooldown", "clip", "dtype")
 # What a run may change when it is resumed; all else must stay, or the result is neither the old run nor a new one.
 # Where the data lies may change, not what it is: that is in its fingerprint.
 MAY_CHANGE = {*CURES, "out", "data", "steps", "workers", "max_bad", "log_every", "save_every", "sample_every", "lam",
-              "threads", "compile"}
+              "magnitudes_every", "threads", "compile"}
 TRY = f"change {' or '.join('--' + key for key in CURES)}"
 
 

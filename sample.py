@@ -183,7 +183,8 @@ def open_run(o: Options) -> tuple[model.Denoiser, Config, dict[str, str]]:
     if o.weights:
         net, m = model.load_official_dit(o.weights)
         return net, *official.as_run(o.weights, m)
-    return *model.load(o.out), checkpoint.read_header(Path(o.out) / "weights.safetensors")
+    file = Path(o.out) / o.file
+    return *model.load(file), checkpoint.read_header(file)
 
 
 def draw_all(o: Options, net: Denoise, cfg: Config, wishes: Wishes, place: machine.Place, path: Path,

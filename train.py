@@ -9,8 +9,6 @@ stopped by SIGINT, SIGTERM, and saved.
 Dimensions: B batch, C channels, R resolution, T noise steps.
 """
 import dataclasses
-import io
-import json
 import math
 import os
 import signal
@@ -25,28 +23,23 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import cached
 import checkpoint
 import data
-import latents
+import ema
 import log
 import machine
+import magnitudes
 import model
-import sample
-import wishes
-from autoencoder import decoder_of
 from conditioning import Condition, from_batch, pad_text
 from config import Config, UserError, fields, seed64, to_json
-from ema import PowerEMA
 from log import Window
+from optim import keep_rows, learning_rate, optimizer, renormalize_, set_rates, tangent_
 from plot import plot
 from preflight import TRY, Nonfinite, check, check_resume, check_retry, complete, read_config
 from schedule import add_noise, alpha_bar_table, loss_weights
+from show import Show, about_weights
 from transfer import start_from
 
-PREVIEWS = 16                           # pictures in a preview grid
-PREVIEW_STEPS = 20                      # sampling steps of a preview
-CONTROL_ROWS = 1000                     # control values kept with the weights, for sampling from their distribution
 NAMED = 16                              # samples that an error names
 
 
@@ -55,13 +48,6 @@ class Stopped(Exception):
 
 
 # ---------------------------------------------------------------- one step
-
-def learning_rate(step: int, cfg: Config) -> float:
-    """Linear warm-up, constant, linear cool-down to zero; a function of the step alone."""
-    rising = (step + 1) / max(1, cfg.warmup)
-    falling = (cfg.steps - step) / (cfg.steps * cfg.cooldown) if cfg.cooldown > 0 else 1.0
-    return cfg.lr * min(1.0, rising, falling)
-
 
 def denoising_loss(net: nn.Module, x0: Tensor, cond: Condition, g: torch.Generator, alpha_bar: Tensor,
                    cfg: Config) -> tuple[Tensor, Tensor]:
@@ -80,33 +66,12 @@ def denoising_loss(net: nn.Module, x0: Tensor, cond: Condition, g: torch.Generat
 
 # ---------------------------------------------------------------- now and then
 
-def optimizer(net: nn.Module, cfg: Config, window: Window) -> torch.optim.Optimizer:
-    """AdamW in one fused kernel, its state there from the start. From the first bad gradient on it changes nothing."""
-    opt = torch.optim.AdamW(net.parameters(), cfg.lr, (cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
-    for p in net.parameters():
-        opt.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
-                        "exp_avg_sq": torch.zeros_like(p)}
-    opt.found_inf, opt.grad_scale = window.bad, None        # a fused step changes nothing where found_inf is 1
-    return opt
-
-
-def state(net: nn.Module, ema: PowerEMA, opt: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Every tensor that the run goes on from, by name."""
+def state(net: nn.Module, kept: dict[float, ema.PowerEMA], opt: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Every tensor that the run goes on from, by name; the run's own average, the first of `kept`, is "ema"."""
     tensors = {f"net.{k}": v for k, v in net.state_dict().items()}
-    tensors |= {f"ema.{k}": v for k, v in ema.net.state_dict().items()}
+    for n, (std, average) in enumerate(kept.items()):
+        tensors |= {f"ema{std if n else ''}.{k}": v for k, v in average.net.state_dict().items()}
     return tensors | {f"opt.{name}.{k}": v for name, p in net.named_parameters() for k, v in opt.state[p].items()}
-
-
-def about_weights(cfg: Config, source: data.Source) -> dict[str, str]:
-    """What sample.py needs beside the weights: config, class names, null class, the distribution of the controls."""
-    about = {"config": to_json(cfg), "classes": json.dumps(source.classes), "null_class": str(len(source.classes))}
-    if controls := model.control_names(cfg.model):
-        rows = list(range(min(CONTROL_ROWS, len(source))))
-        batch = data.records(source, rows, [0] * len(rows))
-        about["controls"] = json.dumps({k: batch[k].tolist() for k in controls})
-    if isinstance(source, data.Latents):
-        about["latents"] = json.dumps(cached.header(source.meta))
-    return about
 
 
 def announce(cfg: Config, net: nn.Module, source: data.Source, place: machine.Place, peak: float) -> None:
@@ -116,22 +81,6 @@ def announce(cfg: Config, net: nn.Module, source: data.Source, place: machine.Pl
     checkpoint.say(f"{count:,} parameters; {place.world} x {place.device} in {str(net.dtype)[6:]}, {peak / 1e12:.2f} "
                    f"TFLOP/s matmul peak; batch {cfg.batch} = {n} x {cfg.micro}, {n // place.world} each; "
                    f"{len(source):,} images of {cfg.data}")
-
-
-def preview(net: nn.Module, cfg: Config, batch: data.Batch, names: list[str], place: machine.Place, path: Path,
-            decode: Callable[[Tensor], Tensor]) -> None:
-    """Draw the same pictures as at every other time with the averaged network, into one PNG, if it is not there yet."""
-    if path.exists():
-        return
-    cond = from_batch(batch, cfg.model.semantics, model.control_names(cfg.model))
-    if cond.text is not None:
-        cond = dataclasses.replace(cond, text=wishes.pad(cond.text, batch["lengths"], cfg, range(PREVIEWS), 0))
-    images = sample.draw(net, cfg, cond, range(PREVIEWS), sample.Options(steps=PREVIEW_STEPS), place.device)
-    png = io.BytesIO()
-    data.grid(decode(images).cpu(), 4, data.titles(batch, names)).save(png, "png")
-    with checkpoint.tolerate(str(path)):
-        path.parent.mkdir(exist_ok=True)
-        checkpoint.write_bytes(path, png.getvalue())
 
 
 @torch.no_grad()
@@ -157,6 +106,23 @@ def diagnose(net: nn.Module, fetch: Callable, inputs: Callable, alpha_bar: Tenso
             f"{', '.join(f'{k} {v:.3g}' for k, v in found.items())}. The last checkpoint is kept; {TRY}")
 
 
+def look(net: nn.Module, fetch: Callable, inputs: Callable, alpha_bar: Tensor, cfg: Config, since: int,
+         step: int) -> dict:
+    """Magnitudes for a line of the log: at the first one after every cfg.magnitudes_every steps, else {}."""
+    if not cfg.magnitudes_every or step // cfg.magnitudes_every == since // cfg.magnitudes_every:
+        return {}
+    batch = inputs(fetch(step - 1, 0), step - 1, 0)
+    return magnitudes.measure(net, partial(denoising_loss, net, *batch, alpha_bar, cfg))
+
+
+def fit_to_save(net: nn.Module, tensors: dict[str, Tensor], step: int, place: machine.Place) -> None:
+    """RuntimeError if weights differ between processes, Nonfinite if anything of the state is not finite."""
+    if machine.replicas_differ(net, place):
+        raise RuntimeError(f"weights differ between processes at step {step:,}; nothing was saved")
+    if broken := checkpoint.not_finite(tensors):
+        raise Nonfinite(f"{', '.join(broken[:NAMED])} are not finite at step {step:,}; nothing was saved")
+
+
 def begin(cfg: Config, place: machine.Place, source: data.Source, tensors: dict[str, Tensor], held: ExitStack,
           status: log.Status) -> int:
     """The step to go on from: that of the newest good checkpoint, whose tensors are put back, or 0.
@@ -175,6 +141,7 @@ def begin(cfg: Config, place: machine.Place, source: data.Source, tensors: dict[
                 checkpoint.say(f"resuming {out} from step {step:,} on {place.world} processes (was {meta['world']}).")
             checkpoint.need_space(out, tensors)
             log.rewind(out, step)
+            ema.rewind(out, step)
             checkpoint.write_text(out / "config.json", to_json(cfg))
         except (UserError, Nonfinite) as e:
             refused = e
@@ -202,7 +169,7 @@ def main(argv: list[str], held: ExitStack, status: log.Status) -> None:
     controls, semantics = model.control_names(m), m.semantics
     stop, window = held.enter_context(machine.Stop(loud=chief)), Window(place.device)
 
-    # net: the weights; ema.net: their average; ddp: what is called. The order of these lines keeps every name in a
+    # net: the weights; average: their average; ddp: what is called. The order of these lines keeps every name in a
     # checkpoint free of prefixes: net, average, optimizer, resume, compile, parallel.
     torch.manual_seed(seed64(cfg.seed, "weights"))
     net = model.build(cfg.model).to(place.device)
@@ -211,9 +178,10 @@ def main(argv: list[str], held: ExitStack, status: log.Status) -> None:
         report = start_from(cfg.init, net, cfg)
         if chief:
             checkpoint.say(report)
-    ema = PowerEMA(net, cfg.ema)
+    kept = ema.averages(net, cfg.ema, cfg.snapshots)
+    average, rows = kept[cfg.ema].net, keep_rows(net, cfg)
     opt = optimizer(net, cfg, window)
-    tensors = state(net, ema, opt)
+    tensors = state(net, kept, opt)
     start = saved = begin(cfg, place, source, tensors, held, status)
     if cfg.compile == "on" or cfg.compile == "auto" and place.device.type == "cuda":
         for block in net.blocks:
@@ -237,14 +205,10 @@ def main(argv: list[str], held: ExitStack, status: log.Status) -> None:
     peak = machine.matmul_peak(place.device, net.dtype) * place.world
     meta = {"config": dataclasses.asdict(cfg), "data": source.fingerprint, "world": place.world,
             "threads": torch.get_num_threads(), **machine.versions()}
+    about = about_weights(cfg, source)
+    show = Show(cfg, source, encoder, about, place)
     if chief:
-        about = about_weights(cfg, source)
-        shown = data.fetch(source, encoder, cfg.seed, PREVIEWS, PREVIEWS, 0, 0)
         announce(cfg, net, source, place, peak)
-        if cfg.sample_every:                                # pictures of a run need what decodes them
-            decode = decoder_of(about, "", m.channels, place.device)[0]
-            if isinstance(source, data.Latents):
-                latents.write_panel(source, decode, place.device, out / "samples/round-trip.png")
         status.write("running")
     quiet, since = not chief or not sys.stderr.isatty(), start
     bar = held.enter_context(tqdm(total=cfg.steps, initial=start, disable=quiet, unit="step", dynamic_ncols=True))
@@ -260,21 +224,20 @@ def main(argv: list[str], held: ExitStack, status: log.Status) -> None:
             line |= {"lr": opt.param_groups[0]["lr"]}
             line |= log.speeds(step - since, time.monotonic() - begun, waited, cfg.steps - step, cfg, peak, place)
             if chief:
+                line |= look(net, fetch, inputs, alpha_bar, cfg, since, step)
                 log.report(out, {"step": step, **line}, cfg.steps, bar)
             status.step = since = step
         if saving or asked:
-            if machine.replicas_differ(net, place):
-                raise RuntimeError(f"weights differ between processes at step {step:,}; nothing was saved")
-            if broken := checkpoint.not_finite(tensors):
-                raise Nonfinite(f"{', '.join(broken[:NAMED])} are not finite at step {step:,}; nothing was saved")
+            fit_to_save(net, tensors, step, place)
             if chief and checkpoint.save(out, step, tensors, meta):
                 saved = step
         if chief and saved == step > 0:                     # on resuming too: the kill may have come just before this
             with checkpoint.tolerate("weights.safetensors"):
-                checkpoint.write_weights(user_file, ema.net.state_dict(), {**about, "step": str(step)})
-        if chief and step > 0 and cfg.sample_every and (step % cfg.sample_every == 0 or last):
-            preview(ema.net, cfg, shown, source.classes, place, out / f"samples/step-{step:08d}.png",
-                    decode)
+                checkpoint.write_weights(user_file, average.state_dict(), {**about, "step": str(step)})
+        if step > 0:
+            show(average, step, fresh=step > start)
+        if chief and step > 0 and ema.due(step, cfg.steps, cfg.snapshots):
+            ema.take_snapshot(out, step, kept, about)
         if asked or last:
             stop.deaf = True                                # torchrun signals the others as soon as the first has left
             saved = machine.agree(saved, place)             # wait until rank 0 has written
@@ -285,8 +248,7 @@ def main(argv: list[str], held: ExitStack, status: log.Status) -> None:
         if since == step:
             begun, waited = time.monotonic(), 0.0
         # ---------------------------------------------------------------- one training step
-        for group in opt.param_groups:
-            group["lr"] = learning_rate(step, cfg)
+        set_rates(opt, learning_rate(step, cfg))
         for r in range(rounds):
             before = time.monotonic()
             batch = next(batches)
@@ -295,10 +257,12 @@ def main(argv: list[str], held: ExitStack, status: log.Status) -> None:
             loss, i = denoising_loss(ddp, *inputs(batch, step, place.rank + r * place.world), alpha_bar, cfg)
             ((weight[i] * loss).mean() / rounds).backward()
             window.add(loss, i, len(alpha_bar))
+        tangent_(rows)
         window.add_norm(torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.clip or math.inf, foreach=True), step)
         opt.step()
+        renormalize_(rows, window.bad)
         opt.zero_grad(set_to_none=True)
-        ema.update(net, step + 1)
+        ema.update(kept, net, step + 1)
         bar.update()
     if chief and saved < cfg.steps:
         raise UserError(f"all {cfg.steps:,} steps are done but {out} does not take the last checkpoint; make room, and "

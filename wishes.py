@@ -22,6 +22,7 @@ from config import Config, UserError, seed64
 class Options:
     """What to draw."""
     out: str = "out/demo"           # run folder, as given to train.py
+    file: str = "weights.safetensors"   # in the run folder: the weights to draw with; ema.py makes others
     weights: str = ""               # published DiT in place of a run: .pt file or diffusers folder; out is for pictures
     autoencoder: str = ""           # what decodes latents: folder or hub name; empty = that of the run's latents
     prompt: str = ""                # caption; several are separated by ";"; empty = captions of the data set

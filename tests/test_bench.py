@@ -8,6 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
+import blocks
 import model
 from conditioning import Condition
 from config import SIZES, ModelConfig, UserError
@@ -123,7 +124,7 @@ def test_every_weight_is_felt_and_trained():
 def test_compiled_and_not(monkeypatch):
     """--compile=on times every step twice, the second time with every block compiled on its own."""
     compiled = []
-    monkeypatch.setattr(model.DiTBlock, "compile", lambda block, fullgraph: compiled.append(block))
+    monkeypatch.setattr(blocks.DiTBlock, "compile", lambda block, fullgraph: compiled.append(block))
     rows = bench.main([*TINY, *FEW, *CLASSES, "--compile=on", "--what=forward+train"])
     assert [row["compile"] for row in rows] == ["off", "off", "on", "on"] and len(compiled) == 2
 

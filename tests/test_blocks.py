@@ -12,6 +12,7 @@ from torch import nn
 import blocks
 
 B, C, P, h, w, L, D, H = 4, 3, 2, 6, 9, 7, 40, 5
+EVERY = ("shift", "scale", "rotate", "gate")
 
 
 def normal(*shape, seed=0):
@@ -57,11 +58,6 @@ def test_rms_norm_divides_by_the_rms_and_has_a_gain():
     assert torch.allclose(norm(x), x / x.square().mean(-1, True).sqrt() * norm.weight, atol=1e-5)
 
 
-def test_modulate():
-    x, shift, scale = normal(B, 6, D), normal(B, 1, D, seed=1), normal(B, 1, D, seed=2)
-    assert torch.allclose(blocks.modulate(x, shift, scale), x * (1 + scale) + shift, atol=1e-6)
-
-
 def test_patch_embed_is_a_strided_convolution():
     embed, x = blocks.PatchEmbed(C, P, D), normal(B, C, h * P, w * P)
     direct = F.conv2d(x, embed.proj.weight, embed.proj.bias, stride=P)          # (B, D, h, w)
@@ -105,6 +101,23 @@ def test_dit_block_is_the_formula_of_the_paper():
     y = y + a2 * block.mlp(plain(y) * (1 + g2) + s2)
     out, ctx = block(x, None, c)
     assert torch.allclose(out, y, atol=1e-5) and ctx is None
+
+
+@pytest.mark.parametrize("parts", [("scale", "gate"), ("rotate",), ("shift", "rotate", "gate"), EVERY], ids="+".join)
+def test_a_dit_block_with_other_parts_scales_then_shifts_then_rotates_and_gates_after(parts):
+    block = blocks.DiTBlock(D, H, False, parts)
+    x, c = normal(B, 6, D), normal(B, D, seed=1)
+    sizes = [D // 2 if part == "rotate" else D for part in parts]
+    m = block.adaLN_modulation[1](F.silu(c))[:, None].split(2 * sizes, dim=2)
+    groups = [dict(zip(parts, m[:len(parts)])), dict(zip(parts, m[len(parts):]))]
+    y = x
+    for m, layer in zip(groups, (block.attn, block.mlp)):
+        z = F.layer_norm(y, (D,), eps=1e-6) * (1 + m.get("scale", 0)) + m.get("shift", 0)
+        if "rotate" in m:
+            turn = torch.polar(torch.ones_like(m["rotate"]), m["rotate"])
+            z = torch.view_as_real(torch.view_as_complex(z.unflatten(-1, (-1, 2))) * turn).flatten(-2)
+        y = y + m.get("gate", 1) * layer(z)
+    assert torch.allclose(block(x, None, c)[0], y, atol=1e-5)
 
 
 def test_joint_attention_lets_image_and_context_see_each_other():

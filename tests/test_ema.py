@@ -155,7 +155,7 @@ class Weights(nn.Module):
 
 
 def record(out, steps, snapshots, P=5, std=0.08):
-    """A run whose weights are white noise: an average of width std beside its snapshots, and the weights (steps, P)."""
+    """A run whose weights are white noise: averages, that of width std among them, and the weights (steps, P)."""
     out.mkdir(exist_ok=True)
     g, weights, seen = torch.Generator().manual_seed(0), Weights(P), []
     kept = averages(weights, std, snapshots)
@@ -163,8 +163,7 @@ def record(out, steps, snapshots, P=5, std=0.08):
         with torch.no_grad():
             weights.w.copy_(torch.randn(P, generator=g))
         seen.append(weights.w.detach().double().clone())
-        for average in kept.values():
-            average.update(weights, step)
+        room.update(kept, weights, step)
         if due(step, steps, snapshots):
             take_snapshot(out, step, kept, ABOUT)
     return kept, torch.stack(seen)
@@ -271,7 +270,7 @@ def test_a_width_that_was_kept_comes_back(tmp_path, std):
 def test_another_width_is_the_average_of_that_width_up_to_the_error_that_is_stated(tmp_path):
     """White noise of unit variance: the error is N(0, |sum_s x_s p_s - p|^2), the average itself N(0, |p|^2).
 
-    The RMS over P of them has a relative standard error of 1 / sqrt(2 P); steps for an integral cost 1 / steps each."""
+    The RMS over P of them has a relative standard error of 1 / sqrt(2 P); steps for an integral cost 1 / steps."""
     steps, P = 400, 20_000
     kept, seen = record(tmp_path, steps, 10, P)
     x, error = coefficients(found(tmp_path), 0.08)
@@ -291,8 +290,7 @@ def test_weights_and_buffers_that_never_change_come_back_to_the_last_bit(tmp_pat
         weights.w.normal_(generator=torch.Generator().manual_seed(1))
     kept = averages(weights, 0.1, 5)
     for step in range(1, 31):
-        for average in kept.values():
-            average.update(weights, step)
+        room.update(kept, weights, step)
         if due(step, 30, 5):
             take_snapshot(tmp_path, step, kept, ABOUT)
     for std in (0.02, 0.08, 0.28):

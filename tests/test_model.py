@@ -24,10 +24,11 @@ from schedule import alpha_bar_table, to_sigma
 B, C, P, h, w, L, E, D, H, classes = 4, 3, 2, 6, 9, 7, 11, 40, 5, 10
 BASE = ModelConfig(width=D, depth=3, heads=H, patch=P, channels=C, resolution=24)
 KINDS = [("dit", "none"), ("dit", "class"), ("mmdit", "none"), ("mmdit", "class"), ("mmdit", "text"),
-         ("ditatt", "none"), ("ditatt", "class"), ("sd3", "none"), ("sd3", "class"), ("sd3", "text")]
+         ("ditatt", "none"), ("ditatt", "class"), ("sd3", "none"), ("sd3", "class"), ("sd3", "text"),
+         ("mpdit", "class"), ("mpmmdit", "text")]
 CONTROLS = ["", "crop", "flip", "size", "crop+flip+size"]
 EVERY = [pytest.param(arch, semantics, controls, id=f"{arch}-{semantics}-{controls or 'free'}")
-         for arch, semantics in KINDS for controls in CONTROLS]
+         for arch, semantics in KINDS for controls in (CONTROLS[::4] if arch in model.MP else CONTROLS)]
 ALL = [p for p in EVERY if p.values[2] in ("", "crop+flip+size")]
 
 
@@ -147,7 +148,7 @@ def test_pictures_of_a_batch_do_not_see_each_other(arch, semantics):
     assert torch.allclose(net(x[2:3], i[2:3], cond.map(lambda v: v[2:3])), eps[2:3], atol=1e-5)
 
 
-@pytest.mark.parametrize("arch", ["mmdit", "sd3"])
+@pytest.mark.parametrize("arch", ["mmdit", "sd3", "mpmmdit"])
 def test_nothing_depends_on_the_order_of_context_tokens(arch):
     net, x, i, cond = ready(arch, "text")
     eps, order = net(x, i, cond), torch.randperm(L, generator=torch.Generator().manual_seed(1))
@@ -188,15 +189,32 @@ def test_bfloat16_tokens_give_nearly_the_same_and_weights_stay_fp32(arch, semant
     assert all(p.dtype == torch.float32 for p in net.parameters())
 
 
+@pytest.mark.parametrize("modulation", ["scale+rotate+gate", *(
+    pytest.param(m, marks=pytest.mark.slow) for m in ("scale", "rotate+gate", "scale+shift+rotate+gate"))])
+@pytest.mark.parametrize("arch", model.ARCHS)
+def test_any_modulation_starts_at_zero_moves_every_weight_and_is_counted(arch, modulation):
+    cfg = config(arch, "class", modulation=modulation)
+    x, i, cond = inputs(cfg)
+    fresh, net = build(cfg, random=False), build(cfg)
+    assert (fresh(x, i, cond) == 0).all()
+    (net(x, i, cond) - normal(*x.shape, seed=9)).square().mean().backward()
+    assert not [n for n, p in net.named_parameters() if p.grad is None or not p.grad.any()]
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        other = net(x, i + 1, cond)
+    assert counter.get_total_flops() == B * model.flops(cfg, h * P, w * P)
+    assert (other - net(x, i, cond)).flatten(1).abs().amax(1).min() > 1e-5
+
+
 # ---------------------------------------------------------------- context
 
 def sizes(block):
     """Rows of every context weight of a block, and of its modulation."""
-    named = {n: m.out_features for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+    named = {n.removesuffix(".weight"): len(p) for n, p in block.named_parameters() if p.ndim == 2}
     return {n: rows for n, rows in named.items() if "ctx" in n or n.startswith("adaLN")}
 
 
 @pytest.mark.parametrize("arch, inner, last", [
+    ("mpmmdit", {"attn.ctx_qkv": 3 * D}, {"attn.ctx_qkv": 2 * D}),
     ("mmdit", {"attn.ctx_qkv": 3 * D, "adaLN_modulation.1": 6 * D},
      {"attn.ctx_qkv": 2 * D, "adaLN_modulation.1": 6 * D}),
     ("ditatt", {"adaLN_modulation.1": 9 * D}, {"adaLN_modulation.1": 8 * D}),
@@ -234,7 +252,7 @@ def test_blocks_compile_whole(arch):
     assert torch.allclose(net(x, i, cond), eps, atol=1e-5)
 
 
-@pytest.mark.parametrize("arch", ["mmdit", "ditatt", "sd3"])
+@pytest.mark.parametrize("arch", ["mmdit", "ditatt", "sd3", "mpmmdit"])
 def test_a_class_is_one_context_token_and_no_semantics_one_learned_token(arch):
     i = torch.zeros(B)
     _, ctx = build(config(arch, "class")).condition(i, Condition(label=torch.tensor([3, 1, 3, -1])))

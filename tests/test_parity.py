@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-import bench
+import peers
 import model
 from blocks import SD3Block
 from conditioning import NULL_LABEL, Condition
@@ -23,7 +23,7 @@ def nets(**size):
     for name, p in net.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(p, std=0.1)
-    return net, bench.diffusers_dit(net).eval()
+    return net, peers.diffusers_dit(net).eval()
 
 
 @pytest.mark.parametrize("size", [

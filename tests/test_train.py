@@ -19,6 +19,7 @@ import os
 import random
 import shutil
 import signal
+import show
 import socket
 import struct
 import subprocess
@@ -848,7 +849,7 @@ def test_weights_carry_what_sampling_needs(tmp_path, monkeypatch):
     classes = json.loads(header["classes"])
     assert len(classes) == cfg.model.classes == int(header["null_class"]) > 1 and header["step"] == "1"
     controls = json.loads(header["controls"])
-    assert set(controls) == {"size", "crop"} and len(controls["size"]) == train.CONTROL_ROWS
+    assert set(controls) == {"size", "crop"} and len(controls["size"]) == show.CONTROL_ROWS
     assert not any(name.startswith(("module.", "_orig_mod.")) for name in net.state_dict())
 
 

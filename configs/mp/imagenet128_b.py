@@ -1,0 +1,12 @@
+"""[MAG]'s ladder, B: cosine attention, on ImageNet at 128 px.
+
+torchrun --nproc_per_node=8 train.py --config=configs/mp/imagenet128_b.py
+"""
+from dataclasses import replace
+from pathlib import Path
+
+from config import load
+
+base = load(str(Path(__file__).with_name("imagenet128_e.py")))
+config = replace(base, out="out/mp/imagenet128_b", normalize=False,
+                 model=replace(base.model, preserve="cosine"))

@@ -1,0 +1,15 @@
+"""Captioned shapes by class, MP-DiT: configuration E of [MAG] in minutes. The other files beside it vary this one.
+
+python train.py --config=configs/mp/shapes_e.py
+
+shapes_a to shapes_e                              the ladder, what mp_blocks.py calls A to E
+shapes_e, _scale, _rotate, _scale_rotate          the modulation, each with gate; E has that of adaLN
+--model.preserve=cosine+weights+stream+heads      E with the output of every head brought back to unit magnitude
+"""
+from config import Config, ModelConfig
+
+config = Config(
+    out="out/mp/shapes_e", data="shapes", augment="", objects=2, steps=2000, batch=16, micro=16, lr=2e-3, lr_mp=1e-2,
+    decay=0.5, warmup=50, normalize=True, beta2=0.99, weight_decay=0.0, ema=0.05, noise_weight=1.0,
+    model=ModelConfig(arch="mpdit", semantics="class", resolution=32, patch=4, width=128, depth=6, heads=4,
+                      positions="resample", base=28, prediction="v"))
