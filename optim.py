@@ -16,9 +16,13 @@ import math
 import torch
 from torch import Tensor, nn
 
+from conditioning import ControlEmbedding, MPTimestepEmbedder, TimestepEmbedder
 from config import Config, UserError
 from log import Window
 from mp_layers import MPEmbedding, MPLinear, rely_on_norms_
+
+
+WAVES = 1 / 16                          # rate of weights that read sinusoids, over that of others
 
 
 # ---------------------------------------------------------------- learning rate
@@ -40,22 +44,36 @@ def directed(net: nn.Module) -> list[Tensor]:
     return [m.weight for m in net.modules() if isinstance(m, (MPLinear, MPEmbedding))]
 
 
+def readers_of_waves(net: nn.Module) -> list[Tensor]:
+    """The weights (D, K) that read sinusoids: of the time embedding and of the embeddings of controls.
+
+    Half of the waves are cosines, nearly all of them near 1 where the number is small against 10,000. Adam moves a
+    row's weights on them by lr, all one way, which moves what the row gives by K/2 lr a step, as would a bias with
+    K/2 times the rate. From lr = 1e-3 on that drives SiLU to where it has no gradient, for good (LOG.md)."""
+    mlps = [m.mlp for m in net.modules() if isinstance(m, (TimestepEmbedder, MPTimestepEmbedder))]
+    mlps += [mlp for m in net.modules() if isinstance(m, ControlEmbedding) for mlp in m.mlps.values()]
+    return [(mlp[0] if isinstance(mlp, nn.Sequential) else mlp.fc1).weight for mlp in mlps]
+
+
 def groups(net: nn.Module, cfg: Config) -> list[dict]:
     """AdamW's groups: weights whose rows have a direction only, scalars such as gains, and the rest.
 
-    The first learn at cfg.lr_mp, all else at cfg.lr; `scale` is what a group's rate is multiplied by. Only the rest
-    decays: it would not change a direction, and it would turn a gain down. Without such weights there is one group.
+    The first learn at cfg.lr_mp, all else at cfg.lr, but for a share of it where plain weights read sinusoids; `scale`
+    is what a group's rate is multiplied by. Directions and scalars do not decay: it would not change the ones, and it
+    would turn gains down.
     UserError if cfg.lr_mp is asked for and cfg.lr is zero, which it is a multiple of."""
     if cfg.lr_mp > 0 and cfg.lr == 0:
         raise UserError(f"lr_mp={cfg.lr_mp} needs lr above zero, got lr={cfg.lr}")
     rows = {id(w) for w in directed(net)}
-    kinds: dict[str, list[Tensor]] = {"rows": [], "scalars": [], "rest": []}
+    waves = {id(p) for p in readers_of_waves(net)}
+    kinds: dict[str, list[Tensor]] = {"rest": [], "waves": [], "scalars": [], "rows": []}
     for p in net.parameters():
-        kinds["rows" if id(p) in rows else "scalars" if p.numel() == 1 else "rest"].append(p)
-    scale = {"rows": cfg.lr_mp / cfg.lr if cfg.lr_mp > 0 else 1.0, "scalars": 1.0, "rest": 1.0}
-    decay = {"rows": 0.0, "scalars": 0.0, "rest": cfg.weight_decay}
+        kinds["rows" if id(p) in rows else "waves" if id(p) in waves else "scalars" if p.numel() == 1
+              else "rest"].append(p)
+    scale = {"rest": 1.0, "waves": WAVES, "scalars": 1.0, "rows": cfg.lr_mp / cfg.lr if cfg.lr_mp > 0 else 1.0}
+    decay = {"rest": cfg.weight_decay, "waves": cfg.weight_decay, "scalars": 0.0, "rows": 0.0}
     return [{"params": kinds[k], "lr": scale[k] * cfg.lr, "scale": scale[k], "weight_decay": decay[k]}
-            for k in ("rest", "scalars", "rows") if kinds[k]]
+            for k in kinds if kinds[k]]
 
 
 def optimizer(net: nn.Module, cfg: Config, window: Window) -> torch.optim.Optimizer:

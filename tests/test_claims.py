@@ -41,7 +41,7 @@ def test_the_right_answers_are_shares_and_what_is_not_asked_does_not_count():
 
 @pytest.mark.slow
 def test_a_claim_from_training_to_its_table_and_again_without_training(tmp_path, capsys):
-    flags = ["--claim=flip", f"--out={tmp_path}", "--seeds=1", "--steps=1", "--n=3"]
+    flags = ["--claim=flip", f"--out={tmp_path}", "--seeds=1", "--base=1", "--steps=1", "--n=3"]
     claims.main(flags)
     printed = capsys.readouterr().out
     assert printed.strip() == (tmp_path / "flip.txt").read_text(encoding="utf-8").strip()

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "trunk": "blocks conditioning config mp_blocks mp_layers schedule",
     "official": "checkpoint conditioning config",
     "model": "blocks checkpoint conditioning config mp_blocks mp_layers official schedule trunk",
-    "transfer": "checkpoint config model", "optim": "config log mp_layers",
+    "transfer": "checkpoint config model", "optim": "conditioning config log mp_layers",
     "wishes": "conditioning config data model",
     "sample": "autoencoder checkpoint conditioning config data machine model official schedule wishes",
     "show": "autoencoder cached checkpoint conditioning config data fid latents machine model sample wishes",
@@ -57,7 +57,8 @@ ROOMS = {path.stem: path for path in sorted(ROOT.glob("*.py")) if path.stem != "
 SOURCES = {room: path.read_text(encoding="utf-8") for room, path in ROOMS.items()}
 TREES = {room: ast.parse(text) for room, text in SOURCES.items()}
 FUNCTIONS = [(room, n) for room, tree in TREES.items() for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
-TEXTS = sorted([*ROOMS.values(), *ROOT.glob("configs/**/*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("assignments/*.py")])
+TEXTS = sorted([*ROOMS.values(), *(path for folder in ("configs", "tests", "assignments")
+                                    for path in ROOT.glob(f"{folder}/**/*.py"))])
 README = (ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").exists() else None
 
 each_room = pytest.mark.parametrize("room", ROOMS)

@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import model
 import optim
-from config import Config, UserError
+from conditioning import mlp, timestep_embedding
+from config import Config, ModelConfig, UserError
 from ema import PowerEMA
 from log import Window
 from mp_layers import MPEmbedding, MPLinear, mp_silu
@@ -298,3 +300,30 @@ def test_a_network_without_such_weights_says_so():
     with pytest.raises(UserError, match="normalize=true needs magnitude-preserving weights; model.arch='mmdit'"):
         optim.keep_rows(nn.Linear(3, 2), Config(normalize=True))
     assert optim.keep_rows(nn.Linear(3, 2), Config()) == []
+
+
+@pytest.mark.parametrize("arch", ["mmdit", "mpmmdit", "mpdit"])
+def test_weights_that_read_sinusoids_learn_at_a_share_of_the_rate(arch):
+    """All of them and no others; but where rows keep their magnitude, the layer divides by sqrt(K) itself."""
+    m = ModelConfig(arch=arch, semantics="none", width=16, depth=1, heads=2, resolution=8, controls="size+flip",
+                    preserve="")
+    net, cfg = model.build(m), Config(lr=1e-3, model=m)
+    names = {id(p): name for name, p in net.named_parameters()}
+    slow = {names[id(p)] for group in optim.groups(net, cfg) if group["scale"] < 1 for p in group["params"]}
+    plain = {"t_embedder.mlp.0.weight", "control_embedder.mlps.high.0.weight", "control_embedder.mlps.low.0.weight"}
+    assert slow == (plain if arch == "mmdit" else set())
+
+
+def test_forty_steps_one_way_leave_units_alive_that_read_sinusoids():
+    """What pushes all units down moves them by some 128 lr a step at the rate of the rest: SiLU's gradient is gone."""
+    alive, x = [], timestep_embedding(torch.arange(0.0, 1000.0, 10), 256)
+    for scale in (1.0, optim.WAVES):
+        torch.manual_seed(0)
+        net = mlp(256, 8)
+        opt = torch.optim.AdamW([net[0].weight], 6e-3 * scale, (0.9, 0.95))
+        for _ in range(40):
+            net[0](x).mean().backward()
+            opt.step()
+            opt.zero_grad()
+        alive.append((net[0](x) > -3).float().mean().item())
+    assert alive[0] < 0.1 and alive[1] > 0.9, alive

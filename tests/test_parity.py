@@ -2,8 +2,9 @@
 import pytest
 import torch
 
-import peers
+import bench
 import model
+import peers
 from blocks import SD3Block
 from conditioning import NULL_LABEL, Condition
 from config import ModelConfig

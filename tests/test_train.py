@@ -19,7 +19,6 @@ import os
 import random
 import shutil
 import signal
-import show
 import socket
 import struct
 import subprocess
@@ -45,6 +44,7 @@ import data
 import log
 import machine
 import model
+import show
 import train
 
 TINY = ["--threads=1", "--workers=0", "--batch=8", "--micro=4", "--steps=12", "--save_every=4", "--log_every=3",
