@@ -251,7 +251,8 @@ def test_a_missing_config_file_is_answered_with_those_there_are(tmp_path, monkey
 def test_json_round_trip_of_a_config_in_which_every_field_is_changed():
     cfg = Config()
     for key, kind, value, _ in config.fields(cfg):
-        cfg = config.put(cfg, key, value + "x" if kind is str else value + 1)
+        other = value + "x" if kind is str else not value if kind is bool else value + 1
+        cfg = config.put(cfg, key, other)
     assert len(config.differences(Config(), cfg)) == len(KEYS)
     assert config.from_json(config.to_json(cfg)) == cfg
 

@@ -1,0 +1,151 @@
+"""Run the notebooks from top to bottom, each in a fresh process, and keep what they print and draw.
+
+python notebooks/build.py                               all of them, in place
+python notebooks/build.py --only=01,04                  some
+python notebooks/build.py --only=01 --to=out/copy       what it gives, without changing the notebook
+python notebooks/build.py --ship=out/shapes32:shapes    the averaged weights of a run, in half precision, as
+                                                        notebooks/shapes.safetensors; sample.py's model.load reads it
+
+A notebook imports the library and holds no copy of it. With its outputs it stores a hash of its code, so that a test
+can tell when they are no longer those of the code above them. Needs pip install -r requirements-dev.txt.
+"""
+import base64
+import hashlib
+import io
+import json
+import os
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import checkpoint                                           # noqa: E402  (the library is one folder up)
+import model                                                # noqa: E402
+from config import UserError, parse, to_json                # noqa: E402
+
+BYTES, SECONDS = 300_000, 60            # most bytes of a notebook's file, most processor time of its run
+COLORS = 128                            # of a picture's palette: a third of the bytes of full colour
+CLOCK = "import os; print(sum(os.times()[:4]))"             # seconds of one core, child processes included
+
+
+@dataclass(frozen=True)
+class Options:
+    only: str = ""                      # numbers of notebooks, separated by commas; empty = all
+    to: str = ""                        # folder that the run notebooks go to; empty = in place
+    ship: str = ""                      # RUN:NAME, write the weights of a run as notebooks/NAME.safetensors instead
+
+
+def paths(only: str = "") -> list[Path]:
+    """The notebooks, in order, or those whose number is in `only` ("01,04"). UserError for a number without one."""
+    there = {path.name[:2]: path for path in sorted(HERE.glob("[0-9][0-9]_*.ipynb"))}
+    asked = [n.strip().zfill(2) for n in only.split(",") if n.strip()] or list(there)
+    if unknown := [n for n in asked if n not in there]:
+        raise UserError(f"only={only!r}: there is no notebook {unknown[0]}; there are {', '.join(there)}")
+    return [there[n] for n in asked]
+
+
+def code_hash(notebook: dict) -> str:
+    """sha256 of the code cells' text, in order. Prose may change without a new run."""
+    sources = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
+    return hashlib.sha256(json.dumps(sources).encode()).hexdigest()
+
+
+def run(path: Path) -> tuple[Any, float]:
+    """The notebook with the outputs of one run in a fresh process on one core, and the seconds of processor time.
+
+    UserError with the cell and its traceback where a cell fails."""
+    try:
+        import nbformat
+        from nbclient import NotebookClient
+        from nbclient.exceptions import CellExecutionError
+    except ImportError as e:
+        raise UserError(f"running notebooks needs {e.name}: pip install -r requirements-dev.txt") from e
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells.append(nbformat.v4.new_code_cell(CLOCK))                     # taken off again below
+    os.environ["OMP_NUM_THREADS"] = "1"                                         # the kernel's, and its children's
+    client = NotebookClient(notebook, timeout=600, kernel_name="python3", record_timing=False,
+                            coalesce_streams=True,
+                            extra_arguments=["--IPKernelApp.log_level=40"],     # errors, no hints
+                            resources={"metadata": {"path": str(HERE)}})
+    try:
+        client.execute()
+    except CellExecutionError as e:
+        raise UserError(f"{path.name} stopped:\n{e}") from e
+    seconds = float(notebook.cells.pop().outputs[0].text)
+    return tidy(notebook), seconds
+
+
+def tidy(notebook: Any) -> Any:
+    """Only what a reader sees: numbered cell ids, no metadata but the hash of the code, pictures with a palette."""
+    notebook.nbformat, notebook.nbformat_minor = 4, 5
+    notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
+                         "language_info": {"name": "python"}, "code_sha256": code_hash(notebook)}
+    for k, cell in enumerate(notebook.cells, 1):
+        cell.id, cell.metadata = f"cell-{k}", {}
+        for output in cell.get("outputs", []):
+            output.pop("metadata", None) if output.output_type == "stream" else output.update(metadata={})
+            if "image/png" in output.get("data", {}):
+                output.data["image/png"] = palette(output.data["image/png"])
+    return notebook
+
+
+def written(notebook: Any) -> str:
+    """The text of a notebook's file: one line of JSON for each line of a cell, so that changes can be read."""
+    import nbformat
+    return nbformat.writes(notebook, ensure_ascii=False) + "\n"
+
+
+def palette(png: str) -> str:
+    """A base64 PNG with at most COLORS colours."""
+    from PIL import Image
+    image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB").quantize(COLORS, dither=Image.Dither.NONE)
+    small = io.BytesIO()
+    image.save(small, "PNG", optimize=True)
+    return base64.b64encode(small.getvalue()).decode()
+
+
+def ship(run_folder: str, name: str) -> Path:
+    """notebooks/<name>.safetensors: the averaged weights of a run in half precision, with the run's header.
+
+    model.load reads it. The folder of the run is not written down."""
+    source, target = Path(run_folder), HERE / f"{name}.safetensors"
+    _, cfg = model.load(source)
+    tensors, header = checkpoint.read_weights(source / "weights.safetensors" if source.is_dir() else source)
+    header = {**header, "config": to_json(replace(cfg, out=f"notebooks/{name}", init=""))}
+    del header["sha256"]
+    checkpoint.write_weights(target, {k: v.half() for k, v in tensors.items()}, header)
+    model.load(target)                                      # what is shipped can be read
+    return target
+
+
+def main(argv: list[str]) -> None:
+    o = parse(argv, Options())
+    if o.ship:
+        folder, _, name = o.ship.rpartition(":")
+        if not folder or not name.isidentifier():
+            raise UserError(f"ship={o.ship!r} wants RUN:NAME, a run folder and a plain name, as out/shapes32:shapes")
+        target = ship(folder, name)
+        print(f"{target}, {target.stat().st_size / 1e6:.1f} MB")
+        return
+    to = Path(o.to) if o.to else HERE
+    to.mkdir(parents=True, exist_ok=True)
+    for path in paths(o.only):
+        notebook, seconds = run(path)
+        text = written(notebook)
+        size = len(text.encode())
+        print(f"{path.name}: {seconds:.0f} s, {size / 1000:.0f} kB", flush=True)
+        if size > BYTES or seconds > SECONDS:
+            raise UserError(f"{path.name} took {seconds:.0f} s and {size:,} bytes; a notebook may take {SECONDS} and "
+                            f"{BYTES:,}. It was not written")
+        checkpoint.write_text(to / path.name, text)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as e:
+        checkpoint.say(f"error: {e}.")
+        sys.exit(2)
