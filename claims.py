@@ -213,14 +213,15 @@ def held_out(net: model.Denoiser, cfg: Config) -> float:
     x_t = add_noise(batch["image"], eps, alpha_bar[i])
     cond = from_batch(batch, cfg.model.semantics, model.control_names(cfg.model))
     with torch.inference_mode():
-        parts = [net(x_t[k], i[k].float(), cond.map(lambda v: v[k])) for k in torch.arange(HELD).split(100)]
-    return (torch.cat(parts) - eps).square().mean().item()
+        parts = [(net(x_t[k], i[k].float(), cond.map(lambda v: v[k])) - eps[k]).square().mean()
+                 for k in torch.arange(HELD).view(-1, 10).T]            # of all noise levels each
+    return torch.stack(parts).mean().item()
 
 
 def by_class(o: Options, name: str, eye: judge.Judge, reference: FeatureStats) -> Row:
     """How good a run of classes is: loss on held-out pictures, toy_fd and class of o.n pictures drawn without guidance.
 
-    M k: magnitude of the tokens after block k, on one batch of held-out noise levels."""
+    M k: magnitude of the tokens after block k, on held-out pictures at noise of all levels."""
     place = machine.setup()
     net, cfg = model.load(Path(o.out) / name)
     row = {"held-out loss": held_out(net, cfg)}
@@ -244,6 +245,8 @@ def at_best_rate(o: Options, arms: dict[str, list[str]]) -> dict[str, list[Row]]
         done = {rate: model.load(Path(o.out) / f"{arm}-{rate:g}") for rate in RATES
                 if (Path(o.out) / f"{arm}-{rate:g}" / "weights.safetensors").is_file()}
         losses = {rate: held_out(*loaded) for rate, loaded in done.items()}
+        if not losses:
+            raise UserError(f"{arm} stayed finite at none of the rates {', '.join(f'{rate:g}' for rate in RATES)}")
         best[arm] = min(losses, key=losses.get)
         print(f"{arm}: held-out loss {', '.join(f'{v:.4f} at {k:g}' for k, v in losses.items())}", flush=True)
     train(o, {f"{arm}-{seed}": [*CLASSES, *flags, f"--lr={best[arm]}", f"--steps={o.steps}", f"--seed={seed}"]
@@ -304,8 +307,9 @@ def main(argv: list[str]) -> None:
     o = parse(argv, Options())
     if o.claim not in CLAIMS:
         raise UserError(f"unknown claim={o.claim!r}; there are {', '.join(CLAIMS)}")
-    if min(o.seeds, o.base, o.steps, o.fine, o.n) < 1:
-        raise UserError(f"seeds={o.seeds}, base={o.base}, steps={o.steps}, fine={o.fine}, n={o.n} must be at least 1")
+    least = {key: getattr(o, key) for key in ("seeds", "base", "steps", "fine", "tune", "n")}
+    if min(least.values()) < 1:
+        raise UserError(f"{', '.join(f'{k}={v}' for k, v in least.items())} must all be at least 1")
     text = table(CLAIMS[o.claim](o))
     checkpoint.write_text(Path(o.out) / f"{o.claim}.txt", text + "\n")
     print(text)

@@ -157,8 +157,8 @@ class MPFourier(nn.Module):
 def normalize_weights_(net: nn.Module) -> None:
     """[MAG] forced weight normalisation: every row of every MPLinear and MPEmbedding to unit magnitude, in place.
 
-    A line of the training step. It leaves the function alone, and keeps the size of a step relative to the weights
-    from shrinking as they grow."""
+    It leaves the function alone, and keeps the size of a step relative to the weights from shrinking as they grow.
+    The training step does the same, once an optimizer step, with optim.renormalize_."""
     for m in net.modules():
         if isinstance(m, (MPLinear, MPEmbedding)):
             m.weight.copy_(normalize(m.weight))

@@ -22,6 +22,7 @@ from log import Window
 from mp_layers import MPEmbedding, MPLinear, rely_on_norms_
 
 
+SHORTEST = 1e-30                        # length at which a row counts as zero
 WAVES = 1 / 16                          # rate of weights that read sinusoids, over that of others
 
 
@@ -61,10 +62,13 @@ def groups(net: nn.Module, cfg: Config) -> list[dict]:
     The first learn at cfg.lr_mp, all else at cfg.lr, but for a share of it where plain weights read sinusoids; `scale`
     is what a group's rate is multiplied by. Directions and scalars do not decay: it would not change the ones, and it
     would turn gains down.
-    UserError if cfg.lr_mp is asked for and cfg.lr is zero, which it is a multiple of."""
+    UserError if cfg.lr_mp is asked for without such weights, or with cfg.lr zero, which it is a multiple of."""
     if cfg.lr_mp > 0 and cfg.lr == 0:
         raise UserError(f"lr_mp={cfg.lr_mp} needs lr above zero, got lr={cfg.lr}")
     rows = {id(w) for w in directed(net)}
+    if cfg.lr_mp > 0 and not rows:
+        raise UserError(f"lr_mp={cfg.lr_mp} is for magnitude-preserving weights; model.arch={cfg.model.arch!r} with "
+                        f"model.preserve={cfg.model.preserve!r} has none")
     waves = {id(p) for p in readers_of_waves(net)}
     kinds: dict[str, list[Tensor]] = {"rest": [], "waves": [], "scalars": [], "rows": []}
     for p in net.parameters():
@@ -125,5 +129,5 @@ def renormalize_(rows: list[Tensor], bad: Tensor | None = None) -> None:
     """[EDM2] eq. 66: w <- w / rms(w), row by row; a row of zeros stays. Not one bit changes where `bad` is 1."""
     lengths = [torch.linalg.vector_norm(w, dim=1, keepdim=True) for w in rows]  # (m, 1) each
     for w, length in zip(rows, lengths):
-        scale = math.sqrt(w.shape[1]) / length.clamp_min(torch.finfo(w.dtype).tiny)
+        scale = math.sqrt(w.shape[1]) / length.clamp_min(SHORTEST)
         w.mul_(scale if bad is None else torch.where(bad > 0, torch.ones_like(scale), scale))

@@ -21,9 +21,9 @@ from config import Config, UserError, check_ranges, differences, from_json, load
 # what to change after a loss that is not finite
 CURES = ("lr", "lr_mp", "warmup", "decay", "cooldown", "clip", "dtype")
 # What a run may change when it is resumed; all else must stay, or the result is neither the old run nor a new one.
-# Where the data lies may change, not what it is: that is in its fingerprint.
+# Where the data lies may change, not what it is: that is in its fingerprint. Snapshots are part of the state.
 MAY_CHANGE = {*CURES, "out", "data", "steps", "workers", "max_bad", "log_every", "save_every", "sample_every", "lam",
-              "magnitudes_every", "threads", "compile"}
+              "magnitudes_every", "fid_every", "fid_ref", "fid_n", "threads", "compile"}
 TRY = f"change {' or '.join('--' + key for key in CURES)}"
 
 
@@ -52,6 +52,11 @@ def check(cfg: Config, world: int) -> None:
             raise UserError(f"unknown {key}={getattr(cfg, key)!r}; there are {', '.join(known)}")
     if cfg.drop + cfg.drop_controls > 1:
         raise UserError(f"drop={cfg.drop} and drop_controls={cfg.drop_controls} are shares of one whole; lower one")
+    if bool(cfg.fid_every) != bool(cfg.fid_ref):
+        raise UserError(f"fid_every={cfg.fid_every} and fid_ref={cfg.fid_ref!r} belong together: how often, and "
+                        "against what")
+    if cfg.encoder != "words" and cfg.model.semantics != "text":
+        raise UserError(f"encoder={cfg.encoder!r} reads captions; model.semantics={cfg.model.semantics!r} has none")
     if cfg.padding != "zero" and cfg.model.semantics != "text":
         raise UserError(f"padding={cfg.padding!r} is of captions; model.semantics={cfg.model.semantics!r} has none")
     if cfg.crop != "global" and "crop" not in cfg.augment.split("+"):

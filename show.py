@@ -4,12 +4,15 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import torch
 from torch import nn
 
 import cached
 import checkpoint
 import data
 import latents
+import log
 import machine
 import model
 import sample
@@ -21,6 +24,7 @@ from config import Config, to_json
 PREVIEWS = 16                           # pictures on a page
 PREVIEW_STEPS = 20                      # their sampling steps
 CONTROL_ROWS = 1000                     # control values kept with the weights, for sampling from their distribution
+READ = 50                               # pictures read at a time for them
 
 
 def about_weights(cfg: Config, source: data.Source) -> dict[str, str]:
@@ -28,9 +32,9 @@ def about_weights(cfg: Config, source: data.Source) -> dict[str, str]:
     about = {"config": to_json(cfg), "classes": json.dumps(source.classes), "null_class": str(len(source.classes)),
              "ema": f"{cfg.ema:g}"}
     if controls := model.control_names(cfg.model):
-        rows = list(range(min(CONTROL_ROWS, len(source))))
-        batch = data.records(source, rows, [0] * len(rows))
-        about["controls"] = json.dumps({k: batch[k].tolist() for k in controls})
+        rows = data.index_and_epoch(np.arange(min(CONTROL_ROWS, len(source))), len(source), cfg.seed)[0]
+        parts = [data.records(source, part, [0] * len(part)) for part in np.array_split(rows, -(-len(rows) // READ))]
+        about["controls"] = json.dumps({k: torch.cat([part[k] for part in parts]).tolist() for k in controls})
     if isinstance(source, data.Latents):
         about["latents"] = json.dumps(cached.header(source.meta))
     return about
@@ -53,13 +57,15 @@ class Show:
             import fid                                      # and all that it measures with, which few runs need
             asked = fid.Options(out=cfg.out, ref=cfg.fid_ref, n=cfg.fid_n, batch=cfg.micro)
             self.monitor = fid.Monitor(asked, cfg, about, place)
+            lines = log.read(Path(cfg.out)) if place.rank == 0 else []
+            self.measured = machine.agree(max((line["step"] for line in lines if "evaluation_s" in line), default=0),
+                                          place)            # a run that goes on has these in its log
 
-    def __call__(self, net: nn.Module, step: int, fresh: bool) -> None:
-        """fresh: this process has trained to this step; a run that goes on has been measured here already."""
+    def __call__(self, net: nn.Module, step: int) -> None:
         last = step == self.cfg.steps
         if self.place.rank == 0 and self.cfg.sample_every and (step % self.cfg.sample_every == 0 or last):
             self.page(net, Path(self.cfg.out) / f"samples/step-{step:08d}.png")
-        if self.monitor and fresh and (step % self.cfg.fid_every == 0 or last):
+        if self.monitor and step > self.measured and (step % self.cfg.fid_every == 0 or last):
             self.monitor(net, step)
 
     def page(self, net: nn.Module, path: Path) -> None:
@@ -70,7 +76,7 @@ class Show:
         cond = from_batch(batch, cfg.model.semantics, model.control_names(cfg.model))
         if cond.text is not None:
             cond = replace(cond, text=wishes.pad(cond.text, batch["lengths"], cfg, range(PREVIEWS), 0))
-        asked = sample.Options(steps=PREVIEW_STEPS)
+        asked = sample.Options(steps=min(PREVIEW_STEPS, cfg.model.noise_steps))
         images = sample.draw(net, cfg, cond, range(PREVIEWS), asked, self.place.device)
         png = io.BytesIO()
         data.grid(self.decode(images).cpu(), 4, data.titles(batch, self.names)).save(png, "png")

@@ -210,7 +210,7 @@ def main(argv: list[str], held: ExitStack, status: log.Status) -> None:
     if chief:
         announce(cfg, net, source, place, peak)
         status.write("running")
-    quiet, since = not chief or not sys.stderr.isatty(), start
+    quiet, since, begun = not chief or not sys.stderr.isatty(), start, time.monotonic()
     bar = held.enter_context(tqdm(total=cfg.steps, initial=start, disable=quiet, unit="step", dynamic_ncols=True))
 
     for step in range(start, cfg.steps + 1):
@@ -235,7 +235,9 @@ def main(argv: list[str], held: ExitStack, status: log.Status) -> None:
             with checkpoint.tolerate("weights.safetensors"):
                 checkpoint.write_weights(user_file, average.state_dict(), {**about, "step": str(step)})
         if step > 0:
-            show(average, step, fresh=step > start)
+            before = time.monotonic()
+            show(average, step)
+            begun += time.monotonic() - before              # is not training
         if chief and step > 0 and ema.due(step, cfg.steps, cfg.snapshots):
             ema.take_snapshot(out, step, kept, about)
         if asked or last:

@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "transfer": "checkpoint config model", "optim": "conditioning config log mp_layers",
     "wishes": "conditioning config data model",
     "sample": "autoencoder checkpoint conditioning config data machine model official schedule wishes",
-    "show": "autoencoder cached checkpoint conditioning config data fid latents machine model sample wishes",
+    "show": "autoencoder cached checkpoint conditioning config data fid latents log machine model sample wishes",
     "preflight": "checkpoint conditioning config data log machine model sample schedule transfer",
     "distances": "machine", "inception": "checkpoint config machine", "fid_check": "config distances inception",
     "fid_files": "checkpoint config distances folders pictures sample",

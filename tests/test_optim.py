@@ -102,8 +102,10 @@ def test_rates_of_rows_are_those_of_all_unless_asked_for_and_plain_networks_are_
     opt = optim.optimizer(network(), Config(lr=1e-3), Window(CPU))
     assert {g["lr"] for g in opt.param_groups} == {1e-3} and len(opt.param_groups) == 3
     plain = nn.Sequential(nn.Linear(5, 3), nn.LayerNorm(3))
-    (group,) = optim.optimizer(plain, Config(lr=1e-3, lr_mp=1e-2, weight_decay=0.03), Window(CPU)).param_groups
+    (group,) = optim.optimizer(plain, Config(lr=1e-3, weight_decay=0.03), Window(CPU)).param_groups
     assert (group["lr"], group["weight_decay"], len(group["params"])) == (1e-3, 0.03, 4)
+    with pytest.raises(UserError, match="lr_mp=0.01 is for magnitude-preserving weights.*has none"):
+        optim.optimizer(plain, Config(lr=1e-3, lr_mp=1e-2), Window(CPU))
     with pytest.raises(UserError, match="lr_mp=0.01 needs lr"):
         optim.optimizer(network(), Config(lr=0.0, lr_mp=0.01), Window(CPU))
 
@@ -214,6 +216,9 @@ def test_a_row_of_zeros_stays_and_renormalizing_again_moves_the_last_bit_at_most
     once = w.detach().clone()
     optim.renormalize_([w])
     assert not w[2].any() and torch.isfinite(w).all() and torch.allclose(w, once, rtol=2.5e-7)
+    wide = nn.Parameter(torch.zeros(2, 1000))
+    optim.renormalize_([wide])
+    assert not wide.any()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
