@@ -16,7 +16,6 @@ Dimensions: B batch, H x W pixels, D features, n pictures.
 import dataclasses
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -41,7 +40,7 @@ from autoencoder import decoder_of
 from config import Config, UserError, parse
 from distances import FeatureStats, InceptionScore, frechet_distance, kid
 from fid_check import Check, Speed, checks, speeds
-from fid_files import Folder, Reference, Stack, open_pictures, read_reference, write_reference
+from fid_files import Reference, Stack, find_reference, first_pictures, write_reference
 from inception import Extractor
 from perceptual import clip_score, lpips_diversity      # noqa: F401 (of the public names of this room)
 
@@ -49,6 +48,10 @@ ENOUGH = 10_000                         # below so many pictures the bias of FID
 
 
 # ---------------------------------------------------------------- one pass over the pictures
+
+class Failed(UserError):
+    """Pictures of which no metric can be taken; all processes find it together."""
+
 
 @dataclass
 class Collected:
@@ -63,8 +66,9 @@ def collect(pictures: Callable, n: int, batch: int, extract: Any, metrics: set[s
             place: machine.Place) -> Collected:
     """Features of pictures 0 .. n - 1, by batches that the processes take in turn; the same sums on every process.
 
-    pictures(numbers) -> (B, 3, H, W) uint8, with `workers`, the threads to call it from. extract(images) -> features,
-    logits; it has `dim` and `classes`. Every picture counts once: nothing is padded. UserError if all are blank."""
+    pictures(numbers) -> (B, 3, H, W) uint8, with `workers`, the threads to call it from, and `broken`, how many were
+    not finite. extract(images) -> features, logits; it has `dim` and `classes`. Every picture counts once: nothing is
+    padded. Failed if one was not finite or all are blank."""
     stats = FeatureStats(extract.dim, place.device)
     rows = torch.zeros(n, extract.dim, device=place.device) if "kid" in metrics else None
     score = InceptionScore(n, extract.classes, place.device) if "is" in metrics else None
@@ -86,11 +90,14 @@ def collect(pictures: Callable, n: int, batch: int, extract: Any, metrics: set[s
         rows = machine.add_up(rows, place)                  # every row is zero on all processes but one
     if score is not None:
         score.all_reduce(place)
-    blank = int(machine.add_up(torch.tensor([float(blank)], device=place.device), place).item())
+    counts = torch.tensor([float(blank), float(pictures.broken)], device=place.device)
+    blank, broken = map(int, machine.add_up(counts, place).tolist())
     if stats.n != n:
         raise RuntimeError(f"{stats.n} pictures were counted, {n} were asked for")
+    if broken:
+        raise Failed(f"{broken} of {n} pictures are not finite")
     if blank == n:
-        raise UserError(f"all {n} pictures are of one colour each; the sampler has failed")
+        raise Failed(f"all {n} pictures are of one colour each; the sampler has failed")
     return Collected(stats, rows, score, blank)
 
 
@@ -149,7 +156,7 @@ def evaluate(pictures: Callable, n: int, batch: int, extract: Extractor, referen
 
 class Drawn:
     """Pictures of a network, by number: those that sample.py draws with the same options, whatever the processes."""
-    jpegs, workers = 0, 0
+    jpegs, workers, broken = 0, 0, 0
 
     def __init__(self, o: sample.Options, net: nn.Module, cfg: Config, wishes: sample.Wishes,
                  decoder: tuple[Callable, int], device: torch.device) -> None:
@@ -159,10 +166,20 @@ class Drawn:
         """Pictures number `indices` (B,), of which only the last batch may be short. (B, 3, H, W) uint8"""
         first = int(indices[0])
         whole = np.arange(first, first + min(self.o.batch, self.o.n))       # every batch is drawn in full size
-        x = sample.draw(self.net, self.cfg, self.wishes(whole)[0], whole, self.o, self.device)
-        if not torch.isfinite(x).all():
-            raise UserError(f"pictures {first} to {indices[-1]} are not finite; try --dtype=float32")
-        return torch.from_numpy(sample.to_uint8(self.decoder[0](x))[:len(indices)]).permute(0, 3, 1, 2)
+        x = self.decoder[0](sample.draw(self.net, self.cfg, self.wishes(whole)[0], whole, self.o, self.device))
+        if broken := int((~x[:len(indices)].flatten(1).isfinite().all(1)).sum()):
+            self.note(broken, f"pictures {first} to {indices[-1]} are not finite; try --dtype=float32")
+        return torch.from_numpy(sample.to_uint8(x)[:len(indices)]).permute(0, 3, 1, 2)
+
+    def note(self, broken: int, message: str) -> None:
+        """Called for pictures that are not finite: nothing is worth going on for."""
+        raise UserError(message)
+
+
+class Watched(Drawn):
+    """Pictures of a network in training, which goes on: those that are not finite are counted, for all to agree on."""
+    def note(self, broken: int, message: str) -> None:
+        self.broken += broken
 
 
 @dataclass(frozen=True)
@@ -185,13 +202,17 @@ def run_pictures(o: Options, place: machine.Place) -> tuple[Callable, dict]:
     decoder = decoder_of(header, o.autoencoder, cfg.model.channels, place.device)
     net = net.to(place.device)
     net.dtype = machine.precision(place.device, o.dtype)
-    pictures = Drawn(o, net, cfg, sample.Wishes(o, cfg, header), decoder, place.device)
-    source = {"class": "all classes in turn", "text": "captions of the test split", "none": "nothing"}
-    about = {"samples": o.out, "weights": header["sha256"], "train_step": int(header["step"]), "ema": cfg.ema,
+    wishes = sample.Wishes(o, cfg, header)
+    pictures = Drawn(o, net, cfg, wishes, decoder, place.device)
+    asked = {"class": "all classes in turn", "none": "nothing",
+             "text": f"captions of {'the test split' if cfg.data == 'shapes' else cfg.data}"}[cfg.model.semantics]
+    about = {"samples": o.weights or (Path(o.out) / o.file).as_posix(), "weights_sha256": header["sha256"],
+             "train_step": int(header["step"]), "ema": float(header["ema"]) if "ema" in header else None,
              "sampler": o.sampler, "steps": o.steps, "spacing": o.spacing or sample.SPACING[o.sampler], "eta": o.eta,
              "lambda": cfg.lam if o.lam < 0 else o.lam, "beta": o.beta, "interval": o.interval, "seed": o.seed,
-             "size": o.size, "crop": o.crop, "flip": o.flip, "resolution": list(sample.side(o, cfg)),
-             "dtype": str(net.dtype)[6:], "asked": o.prompt or o.label or source[cfg.model.semantics]}
+             "size": o.size, "crop": o.crop, "flip": o.flip, "resolution": [decoder[1] * s for s in sample.side(o, cfg)],
+             "dtype": str(net.dtype)[6:], "asked": o.prompt or o.prompts or o.label or asked,
+             "prompts_sha256": wishes.prompts_sha256}
     return (export(o, pictures, about, place) if o.arr0 else pictures), about
 
 
@@ -201,17 +222,14 @@ def export(o: Options, drawn: Drawn, about: dict, place: machine.Place) -> Stack
     if path.suffix != ".npz" or not path.parent.is_dir():
         raise UserError(f"arr0={o.arr0!r} wants a name that ends in .npz, in a folder that is there")
     key = hashlib.sha256(json.dumps(about | {"n": o.n, "batch": o.batch}).encode()).hexdigest()[:8]
-    part = path.with_name(f"{path.stem}-{key}")             # unfinished pictures of exactly these options
+    part = path.with_name(f"{path.stem}-{key}.part")        # unfinished pictures of exactly these options
     images = sample.draw_all(o, drawn.net, drawn.cfg, drawn.wishes, place, part, drawn.decoder)
     if place.rank == 0:
-        with open(path.with_suffix(".tmp"), "wb") as file:
-            np.savez(file, arr_0=images)
-        os.replace(path.with_suffix(".tmp"), path)
+        sample.write_npz(path, images)
     del images
     machine.agree(0, place)                                 # the file is there, and nobody needs the part any more
     if place.rank == 0:
-        for suffix in (".part", ".done"):
-            part.with_suffix(suffix).unlink()
+        sample.discard(part)
     return Stack(path)
 
 
@@ -219,12 +237,13 @@ class Monitor:
     """FID and its kin during training: a line in log.jsonl for each call, of the same pictures each time.
 
     Made before the first step, so that missing weights or references stop the run there. about: the header of
-    weights.safetensors, with classes and controls. All processes make it and call it."""
+    weights.safetensors, with classes and controls. All processes make it and call it. Pictures of which no metric can
+    be taken are a line that says so: training goes on."""
     def __init__(self, o: Options, cfg: Config, about: dict[str, str], place: machine.Place) -> None:
         self.o, self.cfg, self.place = o, cfg, place
         sample.check(o, cfg)
         self.extract = Extractor(o.inception, o.resize, place)
-        self.reference = find_reference(o, self.extract)
+        self.reference = find_reference(o.ref, o.metrics, self.extract)
         wanted(o.metrics, o.n, self.reference)
         self.wishes = sample.Wishes(o, cfg, about)
         self.decoder = decoder_of(about, o.autoencoder, cfg.model.channels, place.device)
@@ -232,10 +251,16 @@ class Monitor:
     def __call__(self, net: nn.Module, step: int) -> dict[str, dict]:
         """The values of `net` at `step`, on rank 0; {} elsewhere."""
         began = time.monotonic()
-        pictures = Drawn(self.o, net, self.cfg, self.wishes, self.decoder, self.place.device)
-        values = evaluate(pictures, self.o.n, self.o.batch, self.extract, self.reference, self.o.metrics, self.place)
+        pictures, failed = Watched(self.o, net, self.cfg, self.wishes, self.decoder, self.place.device), {}
+        try:
+            values = evaluate(pictures, self.o.n, self.o.batch, self.extract, self.reference, self.o.metrics,
+                              self.place)
+        except Failed as e:
+            values, failed = {}, {"evaluation_failed": str(e)}
         if self.place.rank == 0:
-            line = {"step": step, **{name: v["value"] for name, v in values.items()},
+            if failed:
+                checkpoint.say(f"warning: step {step:,} has no metric: {failed['evaluation_failed']}. Training goes on.")
+            line = {"step": step, **{name: v["value"] for name, v in values.items()}, **failed,
                     "evaluation_s": time.monotonic() - began}
             with checkpoint.tolerate("a line of log.jsonl"):
                 log.append(Path(self.o.out), line)
@@ -244,28 +269,25 @@ class Monitor:
 
 # ---------------------------------------------------------------- the command line
 
-def find_reference(o: Options, extract: Extractor) -> Reference | None:
-    """What the pictures are compared with; None if nothing is to be: the Inception Score has no reference."""
-    return read_reference(o.ref, extract) if set(o.metrics.split("+")) - {"is"} else None
-
-
-def folder_pictures(path: str, n: int, square: int) -> tuple[Folder | Stack, int]:
-    """The pictures at `path` and how many of them to take: n, or all if n is 0. UserError if there are fewer."""
-    pictures = open_pictures(path, square)
-    if n > len(pictures):
-        raise UserError(f"n={n} pictures were asked for, but {path} has {len(pictures)}; draw more, or ask "
-                        f"for fewer")
-    return pictures, n or len(pictures)
+def check_use(o: Options) -> None:
+    """UserError for options of which these pictures would make no use."""
+    for key in ("arr0", "file", "weights"):
+        if o.images and getattr(o, key) != getattr(Options, key):
+            raise UserError(f"--{key}={getattr(o, key)} is of pictures that are drawn, --images={o.images} of others; "
+                            f"give one of them")
+    if o.square and not o.images:
+        raise UserError(f"--square={o.square} is of --images; pictures of a run have the size they are drawn in")
 
 
 def main_fid(argv: list[str]) -> None:
     """fid, kid, is: of a folder, an npz or a run."""
     o = parse(argv, Options())
+    check_use(o)
     place = machine.setup(o.threads)
     extract = Extractor(o.inception, o.resize, place)
-    reference = find_reference(o, extract)
+    reference = find_reference(o.ref, o.metrics, extract)
     if o.images:
-        pictures, n = folder_pictures(o.images, o.n, o.square)
+        pictures, n = first_pictures(o.images, o.n, o.square)
         about = {"samples": o.images}
         if pictures.jpegs and place.rank == 0:
             checkpoint.say(f"warning: {pictures.jpegs} of the samples are JPEG files, which changes FID; draw PNG or "
@@ -312,7 +334,7 @@ def main_ref(argv: list[str]) -> None:
     if not o.images or path.suffix != ".npz" or not path.parent.is_dir():
         raise UserError(f"ref wants --images=FOLDER and --to=FILE.npz in a folder that is there, got {o.images!r} "
                         f"and {o.to!r}")
-    pictures, n = folder_pictures(o.images, o.n, o.square)
+    pictures, n = first_pictures(o.images, o.n, o.square)
     extract = Extractor(o.inception, o.resize, place)
     got = collect(pictures, n, o.batch, extract, {"kid"} if o.kid else set(), place)
     if place.rank == 0:

@@ -89,6 +89,11 @@ def read_reference(path: str, extract: Any) -> Reference:
                      str(found.get("data", "")), labelled, rows)
 
 
+def find_reference(path: str, metrics: str, extract: Any) -> Reference | None:
+    """What pictures are compared with; None if nothing is to be: the Inception Score has no reference."""
+    return read_reference(path, extract) if set(metrics.split("+")) - {"is"} else None
+
+
 def check_statistics(path: str, mu: Tensor, sigma: Tensor, dim: int) -> None:
     """UserError unless these are a mean and a covariance of `dim` features."""
     if mu.shape != (dim,) or sigma.shape != (dim, dim):
@@ -113,7 +118,9 @@ class Folder:
     """The pictures of a folder and of those below it, in the order of their names, which is their number.
 
     resolution: cut to the largest centred square and resized to it, as training does; 0 = as they are. `jpegs` counts
-    files that have lost detail. An unreadable file is a UserError: nothing is passed over or drawn twice."""
+    files that have lost detail, `broken` pictures that could not be drawn. An unreadable file is a UserError: nothing is passed over or drawn twice."""
+    broken = 0
+
     def __init__(self, path: Path, resolution: int = 0) -> None:
         found, bad = find_images(path)
         if bad:
@@ -148,7 +155,7 @@ class Folder:
 
 class Stack:
     """Pictures (n, H, W, 3) uint8 in an .npz (arr_0, as sample.py and [ADM] write it) or .npy, read when wanted."""
-    jpegs, workers = 0, 0
+    jpegs, workers, broken = 0, 0, 0
 
     def __init__(self, path: Path) -> None:
         self.path, self.at = path, 0
@@ -201,3 +208,12 @@ def open_pictures(path: str, resolution: int = 0) -> Folder | Stack:
     if resolution:
         raise UserError(f"--square={resolution} is for folders; {path} has pictures of one size already")
     return Stack(where)
+
+
+def first_pictures(path: str, n: int, square: int) -> tuple[Folder | Stack, int]:
+    """The pictures at `path` and how many of them to take: n, or all if n is 0. UserError if there are fewer."""
+    pictures = open_pictures(path, square)
+    if n > len(pictures):
+        raise UserError(f"n={n} pictures were asked for, but {path} has {len(pictures)}; draw more, or ask "
+                        f"for fewer")
+    return pictures, n or len(pictures)

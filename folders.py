@@ -123,6 +123,9 @@ class ImageFolder(Pictures):
         super().__init__(path, resolution, seed, flip, max_bad, crop, side)
         found, bad = find_images(self.path)
         files = [(name, size) for name, size in found if "/" in name or not classes]
+        if not files and captioned(self.path, found):
+            raise UserError(f"{str(path)!r} has no class folder, but captions beside its {len(found)} images, which "
+                            f"another model reads: --model.semantics=text --model.arch=mmdit --encoder=clip:PATH")
         if not files:
             raise UserError(f"{str(path)!r} has no class folder: its {len(found)} images belong in folders "
                             f"named after their classes, {path}/CLASS/; or --model.semantics=none")
@@ -235,6 +238,14 @@ def find_images(root: Path) -> tuple[list[tuple[str, int]], dict[str, str]]:
         raise UserError(f"no images in {str(root)!r}, {len(bad)} empty files; looked for {' '.join(SUFFIXES)}"
                         f" in {root.absolute()} and all folders below")
     return found, bad
+
+
+def captioned(root: Path, images: list[tuple[str, int]]) -> bool:
+    """Whether there is a metadata.jsonl below `root`, or a .txt of the same stem as one of the images."""
+    texts = [posixpath.splitext(name) for name in find_files(root, (".txt", ".jsonl"))]
+    stems = {posixpath.splitext(name)[0] for name, _ in images}
+    return any(stem in stems if suffix.lower() == ".txt" else posixpath.basename(stem + suffix) == METADATA
+               for stem, suffix in texts)
 
 
 def find_files(root: Path, suffixes: tuple[str, ...]) -> dict[str, int]:

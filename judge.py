@@ -28,14 +28,14 @@ import data
 import machine
 import model
 from captions import BACKGROUNDS, COLORS, RELATIONS, SHAPES, describe
-from config import UserError, parse, seed64
+from config import Config, UserError, parse, seed64
 from distances import FeatureStats, frechet_distance
 from fid_files import open_pictures
 from perceptual import Mean, mean_over, mean_pair_distance, size_groups
 from scenes import DRAWS, LARGE, NATIVE, SMALL, canvas, draw_scene, render, uniform
 from shapes import ANSWERS, VERSION, Shapes, score
 from wishes import Options as Drawing
-from wishes import Wishes
+from wishes import Wishes, read_prompts
 
 JUDGE = Path(__file__).parent / "docs" / "judge.safetensors"    # the one that is shipped
 SIDE = 32                               # pixels a side that the judge sees
@@ -321,11 +321,10 @@ def measure(o: Options, judge: Judge) -> dict:
     real = source.records(range(2 * FAR, 2 * FAR + len(index)))
     line = {"metric": f"toy_fd{len(index)}/judge-{judge.sha256[:8]}", "value": toy_fd(judge, images, reference),
             "renders": toy_fd(judge, real["image"], reference), "n": len(index), "reference_n": REFERENCE,
-            "judge": judge.sha256, "images": o.images, "weights": asked["weights"]}
+            "judge": judge.sha256, "images": o.images,
+            "weights_sha256": asked.get("weights_sha256", asked.get("weights"))}
 
-    drawing = {f.name: asked[f.name] for f in dataclasses.fields(Drawing)} | {"out": str(run)}
-    header = checkpoint.read_header(run / "weights.safetensors")
-    titles = Wishes(Drawing(**drawing), cfg, header)(index)[1]
+    titles = asked_for(file, asked, cfg, index)
     if cfg.model.semantics == "text":
         for who, said in (("judge", answers(judge, images, titles)), ("pixels", score(images, titles))):
             line[f"by_{who}"] = {key: shares(v) for key, v in said.items()}
@@ -333,6 +332,18 @@ def measure(o: Options, judge: Judge) -> dict:
         right = [SHAPES[k] == title for k, title in zip(largest(read(judge, images)), titles)]
         line["by_class"] = shares(torch.tensor(right).float())
     return line
+
+
+def asked_for(file: Path, asked: dict, cfg: Config, index: np.ndarray) -> list[str]:
+    """What each picture of `file` was to be: the lines beside it; made again from its options where there are none.
+
+    asked: those options, of whatever version: one that is not among them was not there yet, and is as it is today."""
+    if file.with_suffix(".txt").is_file():
+        return read_prompts(str(file.with_suffix(".txt")))
+    known = {f.name: asked[f.name] for f in dataclasses.fields(Drawing) if f.name in asked}
+    run = file.parent.parent
+    header = checkpoint.read_header(run / "weights.safetensors")
+    return Wishes(Drawing(**known | {"out": str(run)}), cfg, header).titles(index)
 
 
 def shares(said: Tensor) -> list[float | None]:

@@ -28,16 +28,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import checkpoint
-import coco
 import machine
 import model
 import sample
 import text
-from config import UserError, parse, seed64
+from autoencoder import decoder_of
+from config import UserError, parse
 from fid_files import open_pictures
 from inception import precise
-from wishes import Wishes
-from wording import choose
+from wishes import Wishes, read_prompts
 
 
 @dataclass(frozen=True)
@@ -158,12 +157,6 @@ def clip_score(batches: Iterable[tuple[Tensor, list[str]]], clip: CLIP, protocol
     return result, int(machine.add_up(torch.tensor([cut], device=place.device), place).item())
 
 
-def coco_captions(file: str, seed: int) -> list[str]:
-    """One caption of each image of a COCO captions file, images by number: those that coco.CocoCaptions gives."""
-    names, captions = coco.read(file)
-    return [choose(captions[k], seed64(seed, "coco", k)) for k in sorted(names) if k in captions]
-
-
 # ---------------------------------------------------------------- LPIPS
 
 SIZES = {"all": (64, 128, 256, 512, 1024), "hr": (256, 512, 1024)}  # [COND] table 2a: LPIPS and, at 256 px, LPIPS/HR
@@ -256,23 +249,22 @@ def lpips_diversity(groups: Iterable[Tensor], net: nn.Module, place: machine.Pla
 def size_groups(o: sample.Options, sizes: tuple[int, ...], place: machine.Place) -> Iterator[Tensor]:
     """[COND] sec. 3.1: for each of o.n prompts a picture at every requested size, all else equal. (P, K, 3, h, w)
 
-    uint8. Prompts are shared by the processes; a picture is a function of its prompt's number and its size alone."""
-    net, cfg = model.load(o.out)
+    uint8, decoded if the model draws latents. Prompts are shared by the processes; a picture is a function of its prompt's number and its size alone."""
+    net, cfg, header = sample.open_run(o)
     if "size" not in model.control_names(cfg.model) or o.size:
         raise UserError(f"pictures at several sizes need a model that is steered by size and no --size of their own; "
                         f"{o.out} has model.controls={cfg.model.controls!r}, size={o.size!r}")
-    if cfg.model.channels != 3:
-        raise UserError(f"{o.out} draws {cfg.model.channels} channels, and only pictures of 3 can be compared")
     sample.check(o, cfg)
-    asked = Wishes(o, cfg, checkpoint.read_header(Path(o.out) / "weights.safetensors"))
+    decode = decoder_of(header, o.autoencoder, cfg.model.channels, place.device)[0]
+    asked = Wishes(o, cfg, header)
     net = net.to(place.device)
     net.dtype = machine.precision(place.device, o.dtype)
     K, per = len(sizes), max(1, o.batch // len(sizes))
     for first in range(place.rank * per, o.n, place.world * per):
         index = np.repeat(np.arange(first, min(first + per, o.n)), K)                   # (P K,)
         size = torch.tensor(sizes, dtype=torch.float32)[:, None].expand(K, 2).repeat(len(index) // K, 1)
-        drawn = sample.draw(net, cfg, replace(asked(index)[0], size=size), index, o, place.device)
-        yield torch.from_numpy(sample.to_uint8(drawn)).permute(0, 3, 1, 2).unflatten(0, (-1, K))
+        x = decode(sample.draw(net, cfg, replace(asked(index)[0], size=size), index, o, place.device))
+        yield torch.from_numpy(sample.to_uint8(x)).permute(0, 3, 1, 2).unflatten(0, (-1, K))
 
 
 def sha256(path: Path) -> str:
@@ -292,6 +284,8 @@ class Options:
     protocol: str = "l14"           # clip: l14, coco (100 max(cos, 0), ViT-L/14), hessel (2.5 max(cos, 0), ViT-B/32)
     clip: str = "openai"            # clip: weights, as text.py takes them
     out: str = ""                   # lpips: run folder of a model that is steered by size
+    file: str = sample.Options.file     # lpips: in the run folder, the weights to draw with
+    autoencoder: str = ""           # lpips: what decodes latents; empty = that of the run's latents
     sizes: str = "hr"               # lpips: hr, all, or sizes in pixels joined with +
     n: int = 1000                   # lpips: prompts; the paper takes 10000
     steps: int = 50                 # lpips: sampling steps
@@ -315,11 +309,7 @@ def measure_clip(o: Options, place: machine.Place) -> dict:
     """CLIPScore of the pictures of an npz, as what goes into the last line."""
     if o.protocol not in PROTOCOLS:
         raise UserError(f"unknown protocol={o.protocol!r}; there are {', '.join(PROTOCOLS)}")
-    if not Path(o.prompts).is_file():
-        raise UserError(f"no file at --prompts={o.prompts!r}; wanted captions, one a line, or COCO's captions json")
-    pictures = open_pictures(o.images)
-    captions = (coco_captions(o.prompts, o.seed) if o.prompts.endswith(".json")
-                else Path(o.prompts).read_text(encoding="utf-8").splitlines())
+    captions, pictures = read_prompts(o.prompts, o.seed), open_pictures(o.images)
     if len(captions) != len(pictures):
         raise UserError(f"{len(pictures)} pictures in {o.images}, {len(captions)} captions in {o.prompts}; caption k "
                         f"belongs to picture k")
@@ -346,11 +336,11 @@ def measure_lpips(o: Options, place: machine.Place) -> dict:
     """LPIPS diversity of a run under the requested size, as what goes into the last line."""
     sizes = read_sizes(o.sizes)
     net = load_lpips(o.trunk, place.device)
-    drawing = sample.Options(out=o.out, n=o.n, steps=o.steps, lam=o.lam, seed=o.seed, batch=o.batch)
+    drawing = sample.Options(out=o.out, file=o.file, autoencoder=o.autoencoder, n=o.n, steps=o.steps, lam=o.lam, seed=o.seed, batch=o.batch)
     result = lpips_diversity(size_groups(drawing, sizes, place), net, place)
     return {"metric": "lpips_alex", **dataclasses.asdict(result), "sizes": sizes, "K": len(sizes),
             "pairs": math.comb(len(sizes), 2), "version": "0.1", "weights": TRUNK_SHA256, "run": o.out,
-            "steps": o.steps, "lam": o.lam, "seed": o.seed}
+            "file": o.file, "steps": o.steps, "lam": o.lam, "seed": o.seed}
 
 
 def main(argv: list[str]) -> None:

@@ -2,13 +2,16 @@
 
 python sample.py --out=out/shapes --prompt="a red ring left of a blue square" --n=16
 python sample.py --out=out/shapes32 --size=96,96 --crop=0,0 --flip=0 --lam=3 --beta=1.4
+python sample.py --out=out/cc12m --prompts=captions.txt --n=5000        (line k belongs to picture k)
 python sample.py --weights=DiT-XL-2-256x256.pt --autoencoder=stabilityai/sd-vae-ft-ema --label=207 --out=out/dit
 torchrun --nproc_per_node=8 -- sample.py --out=out/imagenet --n=50000          (run again to go on after a stop)
 
-Writes <out>/samples/<name>.npz (arr_0, uint8, for evaluators) and, for a few pictures, a grid <name>.png. Everything
-about the model is read from the run folder. Dimensions: B batch, C channels, h x w pixels, T noise steps.
+Writes <out>/samples/<name>.npz (arr_0, uint8, for evaluators), <name>.txt (what each picture was to be, a line each),
+<name>.json (all options) and, for a few pictures, a grid <name>.png. Everything about the model is read from the run
+folder. Dimensions: B batch, C channels, h x w pixels, T noise steps.
 """
 import hashlib
+import io
 import json
 import math
 import os
@@ -179,41 +182,67 @@ def check(o: Options, cfg: Config) -> None:
 
 
 def open_run(o: Options) -> tuple[model.Denoiser, Config, dict[str, str]]:
-    """The network, its config and the header of its weights: a run's, or published ones."""
+    """The network, its config and the header of its weights: a run's, or published ones. UserError for both at once."""
     if o.weights:
+        if o.file != Options.file:
+            raise UserError(f"--file={o.file} names weights of the run {o.out}, --weights={o.weights} published ones; "
+                            f"give one of them")
         net, m = model.load_official_dit(o.weights)
         return net, *official.as_run(o.weights, m)
     file = Path(o.out) / o.file
     return *model.load(file), checkpoint.read_header(file)
 
 
-def draw_all(o: Options, net: Denoise, cfg: Config, wishes: Wishes, place: machine.Place, path: Path,
+def draw_all(o: Options, net: Denoise, cfg: Config, wishes: Wishes, place: machine.Place, part: Path,
              decoder: tuple[Callable[[Tensor], Tensor], int] = (Tensor.float, 1)) -> np.ndarray:
     """All n pictures, (n, f h, f w, C) uint8, by batches that the processes take in turn, in one file mapped to memory.
 
     A batch is marked when it is on the disk, so that the same command after a stop draws only the missing ones.
-    decoder: what makes pictures of latents, and by how much f it enlarges them."""
+    part: that file, of which the marks have the name with another suffix. decoder: what makes pictures of latents, and
+    by how much f it enlarges them."""
     (h, w), batches, (decode, f) = side(o, cfg), -(-o.n // o.batch), decoder
-    files = (((o.n, f * h, f * w, 3), path.with_suffix(".part")),
-             ((batches,), path.with_suffix(".done")))
-    if place.rank == 0:
+    files = (((o.n, f * h, f * w, 3), part), ((batches,), part.with_suffix(".done")))
+    if place.rank == 0 and not all(file.exists() and file.stat().st_size == math.prod(shape) for shape, file in files):
+        discard(part)                                       # neither is of use without the other
         for shape, file in files:
-            if not file.exists() or file.stat().st_size != math.prod(shape):
-                np.memmap(file, np.uint8, "w+", shape=shape).flush()
+            np.memmap(file, np.uint8, "w+", shape=shape).flush()
     machine.agree(0, place)                                 # the files are there before anyone opens them
-    part, done = (np.memmap(file, np.uint8, "r+", shape=shape) for shape, file in files)
+    images, done = (np.memmap(file, np.uint8, "r+", shape=shape) for shape, file in files)
     mine = [b for b in range(place.rank, batches, place.world) if not done[b]]
     for b in tqdm(mine, desc="drawing", unit="batch", disable=place.rank > 0 or None):
         indices = np.arange(b * o.batch, (b + 1) * o.batch) if batches > 1 else np.arange(o.n)
-        x = draw(net, cfg, wishes(indices)[0], indices, o, place.device)       # the last batch is drawn in full size
+        x = decode(draw(net, cfg, wishes(indices)[0], indices, o, place.device))   # the last batch in full size too
         if not torch.isfinite(x).all():
             raise UserError(f"pictures {indices[0]} to {indices[-1]} are not finite; try --dtype=float32")
-        part[indices[0]:indices[-1] + 1] = to_uint8(decode(x))[:o.n - indices[0]]
-        part.flush()
+        images[indices[0]:indices[-1] + 1] = to_uint8(x)[:o.n - indices[0]]
+        images.flush()
         done[b] = 1
         done.flush()
     machine.add_up(torch.zeros(1, device=place.device), place).item()           # every process is through
-    return part
+    return images
+
+
+def discard(part: Path) -> None:
+    """Take away unfinished pictures, their marks first: marks that outlive the pictures would call black ones done."""
+    for suffix in (".done", ".part"):
+        part.with_suffix(suffix).unlink(missing_ok=True)
+
+
+def write_npz(path: Path, images: np.ndarray) -> None:
+    """Replace an .npz by one of these pictures, (n, H, W, C) uint8, in one step and when they are on the disk."""
+    unfinished = path.with_suffix(".tmp")
+    with open(unfinished, "wb") as f:
+        np.savez(f, arr_0=images)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(unfinished, path)
+
+
+def write_grid(path: Path, images: np.ndarray, titles: list[str]) -> None:
+    """All pictures, (n, H, W, C) uint8, on one page, a square of them, with their titles."""
+    pixels, page = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2) / 127.5 - 1, io.BytesIO()
+    data.grid(pixels, math.ceil(math.sqrt(len(images))), titles).save(page, "png")
+    checkpoint.write_bytes(path, page.getvalue())
 
 
 def main(argv: list[str]) -> None:
@@ -226,26 +255,25 @@ def main(argv: list[str]) -> None:
     net.dtype = machine.precision(place.device, o.dtype)
     wishes = Wishes(o, cfg, header)
     protocol = {**asdict(o), "lam": cfg.lam if o.lam < 0 else o.lam, "train_step": int(header["step"]),
-                "weights": header["sha256"], "dtype": str(net.dtype)}
+                "weights_sha256": header["sha256"], "prompts_sha256": wishes.prompts_sha256, "dtype": str(net.dtype)}
     key = hashlib.sha256(json.dumps({**protocol, "threads": 0, "name": ""}).encode()).hexdigest()[:8]
     path = out / "samples" / f"{o.name or key}.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
 
-    part = path.with_name(f"{path.stem}-{key}")             # unfinished pictures of exactly these options
+    part = path.with_name(f"{path.stem}-{key}.part")        # unfinished pictures of exactly these options
     images = draw_all(o, net, cfg, wishes, place, part, decoder)
     if place.rank == 0:
-        with open(path.with_suffix(".tmp"), "wb") as f:
-            np.savez(f, arr_0=images)
-        os.replace(path.with_suffix(".tmp"), path)
+        write_npz(path, images)
+        parts = np.split(np.arange(o.n), range(o.batch, o.n, o.batch))
+        titles = [" ".join(title.split()) for indices in parts for title in wishes.titles(indices)]
+        checkpoint.write_text(path.with_suffix(".txt"), "".join(f"{title}\n" for title in titles))
         checkpoint.write_text(path.with_suffix(".json"), json.dumps(protocol, indent=1))
-        print(f"{o.n} pictures in {path}")
+        print(f"{o.n} pictures in {path}, what they were to be in {path.with_suffix('.txt')}")
         if o.n <= GRID:
-            pixels = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2) / 127.5 - 1
-            data.grid(pixels, math.ceil(math.sqrt(o.n)), wishes(np.arange(o.n))[1]).save(path.with_suffix(".png"))
+            write_grid(path.with_suffix(".png"), images, titles)
             print(f"grid in {path.with_suffix('.png')}")
         del images
-        for suffix in (".part", ".done"):
-            part.with_suffix(suffix).unlink()
+        discard(part)
 
 
 if __name__ == "__main__":

@@ -3,19 +3,23 @@
 Dimensions: B batch, L tokens of a caption, E their width.
 """
 import difflib
+import hashlib
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+import coco
 import data
 import model
 from conditioning import CONTROLS, Condition, pad_text
 from config import Config, UserError, seed64
+from wording import BadCaption, choose, clean, decode
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class Options:
     weights: str = ""               # published DiT in place of a run: .pt file or diffusers folder; out is for pictures
     autoencoder: str = ""           # what decodes latents: folder or hub name; empty = that of the run's latents
     prompt: str = ""                # caption; several are separated by ";"; empty = captions of the data set
+    prompts: str = ""               # file of captions, one a line, each for one picture; or COCO's captions json
     label: str = ""                 # class, by name or number; several are separated by ";"; empty = all in turn
     n: int = 16                     # number of pictures
     steps: int = 50                 # sampling steps
@@ -58,6 +63,25 @@ def numbers(key: str, text: str, count: int) -> list[float]:
     return values
 
 
+def read_prompts(file: str, seed: int = 0) -> list[str]:
+    """A caption for every picture: the lines of a UTF-8 file, of which an empty one is the empty caption.
+
+    Of a COCO captions json one of each image, images by number, drawn by seed as coco.CocoCaptions draws it. UserError
+    for a file that is missing, empty or in another encoding."""
+    if not Path(file).is_file():
+        raise UserError(f"no file at --prompts={file!r}; wanted captions, one a line, or COCO's captions json")
+    if file.endswith(".json"):
+        names, captions = coco.read(file)
+        return [choose(captions[k], seed64(seed, "coco", k)) for k in sorted(names) if k in captions]
+    try:
+        lines = decode(Path(file).read_bytes()).splitlines()
+    except (OSError, BadCaption) as e:
+        raise UserError(f"--prompts={file} cannot be read: {e}") from e
+    if not lines:
+        raise UserError(f"--prompts={file} is empty; wanted captions, one a line")
+    return [clean(line) for line in lines]
+
+
 def pad(text: Tensor, lengths: Tensor, cfg: Config, indices: Sequence[int], seed: int) -> Tensor:
     """[COND] sec. 2.1: captions (B, L, E) padded as in training, the noise drawn once for each picture. (B, L, E)"""
     keys = [seed64(seed, "padding", int(k)) for k in indices]
@@ -72,15 +96,20 @@ class Wishes:
     def __init__(self, o: Options, cfg: Config, header: dict[str, str]) -> None:
         self.cfg, self.seed = cfg, o.seed
         self.semantics, self.classes = cfg.model.semantics, json.loads(header["classes"])
-        asked = {"text": o.prompt, "class": o.label}.get(self.semantics, "")
-        for key, other in (("prompt", "text"), ("label", "class")):
+        for key, other in (("prompt", "text"), ("prompts", "text"), ("label", "class")):
             if getattr(o, key) and self.semantics != other:
                 raise UserError(f"--{key} needs a model of {other}; {o.out} has semantics={self.semantics!r}")
-        self.asked = [a.strip() for a in asked.split(";")] if asked else []
+        if o.prompt and o.prompts:
+            raise UserError(f"--prompt={o.prompt!r} and --prompts={o.prompts!r} both say what to draw; give one of them")
+        asked = o.prompt or o.label
+        self.asked = read_prompts(o.prompts, o.seed) if o.prompts else [a.strip() for a in asked.split(";") if asked]
+        self.prompts_sha256 = hashlib.sha256("\n".join(self.asked).encode()).hexdigest() if o.prompts else ""
         self.encoder = data.text_encoder(cfg)
         if self.semantics == "text":
             self.source = None if self.asked else data.open_source(cfg, split="test")
-            self.encoder.encode(self.asked)                 # an unknown word is an error before anything is drawn
+        if isinstance(self.encoder, data.WordVectors):
+            for caption in self.asked:
+                self.encoder.encode([caption])              # an unknown word is an error before anything is drawn
         self.labels = [self.number(a) for a in self.asked] if self.semantics == "class" else []
 
         self.controls, known = {}, model.control_names(cfg.model)
@@ -113,15 +142,24 @@ class Wishes:
         asked = {key: v.expand(len(indices), -1).reshape(drawn[key].shape) for key, v in self.controls.items()}
         return Condition(steered=torch.ones(len(indices)), **{**drawn, **asked})
 
+    def titles(self, indices: np.ndarray) -> list[str]:
+        """What the pictures `indices` (B,) are to be: caption, name of the class, or nothing."""
+        if self.semantics == "none":
+            return [""] * len(indices)
+        if self.semantics == "class":
+            return [self.classes[k] for k in self.label(indices)]
+        return [self.asked[k % len(self.asked)] for k in indices] if self.asked else data.captions(self.source, indices)
+
+    def label(self, indices: np.ndarray) -> list[int]:
+        """The numbers of their classes."""
+        return [self.labels[k % len(self.labels)] if self.labels else k % len(self.classes) for k in indices]
+
     def __call__(self, indices: np.ndarray) -> tuple[Condition, list[str]]:
         """The condition of the pictures `indices` (B,) and a title for each."""
-        steering = self.steering(indices)
+        steering, titles = self.steering(indices), self.titles(indices)
         if self.semantics == "none":
-            return steering, [""] * len(indices)
+            return steering, titles
         if self.semantics == "class":
-            label = [self.labels[k % len(self.labels)] if self.labels else k % len(self.classes) for k in indices]
-            return replace(steering, label=torch.tensor(label)), [self.classes[k] for k in label]
-        captions = ([self.asked[k % len(self.asked)] for k in indices] if self.asked
-                    else data.captions(self.source, indices))
-        text = pad(*self.encoder.encode(captions), self.cfg, indices, self.seed)        # (B, L, E)
-        return replace(steering, text=text), captions
+            return replace(steering, label=torch.tensor(self.label(indices))), titles
+        text = pad(*self.encoder.encode(titles), self.cfg, indices, self.seed)          # (B, L, E)
+        return replace(steering, text=text), titles

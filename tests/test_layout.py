@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "preflight": "checkpoint conditioning config data log machine model sample schedule transfer",
     "distances": "machine", "inception": "checkpoint config machine", "fid_check": "config distances inception",
     "fid_files": "checkpoint config distances folders pictures sample",
-    "perceptual": "checkpoint coco config fid_files inception machine model sample text wishes wording",
+    "perceptual": "autoencoder checkpoint config fid_files inception machine model sample text wishes",
     "judge": "captions checkpoint config data distances fid_files machine model perceptual sample scenes shapes wishes",
     "fid": "autoencoder checkpoint config data distances fid_check fid_files inception judge log machine perceptual "
            "sample",
