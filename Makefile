@@ -10,10 +10,10 @@ demo: $(VENV)/run.txt
 	$(BIN)/python demo.py --minutes=$(MINUTES)
 
 test: $(VENV)/dev.txt
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2
 
 quick: $(VENV)/dev.txt
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 -m "not slow"
 
 $(VENV)/run.txt: requirements.txt
 	$(PYTHON) -m venv $(VENV)
