@@ -177,7 +177,7 @@ class Drawn:
 
 
 class Watched(Drawn):
-    """Pictures of a network in training, which goes on: those that are not finite are counted, for all to agree on."""
+    """Pictures of a network in training, which goes on: those that are not finite are counted, for all to know."""
     def note(self, broken: int, message: str) -> None:
         self.broken += broken
 
@@ -210,9 +210,9 @@ def run_pictures(o: Options, place: machine.Place) -> tuple[Callable, dict]:
              "train_step": int(header["step"]), "ema": float(header["ema"]) if "ema" in header else None,
              "sampler": o.sampler, "steps": o.steps, "spacing": o.spacing or sample.SPACING[o.sampler], "eta": o.eta,
              "lambda": cfg.lam if o.lam < 0 else o.lam, "beta": o.beta, "interval": o.interval, "seed": o.seed,
-             "size": o.size, "crop": o.crop, "flip": o.flip, "resolution": [decoder[1] * s for s in sample.side(o, cfg)],
-             "dtype": str(net.dtype)[6:], "asked": o.prompt or o.prompts or o.label or asked,
-             "prompts_sha256": wishes.prompts_sha256}
+             "size": o.size, "crop": o.crop, "flip": o.flip, "dtype": str(net.dtype)[6:],
+             "resolution": [decoder[1] * s for s in sample.side(o, cfg)],
+             "asked": o.prompt or o.prompts or o.label or asked, "prompts_sha256": wishes.prompts_sha256}
     return (export(o, pictures, about, place) if o.arr0 else pictures), about
 
 
@@ -251,16 +251,16 @@ class Monitor:
     def __call__(self, net: nn.Module, step: int) -> dict[str, dict]:
         """The values of `net` at `step`, on rank 0; {} elsewhere."""
         began = time.monotonic()
-        pictures, failed = Watched(self.o, net, self.cfg, self.wishes, self.decoder, self.place.device), {}
+        pictures, lost = Watched(self.o, net, self.cfg, self.wishes, self.decoder, self.place.device), {}
         try:
             values = evaluate(pictures, self.o.n, self.o.batch, self.extract, self.reference, self.o.metrics,
                               self.place)
         except Failed as e:
-            values, failed = {}, {"evaluation_failed": str(e)}
+            values, lost = {}, {"evaluation_failed": str(e)}
+            if self.place.rank == 0:
+                checkpoint.say(f"warning: no metric at step {step:,}: {e}. Training goes on.")
         if self.place.rank == 0:
-            if failed:
-                checkpoint.say(f"warning: step {step:,} has no metric: {failed['evaluation_failed']}. Training goes on.")
-            line = {"step": step, **{name: v["value"] for name, v in values.items()}, **failed,
+            line = {"step": step, **{name: v["value"] for name, v in values.items()}, **lost,
                     "evaluation_s": time.monotonic() - began}
             with checkpoint.tolerate("a line of log.jsonl"):
                 log.append(Path(self.o.out), line)
@@ -273,8 +273,8 @@ def check_use(o: Options) -> None:
     """UserError for options of which these pictures would make no use."""
     for key in ("arr0", "file", "weights"):
         if o.images and getattr(o, key) != getattr(Options, key):
-            raise UserError(f"--{key}={getattr(o, key)} is of pictures that are drawn, --images={o.images} of others; "
-                            f"give one of them")
+            raise UserError(f"--{key}={getattr(o, key)} is of pictures that are drawn, and --images={o.images} are "
+                            f"there; give one of them")
     if o.square and not o.images:
         raise UserError(f"--square={o.square} is of --images; pictures of a run have the size they are drawn in")
 

@@ -118,8 +118,8 @@ class Folder:
     """The pictures of a folder and of those below it, in the order of their names, which is their number.
 
     resolution: cut to the largest centred square and resized to it, as training does; 0 = as they are. `jpegs` counts
-    files that have lost detail, `broken` pictures that could not be drawn. An unreadable file is a UserError: nothing is passed over or drawn twice."""
-    broken = 0
+    files that have lost detail. An unreadable file is a UserError: nothing is passed over or drawn twice."""
+    broken = 0                          # pictures that are not finite: none where all are bytes
 
     def __init__(self, path: Path, resolution: int = 0) -> None:
         found, bad = find_images(path)

@@ -249,7 +249,8 @@ def lpips_diversity(groups: Iterable[Tensor], net: nn.Module, place: machine.Pla
 def size_groups(o: sample.Options, sizes: tuple[int, ...], place: machine.Place) -> Iterator[Tensor]:
     """[COND] sec. 3.1: for each of o.n prompts a picture at every requested size, all else equal. (P, K, 3, h, w)
 
-    uint8, decoded if the model draws latents. Prompts are shared by the processes; a picture is a function of its prompt's number and its size alone."""
+    uint8, decoded if the model draws latents. Prompts are shared by the processes; a picture is a function of its
+    prompt's number and its size alone."""
     net, cfg, header = sample.open_run(o)
     if "size" not in model.control_names(cfg.model) or o.size:
         raise UserError(f"pictures at several sizes need a model that is steered by size and no --size of their own; "
@@ -336,7 +337,8 @@ def measure_lpips(o: Options, place: machine.Place) -> dict:
     """LPIPS diversity of a run under the requested size, as what goes into the last line."""
     sizes = read_sizes(o.sizes)
     net = load_lpips(o.trunk, place.device)
-    drawing = sample.Options(out=o.out, file=o.file, autoencoder=o.autoencoder, n=o.n, steps=o.steps, lam=o.lam, seed=o.seed, batch=o.batch)
+    drawing = sample.Options(out=o.out, file=o.file, autoencoder=o.autoencoder, n=o.n, steps=o.steps, lam=o.lam,
+                             seed=o.seed, batch=o.batch)
     result = lpips_diversity(size_groups(drawing, sizes, place), net, place)
     return {"metric": "lpips_alex", **dataclasses.asdict(result), "sizes": sizes, "K": len(sizes),
             "pairs": math.comb(len(sizes), 2), "version": "0.1", "weights": TRUNK_SHA256, "run": o.out,

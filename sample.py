@@ -182,11 +182,11 @@ def check(o: Options, cfg: Config) -> None:
 
 
 def open_run(o: Options) -> tuple[model.Denoiser, Config, dict[str, str]]:
-    """The network, its config and the header of its weights: a run's, or published ones. UserError for both at once."""
+    """The network, its config and the header of its weights: a run's, or published ones. UserError for both."""
     if o.weights:
         if o.file != Options.file:
-            raise UserError(f"--file={o.file} names weights of the run {o.out}, --weights={o.weights} published ones; "
-                            f"give one of them")
+            raise UserError(f"--file={o.file} is of the run {o.out}, --weights={o.weights} are published ones; give "
+                            f"one of them")
         net, m = model.load_official_dit(o.weights)
         return net, *official.as_run(o.weights, m)
     file = Path(o.out) / o.file
@@ -198,11 +198,11 @@ def draw_all(o: Options, net: Denoise, cfg: Config, wishes: Wishes, place: machi
     """All n pictures, (n, f h, f w, C) uint8, by batches that the processes take in turn, in one file mapped to memory.
 
     A batch is marked when it is on the disk, so that the same command after a stop draws only the missing ones.
-    part: that file, of which the marks have the name with another suffix. decoder: what makes pictures of latents, and
-    by how much f it enlarges them."""
+    part: that file; the marks are beside it, with another suffix. decoder: what makes pictures of latents, and by how
+    much f it enlarges them."""
     (h, w), batches, (decode, f) = side(o, cfg), -(-o.n // o.batch), decoder
     files = (((o.n, f * h, f * w, 3), part), ((batches,), part.with_suffix(".done")))
-    if place.rank == 0 and not all(file.exists() and file.stat().st_size == math.prod(shape) for shape, file in files):
+    if place.rank == 0 and any(not f.exists() or f.stat().st_size != math.prod(shape) for shape, f in files):
         discard(part)                                       # neither is of use without the other
         for shape, file in files:
             np.memmap(file, np.uint8, "w+", shape=shape).flush()
@@ -223,7 +223,7 @@ def draw_all(o: Options, net: Denoise, cfg: Config, wishes: Wishes, place: machi
 
 
 def discard(part: Path) -> None:
-    """Take away unfinished pictures, their marks first: marks that outlive the pictures would call black ones done."""
+    """Take away unfinished pictures, their marks first: marks alone would call pictures done that are not there."""
     for suffix in (".done", ".part"):
         part.with_suffix(suffix).unlink(missing_ok=True)
 

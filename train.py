@@ -175,7 +175,7 @@ def main(argv: list[str], held: ExitStack, status: log.Status) -> None:
     net = model.build(cfg.model).to(place.device)
     net.dtype = machine.precision(place.device, cfg.dtype)
     if cfg.init and not any(out.glob("step-*")):            # a run that goes on has weights of its own
-        report = start_from(cfg.init, net, cfg)
+        report = start_from(cfg.init, net, cfg, source)
         if chief:
             checkpoint.say(report)
     kept = ema.averages(net, cfg.ema, cfg.snapshots)

@@ -7,8 +7,10 @@ What reads the class or the caption is one unit, and so is the MLP of a group of
 first; with its last layer trained and its first one not, it would have a random one. Positions are not weights, they
 follow from the config. [COND] sec. 2.3 has what else changes with resolution; the report notes what has not.
 """
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,11 +25,12 @@ MEANT = ("arch", "semantics", "resolution", "patch", "width", "depth")      # wh
 REPORTED = (*MEANT, "classes", "text_dim", "positions", "base", "rescale", "controls", "prediction")
 
 
-def start_from(path: str, net: model.Denoiser, cfg: Config) -> str:
+def start_from(path: str, net: model.Denoiser, cfg: Config, source: Any = None) -> str:
     """Copy into `net`, a fresh network of `cfg`, what fits of the averaged weights of a run; says what was kept.
 
-    path: a run folder or a weights file, of which no code is run. UserError, before any weight is changed, for a path
-    that is no run, a file that is damaged or not finite, and one of which no block fits."""
+    path: a run folder or a weights file, of which no code is run. source: the data of this run, whose class names and
+    latents are compared with those of the other one; None: they are not. UserError, before any weight is changed, for
+    a path that is no run, a file that is damaged or not finite, and one of which no block fits."""
     tensors, header = checkpoint.read_weights(weights_file(path))
     if bad := checkpoint.not_finite(tensors):
         raise UserError(f"--init={path} holds inf or nan in {', '.join(bad[:5])}")
@@ -43,7 +46,8 @@ def start_from(path: str, net: model.Denoiser, cfg: Config) -> str:
         for name in kept:
             own[name].copy_(tensors[name])
     lines = [f"starting from the averaged weights of {path}: {about(old)}", *table(tensors, own, kept)]
-    return "\n".join(lines + changes(old, m) + [f"note: {note}" for note in notes(run, cfg, kept)])
+    found = notes(run, cfg, kept) + class_notes(header, source, old, m, kept) + latent_notes(header, source, old)
+    return "\n".join(lines + changes(old, m) + [f"note: {note}" for note in found])
 
 
 def weights_file(path: str) -> Path:
@@ -147,8 +151,42 @@ def notes(run: Config, cfg: Config, kept: list[str]) -> list[str]:
                      f"extent: --model.positions=resample --model.base={extent(old)}")
     if differ("prediction", old, m):
         found.append(f"the last layer is fresh: it stated {old.prediction} and states {m.prediction} now")
-    if m.semantics == old.semantics == "class" and any(n.startswith("y_embedder.") for n in kept):
-        found.append("the classes are kept by number; whether their names are the same is not compared")
     if m.semantics == old.semantics == "text" and run.encoder != cfg.encoder:
         found.append(f"captions were encoded by {run.encoder} and are encoded by {cfg.encoder} now")
     return found
+
+
+def class_notes(header: dict, source: Any, old: ModelConfig, m: ModelConfig, kept: list[str]) -> list[str]:
+    """What becomes of classes whose table is kept: the number of each stays, whatever it is called."""
+    if not old.semantics == m.semantics == "class" or not any(n.startswith("y_embedder.") for n in kept):
+        return []
+    if source is None or "classes" not in header:
+        return ["the classes are kept by number; whether their names are the same is not compared"]
+    was, now = json.loads(header["classes"]), list(source.classes)
+    other = [k for k, names in enumerate(zip(was, now)) if names[0] != names[1]]
+    some = ", ".join(f"{k} was {was[k]!r} and is {now[k]!r}" for k in other[:3])
+    return [f"classes are kept by number, and {len(other)} of {len(now)} have other names: {some}"] if other else []
+
+
+def latent_notes(header: dict, source: Any, old: ModelConfig) -> list[str]:
+    """In what the latents of the other run are others than those of this one: its autoencoder, or their scaling."""
+    was = json.loads(header["latents"]) if "latents" in header else None
+    now = getattr(source, "meta", None)                     # of data.Latents; pictures have none
+    if source is None or not (was or now):
+        return []
+    if now and not was and old.channels != 3:               # published weights, for one
+        return ["what the latents of that run were is not in its file, and not compared"]
+    if not (was and now):
+        return [f"that run drew {'latents' if was else 'pixels'}, this one draws {'latents' if now else 'pixels'}"]
+    vae, own = was["autoencoder"], now["autoencoder"]
+    if vae["sha256"] != own["sha256"]:
+        return [f"the latents were of the autoencoder {vae['path']}, {vae['sha256'][:12]}, and are of {own['path']}, "
+                f"{own['sha256'][:12]}, now: the same numbers are other pictures"]
+    if was["scaling"] != now["scaling"]:
+        return [f"the latents were scaled by {was['scaling']} and are scaled by {now['scaling']} now: the same "
+                f"pictures are other numbers"]
+    if was["scaling"] == "channel" and was["statistics"] != now["statistics"]:
+        pairs = ((key, was["statistics"][key], now["statistics"][key]) for key in ("mean", "std"))
+        parts = [f"{key} {[round(v, 3) for v in a]} -> {[round(v, 3) for v in b]}" for key, a, b in pairs]
+        return [f"the latents are scaled by the statistics of other data: {'; '.join(parts)}"]
+    return []

@@ -66,8 +66,8 @@ def numbers(key: str, text: str, count: int) -> list[float]:
 def read_prompts(file: str, seed: int = 0) -> list[str]:
     """A caption for every picture: the lines of a UTF-8 file, of which an empty one is the empty caption.
 
-    Of a COCO captions json one of each image, images by number, drawn by seed as coco.CocoCaptions draws it. UserError
-    for a file that is missing, empty or in another encoding."""
+    Of a COCO captions json one of each image, images by number, drawn by seed as coco.CocoCaptions draws it.
+    UserError for a file that is missing, empty or in another encoding."""
     if not Path(file).is_file():
         raise UserError(f"no file at --prompts={file!r}; wanted captions, one a line, or COCO's captions json")
     if file.endswith(".json"):
@@ -100,7 +100,7 @@ class Wishes:
             if getattr(o, key) and self.semantics != other:
                 raise UserError(f"--{key} needs a model of {other}; {o.out} has semantics={self.semantics!r}")
         if o.prompt and o.prompts:
-            raise UserError(f"--prompt={o.prompt!r} and --prompts={o.prompts!r} both say what to draw; give one of them")
+            raise UserError(f"--prompt={o.prompt!r} and --prompts={o.prompts!r} both say what to draw; give one")
         asked = o.prompt or o.label
         self.asked = read_prompts(o.prompts, o.seed) if o.prompts else [a.strip() for a in asked.split(";") if asked]
         self.prompts_sha256 = hashlib.sha256("\n".join(self.asked).encode()).hexdigest() if o.prompts else ""
@@ -148,7 +148,9 @@ class Wishes:
             return [""] * len(indices)
         if self.semantics == "class":
             return [self.classes[k] for k in self.label(indices)]
-        return [self.asked[k % len(self.asked)] for k in indices] if self.asked else data.captions(self.source, indices)
+        if self.asked:
+            return [self.asked[k % len(self.asked)] for k in indices]
+        return data.captions(self.source, indices)
 
     def label(self, indices: np.ndarray) -> list[int]:
         """The numbers of their classes."""

@@ -2,7 +2,7 @@
 
 python train.py --config=configs/shapes.py
 
-Two CPU cores: about 300 images/s compiled, 5 minutes. See the README for what comes out and LOG.md for what was tried.
+Two CPU cores: about 400 images/s compiled, 5 minutes. See the README for what comes out and LOG.md for what was tried.
 """
 from config import Config, ModelConfig
 

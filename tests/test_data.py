@@ -243,11 +243,19 @@ def test_what_is_missing_is_said(tmp_path):
     (tmp_path / "empty" / "a").mkdir(parents=True)
     (tmp_path / "file").write_text("x")
     flat = tree(tmp_path, {"flat": 3}) / "flat"
+    picture = next(flat.iterdir())
     for name, match in (("nowhere", "no folder .*nowhere.*looked at"), ("file", "no folder .*file"),
                         ("empty", r"no images in .*\.jpg \.jpeg \.png \.webp"),
                         ("flat", "no class folder: its 3 images")):
         with pytest.raises(UserError, match=match):
             data.ImageFolder(tmp_path / name, 16)
+    captioned = "captions beside its 3 images, .*--model.semantics=text --model.arch=mmdit --encoder=clip:PATH"
+    for name, said in (("readme.txt", "no class folder: its 3"), ("other.jsonl", "no class folder: its 3"),
+                       (f"{picture.stem}.txt", captioned), ("metadata.jsonl", captioned)):
+        (flat / name).write_text("{}", encoding="utf-8")
+        with pytest.raises(UserError, match=said):
+            data.ImageFolder(flat, 16)
+        (flat / name).unlink()
     with pytest.raises(UserError, match="random or center"):
         data.ImageFolder(flat, 16, crop="middle")
     source = data.ImageFolder(flat, 16, classes=False)

@@ -16,6 +16,7 @@ import model
 import sample
 from config import Config, ModelConfig, UserError, to_json
 from shapes import WordVectors
+from wishes import read_prompts
 
 ROOT = Path(__file__).parent.parent
 SMALL = ModelConfig(width=16, depth=2, heads=2, resolution=16, patch=4)
@@ -26,8 +27,11 @@ ROWS = {"size": [[16.0, 20.0], [96.0, 90.0], [30.0, 40.0]], "crop": [[0.0, 1.0],
         "flip": [0.0, 1.0, 1.0]}
 
 
-def run_folder(path: Path, semantics: str = "text", run: dict | None = None, **kwargs) -> Path:
-    """A run folder whose network answers at once: random weights, none of them zero. `run`: fields of its Config."""
+def run_folder(path: Path, semantics: str = "text", run: dict | None = None, about: dict | None = None,
+               **kwargs) -> Path:
+    """A run folder whose network answers at once: random weights, none of them zero.
+
+    run: fields of its Config; about: more of the header; the rest: fields of its ModelConfig."""
     m = replace(SMALL, semantics=semantics, classes=3 if semantics == "class" else 0, **kwargs)
     if semantics == "text":
         m = replace(m, text_dim=WORDS.dim, text_length=WORDS.length)
@@ -41,7 +45,7 @@ def run_folder(path: Path, semantics: str = "text", run: dict | None = None, **k
         "config": to_json(Config(**{"out": "elsewhere", "model": m, "lam": 1.5, "augment": "crop+flip+size",
                                     **(run or {})})),
         "classes": json.dumps(classes),
-        "null_class": str(len(classes)), "step": "12",
+        "null_class": str(len(classes)), "step": "12", **(about or {}),
         **({"controls": json.dumps({k: ROWS[k] for k in model.control_names(m)})} if m.controls else {})})
     return path
 
@@ -62,6 +66,9 @@ def test_pictures_a_grid_and_the_protocol(tmp_path, capsys):
     assert images.shape == (5, 16, 16, 3) and images.dtype == np.uint8 and images.std() > 1
     protocol = json.loads(path.with_suffix(".json").read_text())
     assert (protocol["n"], protocol["steps"], protocol["lam"], protocol["train_step"]) == (5, 3, 1.5, 12)
+    sha256 = checkpoint.read_header(out / "weights.safetensors")["sha256"]
+    assert (protocol["weights"], protocol["weights_sha256"], protocol["prompts_sha256"]) == ("", sha256, "")
+    assert path.with_suffix(".txt").read_text(encoding="utf-8") == "a red ring left of a blue square\n" * 5
     grid = np.asarray(Image.open(path.with_suffix(".png")))
     assert grid.shape[0] > 2 * 96 and (grid < 100).any()        # captions in dark letters
     said = capsys.readouterr().out
@@ -167,6 +174,128 @@ def test_after_a_stop_the_same_command_draws_only_what_is_missing(tmp_path, monk
     assert calls == [[0, 1], [2, 3], [4, 5], [4, 5]] and np.array_equal(again, whole)
 
 
+def stopped(out: Path, monkeypatch, *flags: str) -> list[Path]:
+    """The unfinished files of a drawing that a signal ends before its third batch of two."""
+    calls, draw = [], sample.draw
+
+    def breaks(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return draw(*args)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sample, "draw", breaks)
+        drawn(out, "--n=6", "--batch=2", *flags)
+    return sorted((out / "samples").iterdir())
+
+
+def test_a_name_with_a_dot_keeps_unfinished_pictures_of_other_options_apart(tmp_path, monkeypatch):
+    out = run_folder(tmp_path / "run")
+    want, _ = drawn(out, "--n=6", "--batch=2", "--seed=1", "--name=plain")
+    for file in (out / "samples").iterdir():
+        file.unlink()
+    left = stopped(out, monkeypatch, "--name=lam1.5")
+    assert [file.suffix for file in left] == [".done", ".part"] and all(f.name.startswith("lam1.5-") for f in left)
+    got, path = drawn(out, "--n=6", "--batch=2", "--seed=1", "--name=lam1.5")
+    assert np.array_equal(got, want)                        # nothing of seed 0 is in it
+    there = {file.name for file in path.parent.iterdir()} - {file.name for file in left}
+    assert there == {f"lam1.5.{kind}" for kind in ("npz", "txt", "json", "png")}
+
+
+@pytest.mark.parametrize("lost, how", [(".part", "gone"), (".part", "short"), (".done", "gone")])
+def test_pictures_without_marks_and_marks_without_pictures_count_for_nothing(tmp_path, monkeypatch, lost, how):
+    out = run_folder(tmp_path / "run")
+    want, _ = drawn(out, "--n=6", "--batch=2", "--name=whole")
+    for file in (out / "samples").iterdir():
+        file.unlink()
+    file = next(file for file in stopped(out, monkeypatch) if file.suffix == lost)
+    content, memmap, made = file.read_bytes(), np.memmap, []
+    file.write_bytes(content[:len(content) // 3])
+    if how == "gone":
+        file.unlink()
+
+    def killed(*args, **kwargs):
+        made.append(args)
+        if len(made) == 2:
+            raise KeyboardInterrupt                         # one of the two is made again, the other not yet
+        return memmap(*args, **kwargs)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(np, "memmap", killed)
+        drawn(out, "--n=6", "--batch=2")
+    assert np.array_equal(drawn(out, "--n=6", "--batch=2")[0], want)
+
+
+def test_marks_are_taken_away_before_the_pictures(tmp_path, monkeypatch):
+    gone, unlink = [], Path.unlink
+    monkeypatch.setattr(Path, "unlink", lambda self, *a, **k: gone.append(self.suffix) or unlink(self, *a, **k))
+    for suffix in (".part", ".done"):
+        (tmp_path / f"x-1{suffix}").touch()
+    sample.discard(tmp_path / "x-1.part")
+    assert gone == [".done", ".part"] and not list(tmp_path.iterdir())
+
+
+def test_pictures_are_on_the_disk_before_they_have_their_name(tmp_path, monkeypatch):
+    done, fsync, rename = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: done.append(os.fstat(handle).st_size) or fsync(handle))
+    monkeypatch.setattr(os, "replace", lambda a, b: done.append(Path(b).name) or rename(a, b))
+    sample.write_npz(tmp_path / "x.npz", np.zeros((3, 5, 7, 3), np.uint8))
+    assert done == [(tmp_path / "x.npz").stat().st_size, "x.npz"]
+
+
+def test_a_grid_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatch):
+    class Full:
+        def save(self, file, *format):
+            (open(file, "wb") if isinstance(file, Path) else file).write(b"half")
+            raise OSError("no space left on device")
+    monkeypatch.setattr(sample.data, "grid", lambda *args: Full())
+    (tmp_path / "x.png").write_bytes(b"old")
+    with pytest.raises(OSError, match="no space"):
+        sample.write_grid(tmp_path / "x.png", np.zeros((3, 5, 7, 3), np.uint8), ["a", "b", "c"])
+    assert (tmp_path / "x.png").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+# ---------------------------------------------------------------- captions from a file, and beside the pictures
+
+def test_line_k_of_a_file_of_prompts_is_of_picture_k_and_an_empty_one_of_no_caption(tmp_path):
+    out, file = run_folder(tmp_path / "run"), tmp_path / "prompts.txt"
+    file.write_bytes(b"\xef\xbb\xbfa red ring\r\n\r\n  a blue \t star\n")
+    w = wishes(out, prompts=str(file))
+    cond, titles = w(np.arange(4))
+    assert titles == ["a red ring", "", "a blue star", "a red ring"] == w.titles(np.arange(4))
+    assert torch.equal(cond.text, WORDS.encode(titles)[0]) and not cond.text[1].any()
+
+    images, path = drawn(out, "--n=3", "--batch=2", f"--prompts={file}")
+    one_by_one = [drawn(out, "--n=3", "--batch=2", f"--prompt={p}", f"--name={k}")[0][k]
+                  for k, p in ((0, "a red ring"), (2, "a blue star"))]
+    assert np.array_equal(images[[0, 2]], one_by_one)
+    assert read_prompts(str(path.with_suffix(".txt"))) == titles[:3]            # what fid.py clip reads, line by line
+    file.write_text("a red ring\n", encoding="utf-8")
+    assert drawn(out, "--n=3", "--batch=2", f"--prompts={file}")[1] != path     # other captions, other pictures
+
+
+def test_the_captions_of_the_data_set_are_beside_the_pictures_that_they_made(tmp_path):
+    out = run_folder(tmp_path / "run")
+    path = drawn(out, "--n=5", "--batch=2")[1]
+    titles = wishes(out)(np.arange(5))[1]
+    assert len(set(titles)) == 5 and path.with_suffix(".txt").read_text(encoding="utf-8").splitlines() == titles
+    path = drawn(run_folder(tmp_path / "classes", "class"), "--n=4", "--name=x")[1]
+    assert path.with_suffix(".txt").read_text(encoding="utf-8").splitlines() == [
+        "golden retriever", "tench", "7", "golden retriever"]
+    path = drawn(out, "--n=2", "--prompt=a red\nring", "--name=x")[1]
+    assert path.with_suffix(".txt").read_text(encoding="utf-8") == "a red ring\n" * 2
+
+
+@pytest.mark.parametrize("content, says", [(None, "no file at --prompts"), (b"", "is empty"),
+                                           (b"a caf\xe9", "not UTF-8"), (b"a red ring\na crimson ring", "crimson")])
+def test_a_file_without_captions_is_an_error(tmp_path, content, says):
+    out, file = run_folder(tmp_path / "run"), tmp_path / "prompts.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=says):
+        sample.main([f"--out={out}", "--threads=1", f"--prompts={file}"])
+    assert not list(out.glob("samples/*"))
+
+
 def test_two_processes_draw_the_same_pictures(tmp_path):
     out = run_folder(tmp_path / "run")
     flags = ["--n=7", "--batch=2", "--steps=3", "--dtype=float32", "--threads=1", f"--out={out}"]
@@ -199,6 +328,9 @@ def test_two_processes_draw_the_same_pictures(tmp_path):
     ("text", ["--resolution=-4,4"], ["-4,4"]),
     ("text", ["--resolution=large"], ["large"]),
     ("text", ["--dtype=half"], ["half", "bfloat16"]),
+    ("text", ["--prompt=a red ring", "--prompts=p.txt"], ["--prompt", "'p.txt'", "give one"]),
+    ("class", ["--prompts=p.txt"], ["--prompts", "text", "class"]),
+    ("text", ["--file=other.safetensors", "--weights=dit.pt"], ["other.safetensors", "dit.pt", "give one"]),
 ])
 def test_wishes_that_cannot_be_met(tmp_path, semantics, flags, parts):
     out = run_folder(tmp_path / "run", semantics)

@@ -7,8 +7,10 @@ import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -231,7 +233,7 @@ def test_a_picture_that_is_missing_is_noticed(few, monkeypatch):
 
 
 def counted(call):
-    call.workers = 0
+    call.workers = call.broken = 0
     return call
 
 
@@ -517,7 +519,7 @@ FLAGS = ["--n=11", "--batch=4", "--steps=3", "--dtype=float32", "--threads=1", "
 
 
 def test_a_run_is_measured_on_the_pictures_that_sample_draws(tmp_path, few, capsys):
-    out, ref = run_folder(tmp_path / "run"), reference(tmp_path / "ref.npz", few)
+    out, ref = run_folder(tmp_path / "run", about={"ema": "0.07"}), reference(tmp_path / "ref.npz", few)
     array, path = drawn(out, *FLAGS)
     before = sorted(p.name for p in out.rglob("*"))
     values = []
@@ -529,7 +531,9 @@ def test_a_run_is_measured_on_the_pictures_that_sample_draws(tmp_path, few, caps
     assert values[0]["metrics"] == values[2]["metrics"]
     name = "fid11/inception-2015-12-05/tf1"
     assert values[0]["metrics"][name]["value"] == pytest.approx(values[1]["metrics"][name]["value"], rel=1e-9)
-    assert (values[0]["train_step"], values[0]["lambda"], values[0]["steps"], values[0]["ema"]) == (12, 1.5, 3, 0.1)
+    assert (values[0]["train_step"], values[0]["lambda"], values[0]["steps"], values[0]["ema"]) == (12, 1.5, 3, 0.07)
+    assert values[0]["weights_sha256"] == checkpoint.read_header(out / "weights.safetensors")["sha256"]
+    assert values[0]["samples"] == (out / "weights.safetensors").as_posix()
     assert values[0]["resolution"] == [16, 16] and values[0]["dtype"] == "float32" and values[0]["sampler"] == "ddim"
     assert before == sorted(p.name for p in out.rglob("*"))                 # nothing is left on the disk
     assert sorted(p.name for p in tmp_path.glob("adm*")) == ["adm.npz"]
@@ -567,3 +571,80 @@ def test_during_training_a_line_is_logged_and_nothing_else_changes(tmp_path, few
         fid.Monitor(replace(o, sampler="euler"), cfg, about, ALONE)
     with pytest.raises(UserError, match="need --ref"):
         fid.Monitor(replace(o, ref=""), cfg, about, ALONE)
+
+
+def test_what_is_said_of_a_run_is_said_of_its_file_its_data_and_its_pictures(tmp_path, few, monkeypatch):
+    run = run_folder(tmp_path / "run", run=dict(data="data/mine"), about={"ema": "0.07"})
+    (run / "weights.safetensors").rename(run / "wide.safetensors")
+    monkeypatch.setattr(sample.Wishes.__init__.__globals__["data"], "open_source", lambda cfg, split: None)
+    monkeypatch.setattr(fid, "decoder_of", lambda *args: (lambda x: x.repeat(1, 1, 3, 3), 3))
+    about = fid.run_pictures(fid.Options(out=str(run), file="wide.safetensors", n=2), ALONE)[1]
+    assert about["samples"] == (run / "wide.safetensors").as_posix()
+    assert about["asked"] == "captions of data/mine" and about["resolution"] == [48, 48] and about["ema"] == 0.07
+    shapes = fid.run_pictures(fid.Options(out=str(run_folder(tmp_path / "shapes")), n=2), ALONE)[1]
+    assert shapes["asked"] == "captions of the test split" and shapes["ema"] is None        # nobody has said
+    (tmp_path / "p.txt").write_text("a red ring\n", encoding="utf-8")
+    o = fid.Options(out=str(tmp_path / "shapes"), n=2, prompts=str(tmp_path / "p.txt"))
+    asked = fid.run_pictures(o, ALONE)[1]
+    assert asked["asked"] == o.prompts and len(asked["prompts_sha256"]) == 64
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--images=x.npz", "--arr0=y.npz"], "--arr0=y.npz"), (["--images=x.npz", "--file=e.safetensors"], "--file=e"),
+    (["--images=x.npz", "--weights=dit.pt"], "--weights=dit.pt"), (["--out=run", "--square=64"], "--square=64")])
+def test_an_option_that_would_have_no_use_is_an_error(flags, says):
+    with pytest.raises(UserError, match=says):
+        fid.main(["fid", *flags])
+
+
+def monitored(tmp_path, few):
+    """A Monitor of a run, its network and its folder."""
+    import model
+    out, ref = run_folder(tmp_path / "run", "class"), reference(tmp_path / "ref.npz", few)
+    net, cfg = model.load(out)
+    net.dtype = torch.float32
+    o = fid.Options(out=str(out), ref=str(ref), n=11, batch=4, steps=3)
+    return fid.Monitor(o, cfg, checkpoint.read_header(out / "weights.safetensors"), ALONE), net, out
+
+
+def test_a_measurement_that_fails_during_training_is_a_line_in_the_log(tmp_path, few, monkeypatch, capsys):
+    monitor, net, out = monitored(tmp_path, few)
+    draw = sample.draw
+
+    def broken(net, cfg, cond, indices, o, device):
+        x = draw(net, cfg, cond, indices, o, device).clone()
+        x[np.isin(indices, (2, 6, 11)), 1, 3] = math.nan    # number 11 is drawn along, but not counted: n is 11
+        return x
+    monkeypatch.setattr(sample, "draw", broken)
+    assert monitor(net, 100) == {} and "step 100" in (said := capsys.readouterr().err) and "goes on" in said
+    monkeypatch.setattr(sample, "draw", lambda *args: torch.zeros(4, 3, 16, 16))
+    assert monitor(net, 200) == {}
+    monkeypatch.setattr(sample, "draw", draw)
+    assert monitor(net, 300)
+    first, second, third = log.read(out)
+    assert first["step"] == 100 and first["evaluation_failed"] == "2 of 11 pictures are not finite"
+    assert "all 11 pictures are of one colour each" in second["evaluation_failed"]
+    assert all("evaluation_s" in line and not any(key.startswith("fid") for key in line) for line in (first, second))
+    assert "evaluation_failed" not in third and any(key.startswith("fid") for key in third)
+
+
+def test_processes_without_broken_pictures_stop_with_those_that_have_some(few, monkeypatch):
+    meet, given = Barrier(3), {}
+
+    def add_up(x, place):
+        given[place.rank] = x
+        meet.wait(20)
+        total = sum(given.values())
+        meet.wait(20)
+        return total
+
+    def one(rank):
+        pictures = counted(lambda indices: torch.from_numpy(images(20)).permute(0, 3, 1, 2)[indices])
+        pictures.broken = (0, 2, 1)[rank]
+        with pytest.raises(fid.Failed, match="3 of 20 pictures are not finite"):
+            fid.collect(pictures, 20, 5, Few(), {"fid"}, machine.Place(torch.device("cpu"), rank, 3))
+        return rank
+
+    monkeypatch.setattr(machine, "add_up", add_up)
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(one, range(3))) == [0, 1, 2]

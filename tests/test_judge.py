@@ -11,11 +11,13 @@ import torch.nn.functional as F
 
 import judge
 import machine
+import model
 from captions import SHAPES
 from config import UserError
 from distances import FeatureStats, frechet_distance
 from judge import Judge, Reading, toy_fd, toy_leak
 from shapes import Shapes, score
+from test_drawing import drawn, run_folder
 
 ALONE = machine.Place(torch.device("cpu"), 0, 1)
 
@@ -282,3 +284,24 @@ def test_pictures_of_a_run_are_measured(tmp_path, capsys):
     judge.main([f"--leak={out}", "--n=4", "--threads=1"])
     leak = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert leak["n"] == 4 and leak["sizes"] == list(judge.NATIVE) and leak["value"] >= 0 and leak["renders"] > 0
+
+
+def test_pictures_of_an_older_version_are_read_by_their_options(tmp_path, monkeypatch, capsys):
+    """Options that were not there yet, some that are gone, and the hash of the weights under the name of a path."""
+    monkeypatch.setattr(judge, "REFERENCE", 80)
+    images, path = drawn(run_folder(tmp_path / "run"), "--n=6", "--batch=4", "--name=x")
+    flags, said = [f"--images={path}", "--threads=1"], []
+    asked = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    old = {k: v for k, v in asked.items() if k not in ("prompts", "prompts_sha256", "weights_sha256", "interval")}
+    old |= {"weights": asked["weights_sha256"], "of_old": 3}
+    for options, lines in ((asked, "beside"), (asked, "none"), (old, "none")):
+        path.with_suffix(".json").write_text(json.dumps(options), encoding="utf-8")
+        if lines == "none":
+            path.with_suffix(".txt").unlink(missing_ok=True)
+        judge.main(flags)
+        said.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    assert said[0] == said[1] == said[2] and said[0]["weights_sha256"] == asked["weights_sha256"]
+    assert said[0]["by_judge"]["count"][2] == 6
+
+    path.with_suffix(".txt").write_text("a red ring\n" * 6, encoding="utf-8")     # what they were to be stands there
+    assert judge.asked_for(path, asked, model.load(path.parent.parent)[1], np.arange(6)) == ["a red ring"] * 6

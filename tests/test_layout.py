@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "official": "checkpoint conditioning config",
     "model": "blocks checkpoint conditioning config mp_blocks mp_layers official schedule trunk",
     "transfer": "checkpoint config model", "optim": "conditioning config log mp_layers",
-    "wishes": "conditioning config data model",
+    "wishes": "coco conditioning config data model wording",
     "sample": "autoencoder checkpoint conditioning config data machine model official schedule wishes",
     "show": "autoencoder cached checkpoint conditioning config data fid latents log machine model sample wishes",
     "preflight": "checkpoint conditioning config data log machine model sample schedule transfer",

@@ -5,6 +5,7 @@ No two sizes are equal: B 5, pictures 37 x 52 and 48 x 40, CLIP's side 30, D 40;
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from threading import Barrier
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import checkpoint
 import coco
 import machine
 import perceptual
@@ -19,6 +21,8 @@ import sample
 import text
 from config import UserError, seed64
 from perceptual import CLIP, PROTOCOLS, clip_score, lpips_diversity, mean_over, mean_pair_distance
+from test_drawing import run_folder
+from wishes import read_prompts
 
 open_clip = text.import_open_clip()
 CPU = torch.device("cpu")
@@ -199,7 +203,7 @@ def test_coco_prompts_are_those_of_the_data_set(tmp_path):
     _, known = coco.read(file)
     for seed in (0, 1):
         want = [known[k][seed64(seed, "coco", k) % len(known[k])] for k in (7, 8, 9)]
-        assert perceptual.coco_captions(str(file), seed) == want
+        assert read_prompts(str(file), seed) == want
 
 
 @pytest.mark.slow
@@ -332,6 +336,27 @@ def test_sizes_are_presets_or_numbers(asked, want):
 def test_other_sizes_are_refused(asked):
     with pytest.raises(UserError, match="neither a preset, all, hr"):
         perceptual.read_sizes(asked)
+
+
+def test_groups_of_latents_are_decoded_and_of_the_file_that_is_named(tmp_path, monkeypatch):
+    out = run_folder(tmp_path / "run", "class", channels=4, controls="size", control_weight="uniform")
+    o, seen = sample.Options(out=str(out), n=2, steps=2, dtype="float32"), []
+    with pytest.raises(UserError, match="latents of 4 channels"):
+        next(perceptual.size_groups(o, (16, 48, 96), ALONE))
+
+    def decoder_of(about, path, channels, device):
+        seen.append((about["file"], path, channels))
+        return lambda z: z[:, :3].repeat(1, 1, 2, 2), 2
+    monkeypatch.setattr(perceptual, "decoder_of", decoder_of)
+    tensors, header = checkpoint.read_weights(out / "weights.safetensors")
+    header = {k: v for k, v in header.items() if k != "sha256"}
+    for file, scale in (("weights.safetensors", 1), ("wide.safetensors", 0.5)):
+        checkpoint.write_weights(out / file, {k: scale * v for k, v in tensors.items()}, {**header, "file": file})
+    asked = [replace(o, file=file, autoencoder="vae") for file in ("weights.safetensors", "wide.safetensors")]
+    first, other = (torch.cat(list(perceptual.size_groups(a, (16, 48, 96), ALONE))) for a in asked)
+    assert seen == [(a.file, "vae", 4) for a in asked]
+    assert first.shape == (2, 3, 3, 32, 32) and torch.equal(first[..., :16, :16], first[..., 16:, 16:])
+    assert not torch.equal(first, other) and (first[:, 0] != first[:, 2]).flatten(1).any(1).all()
 
 
 @pytest.mark.slow

@@ -3,8 +3,11 @@
 No two sizes are equal: C 3, P 2, D 24, H 3, d 8, depth 5, E 11, L 7, grids 9 and 18, classes 6 and 13.
 """
 import dataclasses
+import json
 import os
 import re
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -95,6 +98,55 @@ def test_another_number_of_classes_is_another_table_and_a_fresh_network_to_read_
 def test_as_many_classes_are_kept_with_a_word_of_caution(tmp_path):
     report, _, fresh, _ = transfer(tmp_path, CLASS, CLASS)
     assert not fresh and "note: the classes are kept by number" in report
+
+
+def started(tmp_path, m, about, source, **changes):
+    """The notes on starting from a run of `m` with `about` in its header for one of `m` on `source`."""
+    path = tmp_path / "old"
+    path.mkdir(exist_ok=True)
+    header = {"config": to_json(Config(model=m))} | {key: json.dumps(value) for key, value in about.items()}
+    checkpoint.write_weights(path / "weights.safetensors", network(m, 1).state_dict(), header)
+    report = start_from(str(path), network(dataclasses.replace(m, **changes), 2),
+                        Config(model=dataclasses.replace(m, **changes)), source)
+    return [line for line in report.splitlines() if line.startswith("note: ")]
+
+
+def test_classes_of_other_names_are_named(tmp_path):
+    names = ["tench", "goldfish", "shark", "ray", "cock", "hen"]
+    said = partial(started, tmp_path, CLASS, {"classes": names})
+    assert said(SimpleNamespace(classes=names)) == []
+    note, = said(SimpleNamespace(classes=["tench", "shark", "goldfish", *names[3:]]))
+    assert "2 of 6 have other names: 1 was 'goldfish' and is 'shark', 2 was 'shark' and is 'goldfish'" in note
+    assert "is not compared" in said(None)[0]
+    assert said(SimpleNamespace(classes=[f"c{k}" for k in range(13)]), classes=13) == []    # none of them is kept
+    text = started(tmp_path, TEXT, {"classes": []}, SimpleNamespace(classes=names))
+    assert text == []
+
+
+LATENTS = {"autoencoder": {"path": "a/vae", "sha256": "a" * 64}, "scaling": "channel",
+           "statistics": {"mean": [0.1, 0.2, 0.3, 0.4], "std": [1.0, 2.0, 3.0, 4.0]}}
+OTHER_VAE = LATENTS | {"autoencoder": {"path": "b/vae", "sha256": "b" * 64}}
+MOVED = LATENTS | {"autoencoder": {"path": "elsewhere", "sha256": "a" * 64}}
+OTHER_DATA = LATENTS | {"statistics": {"mean": [0.1, 0.2, 0.3, 0.5], "std": [1.0, 2.0, 3.0, 4.0]}}
+FACTOR = LATENTS | {"scaling": "factor"}
+
+
+@pytest.mark.parametrize("was, now, says", [
+    (LATENTS, LATENTS, None), (LATENTS, MOVED, None),
+    (LATENTS, OTHER_VAE, "a/vae, aaaaaaaaaaaa, and are of b/vae, bbbb"),
+    (LATENTS, FACTOR, "were scaled by channel and are scaled by factor now"), (FACTOR, LATENTS, "by factor and"),
+    (LATENTS, OTHER_DATA, "mean [0.1, 0.2, 0.3, 0.4] -> [0.1, 0.2, 0.3, 0.5]"), (LATENTS, None, "drew latents"),
+    (FACTOR, OTHER_DATA | {"scaling": "factor"}, None), (None, LATENTS, "is not in its file, and not compared")])
+def test_latents_that_are_not_those_of_the_other_run_are_noted(was, now, says, tmp_path):
+    source = SimpleNamespace(classes=[], **({"meta": now} if now else {}))
+    notes = started(tmp_path, dataclasses.replace(TEXT, channels=4), {"latents": was} if was else {}, source)
+    assert len(notes) == (says is not None) and (says or "") in "".join(notes)
+
+
+def test_pixels_and_latents_are_told_apart(tmp_path):
+    pixels, latents = SimpleNamespace(classes=[]), SimpleNamespace(classes=[], meta=LATENTS)
+    assert started(tmp_path, TEXT, {}, pixels) == []
+    assert "drew pixels, this one draws latents" in started(tmp_path, TEXT, {}, latents)[0]
 
 
 @pytest.mark.parametrize("old, new", [(CLASS, TEXT), (TEXT, CLASS), (TEXT, dataclasses.replace(TEXT, text_dim=13))])
