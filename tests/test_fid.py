@@ -213,7 +213,7 @@ def side_by_side(world):
 @pytest.mark.slow
 def test_any_number_of_processes_counts_every_picture_once():
     """With 2 and 3 of them some have more batches than others, and some have none."""
-    (alone,) = side_by_side(1)                              # a process of its own too: whatever tests before this one set
+    (alone,) = side_by_side(1)                              # in its own process too, whatever other tests have set
     for world in (2, 3):
         ranks = side_by_side(world)
         for k, (n, _) in enumerate(CASES):
