@@ -65,6 +65,7 @@ class Config:
     augment: str = "crop+flip"      # what varies in how a picture is taken, joined with +: crop, flip, size
     crop: str = "global"            # side of a random crop, of the short side: global .9-1, local .4-.6, mix .4-1
     objects: int = 2                # shapes only: most objects in a picture
+    scenes: str = "free"            # shapes only: free, any place and size, or grid, places a patch apart, two sizes
     seed: int = 0                   # keys every random draw: initial weights, data order, noise, samples
     model: ModelConfig = field(default_factory=ModelConfig)
     init: str = ""                  # run folder or weights file whose averaged weights to start from; empty = fresh
@@ -78,6 +79,7 @@ class Config:
     warmup: int = 100               # steps of linear warm-up
     decay: float = 0.0              # share of the run after which the rate falls as 1/sqrt(step); 0 = never
     cooldown: float = 0.0           # share of the run at its end over which the rate falls linearly to zero
+    muon: float = 0.0               # peak rate of the blocks' matrices, which Muon moves; 0 = AdamW moves them too
     lr_mp: float = 0.0              # peak rate of magnitude-preserving weights; 0 = lr
     normalize: bool = False         # magnitude-preserving weights: rows back to unit magnitude after every step
     beta1: float = 0.9              # AdamW
@@ -141,7 +143,7 @@ RANGES = {"batch": (1, 2 ** 20), "micro": (1, 2 ** 20), "steps": (1, MANY), "war
           "threads": (0, 1024), "lr": (0, 1e3), "cooldown": (0, 1), "beta1": (0, 0.9999), "beta2": (0, 0.999999),
           "weight_decay": (0, 1e3), "clip": (0, 1e30), "ema": (0.001, 0.288), "drop": (0, 1), "max_bad": (0, 1),
           "lam": (-1e3, 1e3), "noise_weight": (-8, 8), "drop_controls": (0, 1), "padding_noise": (0, 10),
-          "decay": (0, 1), "lr_mp": (0, 1e3), "snapshots": (0, 10_000), "magnitudes_every": (0, MANY),
+          "decay": (0, 1), "lr_mp": (0, 1e3), "muon": (0, 1e3), "snapshots": (0, 10_000), "magnitudes_every": (0, MANY),
           "fid_every": (0, MANY), "fid_n": (10, MANY)}
 
 

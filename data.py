@@ -42,6 +42,7 @@ from pictures import grid
 from shapes import Shapes, WordVectors
 from shards import TarShards, is_shards
 
+SCENES = ("free", "grid")               # of shapes
 Record, Batch = dict[str, Any], dict[str, Any]
 Source, TextEncoder = Any, Any          # contracts, stated above and at text_encoder
 
@@ -119,7 +120,10 @@ def open_shapes(cfg: Config, split: str) -> Source:
     varied = cfg.augment.split("+")
     vary = [name in varied for name in ("size", "crop", "flip")]
     side = (1.0, 1.0) if cfg.crop == "global" else CROPS[cfg.crop]
-    return Shapes(cfg.model.resolution, cfg.seed, split, tuple(range(1, cfg.objects + 1)), *vary, side)
+    if cfg.scenes not in SCENES:
+        raise UserError(f"unknown scenes={cfg.scenes!r}; there are {', '.join(SCENES)}")
+    objects = tuple(range(1, cfg.objects + 1))
+    return Shapes(cfg.model.resolution, cfg.seed, split, objects, *vary, side, cfg.scenes == "grid")
 
 
 def open_folder(cfg: Config, split: str) -> Source:

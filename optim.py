@@ -9,7 +9,8 @@ part along w. So a training step is
     clip, opt.step()                    as ever
     renormalize_(rows, window.bad)      rows go back to unit RMS
 
-with rows = keep_rows(net, cfg), an empty list unless cfg.normalize. Dimensions: m rows, n columns of a weight.
+with rows = keep_rows(net, cfg), an empty list unless cfg.normalize. AdamW moves all weights; with cfg.muon those of the
+blocks' linear layers move as muon.py says. Dimensions: m rows, n columns of a weight.
 """
 import math
 
@@ -19,7 +20,9 @@ from torch import Tensor, nn
 from conditioning import ControlEmbedding, MPTimestepEmbedder, TimestepEmbedder
 from config import Config, UserError
 from log import Window
+from machine import precision
 from mp_layers import MPEmbedding, MPLinear, rely_on_norms_
+from muon import Muon, matrices
 
 
 SHORTEST = 1e-30                        # length at which a row counts as zero
@@ -57,37 +60,44 @@ def readers_of_waves(net: nn.Module) -> list[Tensor]:
 
 
 def groups(net: nn.Module, cfg: Config) -> list[dict]:
-    """AdamW's groups: weights whose rows have a direction only, scalars such as gains, and the rest.
+    """The optimizer's groups: weights whose rows have a direction only, scalars such as gains, and the rest.
 
     The first learn at cfg.lr_mp, all else at cfg.lr, but for a share of it where plain weights read sinusoids; `scale`
     is what a group's rate is multiplied by. Directions and scalars do not decay: it would not change the ones, and it
-    would turn gains down.
-    UserError if cfg.lr_mp is asked for without such weights, or with cfg.lr zero, which it is a multiple of."""
-    if cfg.lr_mp > 0 and cfg.lr == 0:
-        raise UserError(f"lr_mp={cfg.lr_mp} needs lr above zero, got lr={cfg.lr}")
+    would turn gains down. With cfg.muon the last group is the blocks' matrices, at that rate.
+    UserError if a rate is asked for without such weights, or with cfg.lr zero, which all are multiples of."""
+    for key in ("lr_mp", "muon"):
+        if getattr(cfg, key) > 0 and cfg.lr == 0:
+            raise UserError(f"{key}={getattr(cfg, key)} needs lr above zero, got lr={cfg.lr}")
     rows = {id(w) for w in directed(net)}
     if cfg.lr_mp > 0 and not rows:
         raise UserError(f"lr_mp={cfg.lr_mp} is for magnitude-preserving weights; model.arch={cfg.model.arch!r} with "
                         f"model.preserve={cfg.model.preserve!r} has none")
-    waves = {id(p) for p in readers_of_waves(net)}
-    kinds: dict[str, list[Tensor]] = {"rest": [], "waves": [], "scalars": [], "rows": []}
+    waves, cut = {id(p) for p in readers_of_waves(net)}, {id(p) for p in matrices(net)} if cfg.muon > 0 else set()
+    kinds: dict[str, list[Tensor]] = {"rest": [], "waves": [], "scalars": [], "rows": [], "matrices": []}
     for p in net.parameters():
-        kinds["rows" if id(p) in rows else "waves" if id(p) in waves else "scalars" if p.numel() == 1
-              else "rest"].append(p)
-    scale = {"rest": 1.0, "waves": WAVES, "scalars": 1.0, "rows": cfg.lr_mp / cfg.lr if cfg.lr_mp > 0 else 1.0}
-    decay = {"rest": cfg.weight_decay, "waves": cfg.weight_decay, "scalars": 0.0, "rows": 0.0}
-    return [{"params": kinds[k], "lr": scale[k] * cfg.lr, "scale": scale[k], "weight_decay": decay[k]}
+        kinds["matrices" if id(p) in cut else "rows" if id(p) in rows else "waves" if id(p) in waves
+              else "scalars" if p.numel() == 1 else "rest"].append(p)
+    if cfg.muon > 0 and not kinds["matrices"]:
+        raise UserError(f"muon={cfg.muon} is for blocks' matrices; model.arch={cfg.model.arch!r} has none")
+    rate = {"rows": cfg.lr_mp or cfg.lr, "waves": WAVES * cfg.lr, "matrices": cfg.muon}
+    return [{"params": kinds[k], "lr": rate.get(k, cfg.lr), "scale": rate.get(k, cfg.lr) / cfg.lr if cfg.lr else 1.0,
+             "weight_decay": 0.0 if id(kinds[k][0]) in rows or k == "scalars" else cfg.weight_decay}
             for k in kinds if kinds[k]]
 
 
 def optimizer(net: nn.Module, cfg: Config, window: Window) -> torch.optim.Optimizer:
-    """AdamW in a fused kernel, its state there from the start. From the first bad gradient on it changes nothing."""
-    opt = torch.optim.AdamW(groups(net, cfg), cfg.lr, (cfg.beta1, cfg.beta2), fused=True)
-    for p in net.parameters():
+    """AdamW in a fused kernel, and Muon if asked for, all state there from the start.
+
+    From the first bad gradient on neither changes anything."""
+    parts = groups(net, cfg)
+    last = parts.pop() if cfg.muon > 0 else None
+    opt = torch.optim.AdamW(parts, cfg.lr, (cfg.beta1, cfg.beta2), fused=True)
+    for p in (p for group in parts for p in group["params"]):
         opt.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
                         "exp_avg_sq": torch.zeros_like(p)}
     opt.found_inf, opt.grad_scale = window.bad, None        # a fused step changes nothing where found_inf is 1
-    return opt
+    return opt if last is None else Muon(opt, last, window.bad, precision(window.bad.device, cfg.dtype))
 
 
 def set_rates(opt: torch.optim.Optimizer, rate: float) -> None:

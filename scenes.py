@@ -1,7 +1,7 @@
 """Scenes of coloured shapes: what is in them, drawn from hashed numbers, and what they look like.
 
 u = uniform(key, indices, DRAWS)                            a row of random numbers for every index
-scene = draw_scene(u, objects=(1, 2, 3), held_out=False)    what is where
+scene = draw_scene(u, (1, 2, 3), held_out=False, grid=False)    what is where
 image = render(scene, S, top, left, flip, R)                pixels
 
 Lengths are shares of the picture's side, y points down, and (0, 0) is its top left corner. The canvas is a quarter
@@ -24,6 +24,9 @@ RADIUS = (0.14, 0.23)                       # half the width of an object among 
 ALONE = 0.36                                # most of the only object of a scene
 SMALL, LARGE = 0.163, 0.197                 # a caption may say small up to the one and large from the other
 MARGIN, GAP = 0.03, 0.02                    # least distance to the border and between two objects
+EIGHTHS = (2, 3, 4, 5, 6)                   # on the grid: where a centre may be on either axis, in eighths of the side
+APART = ((2, 5), (3, 6), (2, 6))            # and the places, near and far, of two objects that must not touch
+TWO_SIZES = (0.145, 0.21)                   # and half the width of an object, small or large
 DRAWS = 54                                  # random numbers of a scene and its caption
 
 
@@ -60,17 +63,17 @@ def native_table() -> np.ndarray:
     return np.cumsum(p / p.sum(1, keepdims=True), axis=1)
 
 
-def draw_scene(u: np.ndarray, objects: tuple[int, ...], held_out: bool) -> dict[str, np.ndarray]:
-    """Uniform numbers (B, DRAWS) to scenes: shape, color, x, y, r (B, 3), relation (B, 2), the rest (B,)."""
+def draw_scene(u: np.ndarray, objects: tuple[int, ...], held_out: bool, grid: bool) -> dict[str, np.ndarray]:
+    """Uniform numbers (B, DRAWS) to scenes: shape, color, x, y, r (B, 3), relation (B, 2), the rest (B,).
+
+    grid: centres are eighths of the side apart, which at 32 px is a patch of 4, and one object of several is large."""
     B, rows = len(u), np.arange(len(u))
     n = np.array(objects)[(u[:, 0] * len(objects)).astype(int)]                             # (B,)
     there = np.arange(3) < n[:, None]                                                       # (B, 3)
     shape = (u[:, 12:15] * len(SHAPES)).astype(int)
-    most = np.where(n == 1, ALONE, RADIUS[1])[:, None]
-    r = np.where(there, RADIUS[0] + (most - RADIUS[0]) * u[:, 6:9], 0)
+    r = sizes_on_grid(u[:, 6:9], n) if grid else sizes(u[:, 6:9], n)
+    r = np.where(there, r, 0)
     main = r.argmax(1)                                                               # (B,) the largest object
-    r[rows, main] = np.maximum(r[rows, main], RADIUS[0] / 0.89)
-    r = np.where(np.arange(3) == main[:, None], r, np.minimum(r, 0.9 * r[rows, main][:, None]))
 
     colors, kept = list(COLORS), [(SHAPES.index(s), list(COLORS).index(c)) for c, s in HELD_OUT]
     rank = u[:, 24:48].reshape(B, 3, len(COLORS)).copy()    # an object takes the colour that ranks first
@@ -88,12 +91,28 @@ def draw_scene(u: np.ndarray, objects: tuple[int, ...], held_out: bool) -> dict[
         color[:, k] = rank[:, k].argmax(1)
         rank[rows, k + 1:, color[:, k]] = -1
 
-    x, y, relation = place(u[:, 3:6] < 0.5, u[:, 17:24], n, r)
+    x, y, relation = (place_on_grid if grid else place)(u[:, 3:6] < 0.5, u[:, 17:24], n, r)
     native = (u[:, 1, None] > native_table()[shape[rows, main], :-1]).sum(1)
     scene = dict(shape=shape, color=color, x=x, y=y, r=r)
     scene = {name: np.where(there, value, -1) for name, value in scene.items()}
     return dict(scene, n=n, main=main, relation=np.where(there[:, 1:], relation, -1), native=native,
                 background=(u[:, 2] * len(BACKGROUNDS)).astype(int))
+
+
+def sizes(u: np.ndarray, n: np.ndarray) -> np.ndarray:
+    """Half the width of every object, the largest clearly so. u (B, 3), n (B,) -> (B, 3)"""
+    rows, there = np.arange(len(n)), np.arange(3) < n[:, None]
+    most = np.where(n == 1, ALONE, RADIUS[1])[:, None]
+    r = np.where(there, RADIUS[0] + (most - RADIUS[0]) * u, 0)
+    main = r.argmax(1)
+    r[rows, main] = np.maximum(r[rows, main], RADIUS[0] / 0.89)
+    return np.where(np.arange(3) == main[:, None], r, np.minimum(r, 0.9 * r[rows, main][:, None]))
+
+
+def sizes_on_grid(u: np.ndarray, n: np.ndarray) -> np.ndarray:
+    """Small or large where an object is alone; else one is large, each as likely. u (B, 3), n (B,) -> (B, 3)"""
+    large = np.where(n == 1, 2 * u[:, 0], u[:, 0] * n).astype(int)                          # (B,)
+    return np.where(np.arange(3) == large[:, None], TWO_SIZES[1], TWO_SIZES[0])
 
 
 def place(coin: np.ndarray, u: np.ndarray, n: np.ndarray, r: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -122,6 +141,22 @@ def place(coin: np.ndarray, u: np.ndarray, n: np.ndarray, r: np.ndarray) -> tupl
     across[:, 2] = edge[rows, 1 - before] + r[:, 2]
 
     x, y = np.where(vertical[:, None], (across, along), (along, across))
+    return x, y, np.stack([2 * vertical + far, 2 * (1 - vertical) + before], axis=1)
+
+
+def place_on_grid(coin: np.ndarray, u: np.ndarray, n: np.ndarray, r: np.ndarray) -> tuple[np.ndarray, ...]:
+    """What `place` gives, with centres on the grid. Objects do not touch at any of the two sizes."""
+    rows = np.arange(len(n))
+    vertical, far, before = coin.astype(int).T
+    free = np.array(EIGHTHS)[(u[:, :6] * len(EIGHTHS)).astype(int)]                         # (B, 6)
+    along, across = free[:, :3].copy(), free[:, 3:].copy()
+    pair, band = (np.array(APART)[(v * len(APART)).astype(int)] for v in (u[:, 6], u[:, 0]))    # (B, 2)
+    for k in (0, 1):
+        along[:, k] = np.where(n > 1, pair[rows, far ^ k], along[:, k])
+        across[:, k] = np.where(n > 2, band[rows, before], across[:, k])
+    across[:, 2] = band[rows, 1 - before]
+
+    x, y = np.where(vertical[:, None], (across, along), (along, across)) / 8
     return x, y, np.stack([2 * vertical + far, 2 * (1 - vertical) + before], axis=1)
 
 

@@ -181,8 +181,9 @@ def test_wrong_arguments_are_named():
 
 # ---------------------------------------------------------------- scenes
 
-def test_captions_are_true_of_the_scene():
-    batch = Shapes(8, seed=2, **PLAIN).records(range(1500))
+@pytest.mark.parametrize("grid", [False, True])
+def test_captions_are_true_of_the_scene(grid):
+    batch = Shapes(8, seed=2, grid=grid, **PLAIN).records(range(1500))
     scene = {k: v.numpy() for k, v in batch["scene"].items()}
     claims = 0
     for b, text in enumerate(batch["caption"]):
@@ -201,8 +202,9 @@ def test_captions_are_true_of_the_scene():
 
 
 @pytest.mark.parametrize("objects", [(1,), (2,), (3,)])
-def test_objects_are_whole_apart_and_of_different_colours(objects):
-    truth = Shapes(8, objects=objects, **PLAIN).records(range(800))["scene"]
+@pytest.mark.parametrize("grid", [False, True])
+def test_objects_are_whole_apart_and_of_different_colours(objects, grid):
+    truth = Shapes(8, objects=objects, grid=grid, **PLAIN).records(range(800))["scene"]
     scene = {k: v.numpy() for k, v in truth.items()}
     n = objects[0]
     assert (scene["n"] == n).all()
@@ -216,8 +218,27 @@ def test_objects_are_whole_apart_and_of_different_colours(objects):
     assert x.std() > 0.1 and y.std() > 0.1 and set(scene["background"]) == set(range(len(BACKGROUNDS)))
 
 
-def test_label_is_the_clearly_largest_object_and_sets_the_native_size():
-    batch = Shapes(8).records(range(4000))
+def test_on_the_grid_centres_are_corners_of_patches_and_sizes_are_two_one_large_among_several():
+    source = Shapes(32, grid=True, **PLAIN)
+    scene = {k: v.numpy() for k, v in source.records(range(2000))["scene"].items()}
+    there = scene["r"] > 0
+    for name in "xy":
+        place = scene[name][there] * 8
+        assert (place == place.round()).all() and set(place) == set(scenes.EIGHTHS)
+    small, large = ((scene["r"] == r).sum(1) for r in scenes.TWO_SIZES)
+    several = scene["n"] > 1
+    assert (large[several] == 1).all() and (small + large == scene["n"]).all()
+    assert abs(large[~several].mean() - 0.5) < 5 * 0.5 / (~several).sum() ** 0.5
+    first = (scene["r"][several, 0] == scenes.TWO_SIZES[1]).mean()          # as likely as any other: 1/2 or 1/3
+    assert abs(first - 5 / 12) < 5 * 0.5 / several.sum() ** 0.5
+    free = Shapes(32, **PLAIN)
+    assert free.fingerprint != source.fingerprint and not torch.equal(free.records([3])["image"],
+                                                                      source.records([3])["image"])
+
+
+@pytest.mark.parametrize("grid", [False, True])
+def test_label_is_the_clearly_largest_object_and_sets_the_native_size(grid):
+    batch = Shapes(8, grid=grid).records(range(4000))
     r = batch["scene"]["r"].sort(dim=1, descending=True)
     assert (r.values[:, 1] <= 0.9 * r.values[:, 0] + 1e-9).all()
     assert torch.equal(batch["label"], batch["scene"]["shape"].gather(1, r.indices[:, :1])[:, 0])
@@ -229,10 +250,11 @@ def test_label_is_the_clearly_largest_object_and_sets_the_native_size():
         assert len(batch["size"][batch["label"] == k, 0].unique()) == len(NATIVE)
 
 
-def test_held_out_pairs_are_only_where_they_belong():
+@pytest.mark.parametrize("grid", [False, True])
+def test_held_out_pairs_are_only_where_they_belong(grid):
     pairs = {(list(COLORS).index(c), SHAPES.index(s)) for c, s in HELD_OUT}
     for split_name in ("train", "test", "held_out"):
-        scene = Shapes(8, split=split_name, **PLAIN).records(range(3000))["scene"]
+        scene = Shapes(8, split=split_name, grid=grid, **PLAIN).records(range(3000))["scene"]
         main = [(c[m].item(), s[m].item()) for c, s, m in zip(scene["color"], scene["shape"], scene["main"])]
         every = [p for c, s in zip(scene["color"], scene["shape"]) for p in zip(c.tolist(), s.tolist())]
         found = sum(p in pairs for p in every)
@@ -244,7 +266,7 @@ def test_held_out_pairs_are_only_where_they_belong():
 
 def some(count):
     """A few scenes of one to three objects at all native sizes."""
-    return scenes.draw_scene(uniform(1, np.arange(count), scenes.DRAWS), (1, 2, 3), False)
+    return scenes.draw_scene(uniform(1, np.arange(count), scenes.DRAWS), (1, 2, 3), False, False)
 
 
 @pytest.mark.parametrize("n", NATIVE)
