@@ -42,11 +42,12 @@ BETAS = (0.5, 1.5, 2.0)                 # beside 1; at 0 the size has no effect 
 POOL = 4                                # pictures are compared in squares of so many pixels, which blur does not change
 LAM = 2.0                               # lambda at 32 px
 STEPS = 25                              # sampling steps
-FINE = "--lr=2e-3"                      # peak rate of a run that goes on from another
-CLASSES = ("--model.semantics=class", "--model.text_length=0", "--model.prediction=eps", "--noise_weight=0")
+FINE = ("--lr=2e-3", "--muon=0.007")    # peak rates of a run that goes on from another
+ADAM = ("--muon=0", "--batch=16", "--micro=16")     # as [MAG] has it, in small steps
+CLASSES = ("--model.semantics=class", "--model.text_length=0", "--model.prediction=eps", "--noise_weight=0", *ADAM)
 RATES = (2e-3, 6e-3, 2e-2)              # that a claim of [MAG] chooses from, for every arm
 STEEP = (2e-3, 2e-2, 2e-1, 2.0)         # that are compared for stability
-CONSTANT = ("--model.prediction=eps", "--noise_weight=0", "--cooldown=0", "--dtype=bfloat16")
+CONSTANT = ("--model.prediction=eps", "--noise_weight=0", "--cooldown=0", "--dtype=bfloat16", *ADAM)
 HELD = 1000                             # pictures of the held-out loss, one for each noise level
 REAL = 10_000                           # renders that toy_fd compares with
 
@@ -57,9 +58,9 @@ class Options:
     claim: str = "flip"             # a key of CLAIMS
     out: str = "out/claims"         # folder of all runs
     seeds: int = 3                  # runs of every arm
-    base: int = 4800                # training steps of the run, at 32 px, that others go on from
-    steps: int = 1200               # training steps of an arm
-    fine: int = 400                 # transfer: training steps of an arm at 64 px
+    base: int = 1200                # training steps of the run, at 32 px, that others go on from
+    steps: int = 300                # training steps of an arm; of magnitude and modulation four times as many
+    fine: int = 150                 # transfer: training steps of an arm at 64 px
     tune: int = 400                 # magnitude, modulation: steps at every rate; stability: steps
     n: int = 200                    # pictures measured of every run
     jobs: int = 0                   # runs at a time, each on its share of the cores; 0 = one a core
@@ -142,7 +143,7 @@ def flip(o: Options) -> dict[str, list[Row]]:
     from right: from nothing the word is slow to learn, for it tells nothing without the flag (LOG.md)."""
     names, arms = base(o), {"before": None, "flip not told": "", "flip told": "flip"}
     runs = {f"flip{k}-{seed}": ["--augment=flip", f"--model.controls={control}", f"--init={o.out}/{names[seed]}",
-                                f"--steps={o.steps}", f"--seed={seed}", FINE]
+                                f"--steps={o.steps}", f"--seed={seed}", *FINE]
             for k, control in enumerate(arms.values()) if control is not None for seed in range(o.seeds)}
     train(o, runs)
     rows = {arm: [] for arm in arms}
@@ -163,7 +164,7 @@ def size(o: Options) -> dict[str, list[Row]]:
     names = base(o)
     arms = {"uniform": ["--model.control_weight=uniform"], "cosine 8": ["--model.control_weight=cosine"]}
     runs = {f"size{k}-{seed}": ["--augment=size", "--model.controls=size", *flags, f"--init={o.out}/{names[seed]}",
-                                f"--steps={o.steps}", f"--seed={seed}", FINE]
+                                f"--steps={o.steps}", f"--seed={seed}", *FINE]
             for k, flags in enumerate(arms.values()) for seed in range(o.seeds)}
     train(o, runs)
     rows = {arm: [] for arm in arms}
@@ -191,7 +192,7 @@ def transfer(o: Options) -> dict[str, list[Row]]:
     arms = {"neither": ["--model.base=60"], "positions": [], "positions, sigma": ["--model.rescale=2"]}
     names = base(o)
     runs = {f"high{k}-{seed}": ["--model.resolution=64", f"--init={o.out}/{names[seed]}", f"--steps={o.fine}",
-                                f"--seed={seed}", FINE, *flags]
+                                f"--seed={seed}", *FINE, *flags]
             for k, flags in enumerate(arms.values()) for seed in range(o.seeds)}
     train(o, runs)
     rows = {arm: [] for arm in arms}
@@ -249,7 +250,7 @@ def at_best_rate(o: Options, arms: dict[str, list[str]]) -> dict[str, list[Row]]
             raise UserError(f"{arm} stayed finite at none of the rates {', '.join(f'{rate:g}' for rate in RATES)}")
         best[arm] = min(losses, key=losses.get)
         print(f"{arm}: held-out loss {', '.join(f'{v:.4f} at {k:g}' for k, v in losses.items())}", flush=True)
-    train(o, {f"{arm}-{seed}": [*CLASSES, *flags, f"--lr={best[arm]}", f"--steps={o.steps}", f"--seed={seed}"]
+    train(o, {f"{arm}-{seed}": [*CLASSES, *flags, f"--lr={best[arm]}", f"--steps={4 * o.steps}", f"--seed={seed}"]
               for arm, flags in arms.items() for seed in range(o.seeds)})
     eye = judge.load()
     reference = judge.render_stats(eye, open_source(model.load(Path(o.out) / f"{next(iter(arms))}-0")[1], "test"),
