@@ -43,6 +43,7 @@ class Pictures:
     channels = 3
     classes: list[str] = []
     labels: list[int] = []
+    encoder = None                      # captions come as they are
     files = 0                           # that there are, whether they can be used or not
 
     def __init__(self, path: str | Path, resolution: int, seed: int = 0, flip: bool = True, max_bad: float = 0.01,

@@ -160,7 +160,8 @@ def main(argv: list[str], held: ExitStack, status: log.Status) -> None:
     cfg = read_config(argv)
     check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
     place = machine.setup(cfg.threads)
-    source, encoder = data.open_source(cfg), data.text_encoder(cfg)
+    source = data.open_source(cfg)
+    encoder = data.text_encoder(cfg, source.encoder, place.device)
     cfg = complete(cfg, source, encoder)
     out, user_file, chief = Path(cfg.out), Path(cfg.out) / "weights.safetensors", place.rank == 0
     m = cfg.model

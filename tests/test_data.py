@@ -433,7 +433,7 @@ def test_a_control_that_the_data_does_not_vary_is_an_error_that_says_what_would(
 
 def test_the_encoder_is_of_words_or_clip(monkeypatch):
     class CLIPText:
-        def __init__(self, path):
+        def __init__(self, path, device):
             self.path = path
 
     monkeypatch.setitem(sys.modules, "text", SimpleNamespace(CLIPText=CLIPText))
