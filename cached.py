@@ -142,7 +142,8 @@ class Latents:
                 self.spans.append(self.open(names["spans"], (len(part), meta["variants"], 2), "i"))
                 self.tokens.append(self.open(names["tokens"], (-1, self.encoder["dim"]), "f"))
             self.captions.append(self.open_bytes(names["captions"]) if meta["captions"] else None)
-        self.bad: set[int] = set()
+        self.bad: dict[str, str] = {}
+        self.skipped: Any = None                            # where else to name them: skipped.Skipped
         self.lock = threading.Lock()
 
     def open(self, name: str, shape: tuple[int, ...], kind: str) -> np.ndarray:
@@ -234,7 +235,9 @@ class Latents:
     def note_bad(self, index: int) -> None:
         """Counts a latent that is not finite; UserError if there are now more than max_bad allows."""
         with self.lock:
-            self.bad.add(index)
+            self.bad[f"latent {index}"] = why = "not finite"
+            if self.skipped:
+                self.skipped.note({f"latent {index}": why})
             allowed = max(1, int(self.max_bad * len(self))) if self.max_bad > 0 else 0
             if len(self.bad) > allowed:
                 raise UserError(f"{len(self.bad)} of {len(self):,} latents of {self.path} are not finite, e.g. "

@@ -13,9 +13,9 @@ A Batch is a dict; label and caption are in it if the source has them, text and 
     flip (B,) float32: 1 where the image is mirrored
     text (B, L, E) float32: tokens of the caption, of which the first lengths (B,) int64 count
 A source has `classes` (names; [] if none), `channels`, `controls` (those of size, crop, flip that vary), `fingerprint`
-(sha256 of what decides its content) and `encoder` (whose tokens it has stored, and brings as text; None if none).
-Sample and augmentation are pure functions of (seed, step, position in the global batch): no order is stored and no
-random state exists.
+(sha256 of what decides its content), `encoder` (whose tokens it has stored, and brings as text; None if none) and
+`bad` ({name: reason} of what it passed over). Sample and augmentation are pure functions of (seed, step, position in
+the global batch): no order is stored and no random state exists.
 
 Dimensions: B batch, C channels, R resolution, H height, W width, L text tokens, E width of a text token.
 """

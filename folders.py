@@ -55,6 +55,7 @@ class Pictures:
         self.side = side if self.random else (1.0, 1.0)
         self.controls = ("size", "crop", "flip") if flip else ("size", "crop")
         self.bad: dict[str, str] = {}
+        self.skipped: Any = None                                # where else to name them: skipped.Skipped
         self.lock = threading.Lock()
 
     def name(self, index: int) -> str:
@@ -104,15 +105,18 @@ class Pictures:
     def note_bad(self, name: str, reason: str) -> None:
         """Counts a sample of no use and names it, once; UserError if there are now more than max_bad allows."""
         with self.lock:
+            where = f"; all are in {self.skipped.path}" if self.skipped else ""
             if name not in self.bad and len(self.bad) <= NAMED:
-                last = "; no more of these are named" if len(self.bad) == NAMED else ""
+                last = (where or "; no more of these are named") if len(self.bad) == NAMED else ""
                 tqdm.write(f"warning: {name!r} is passed over: {reason}{last}", sys.stderr)
             self.bad[name] = reason
+            if self.skipped:
+                self.skipped.note({name: reason})
             allowed = max(1, int(self.max_bad * self.files)) if self.max_bad > 0 else 0
             if len(self.bad) > allowed:
                 some = ", ".join(f"{n!r} ({why})" for n, why in list(self.bad.items())[:3])
                 raise UserError(f"{len(self.bad)} of {self.files} images of {str(self.path)!r} cannot be "
-                                f"read, e.g. {some}; mend or remove them, or raise --max_bad={self.max_bad}")
+                                f"read, e.g. {some}{where}; mend or remove them, or raise --max_bad={self.max_bad}")
 
 
 class ImageFolder(Pictures):

@@ -33,6 +33,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 import machine
+import skipped
 import tokens
 from autoencoder import decode, describe, downscale, encode_batch, open_autoencoder, open_decoder
 from cached import (FORMAT, META, ORIGINALS, RECORD, RESULT, SCALINGS, Latents, affine, file_names, is_latents,
@@ -160,7 +161,7 @@ def begin(out: Path, meta: dict, source: data.Source) -> None:
         old = read_meta(out, finished=False)
         if changed := other(old, meta):
             raise UserError(f"{out} holds other latents: {'; '.join(changed)[:2000]}. Choose another --out")
-        if not RESULT.keys() <= old.keys() or missing(out, meta, range(len(shards(meta)))):
+        if missing(out, meta, range(len(shards(meta)))):
             checkpoint.write_text(out / META, json.dumps(meta, indent=1))
         return
     if any(out.glob("latents-*.npy")):
@@ -277,6 +278,7 @@ def encode(o: Encode) -> None:
                 refused = e
         if machine.agree(-1 if refused else 0, place) < 0:
             raise refused or UserError("rank 0 does not start; its message says why")
+        skipped.follow(source, out)
         parts = shards(meta)
         mine = range(place.rank, len(parts), place.world)
         todo = missing(out, {k: v for k, v in meta.items() if k != "encoder"}, mine)

@@ -42,7 +42,7 @@ class Shapes:
     crop        cut the crop out of the canvas anywhere, objects or not; off: at (0, 0), which cuts nothing
     side        range of the share of the picture's side that a crop shows; with crop off all of it, always
     flip        mirror every other picture but not its caption; off: never"""
-    channels, encoder = 3, None
+    channels, encoder, bad = 3, None, {}
     classes = list(SHAPES)
     describe = staticmethod(describe)
 

@@ -30,6 +30,7 @@ import log
 import machine
 import magnitudes
 import model
+import skipped
 from conditioning import Condition, from_batch, pad_text
 from config import Config, UserError, fields, seed64, to_json
 from log import Window
@@ -184,6 +185,7 @@ def main(argv: list[str], held: ExitStack, status: log.Status) -> None:
     opt = optimizer(net, cfg, window)
     tensors = state(net, kept, opt)
     start = saved = begin(cfg, place, source, tensors, held, status)
+    skipped.follow(source, out)
     if cfg.compile == "on" or cfg.compile == "auto" and place.device.type == "cuda":
         for block in net.blocks:
             block.compile(fullgraph=True)

@@ -457,7 +457,7 @@ def test_a_latent_that_is_not_finite_is_counted_replaced_and_limited(copy):
     np.save(copy / FILE, array)
     source = Latents(copy)
     batch = source.records([4, 5, 6], [0, 0, 0])
-    assert source.bad == {5} and batch["image"].isfinite().all()
+    assert source.bad == {"latent 5": "not finite"} and batch["image"].isfinite().all()
     assert batch["index"][[0, 2]].tolist() == [4, 6] and batch["index"][1] != 5
     used = batch["index"][1].item()
     assert batch["label"][1] == source.rows[used // SHARD][used % SHARD, 0]["label"]
