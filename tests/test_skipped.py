@@ -3,6 +3,7 @@ import errno
 import json
 import os
 import threading
+import time
 
 import pytest
 from PIL import Image
@@ -48,6 +49,17 @@ def test_many_that_write_at_once_lose_nothing_and_repeat_nothing(tmp_path):
     threads = [threading.Thread(target=work, args=(k,)) for k in range(6)]
     [t.start() for t in threads], [t.join() for t in threads]
     assert sorted(name for name, _ in lines(tmp_path)) == sorted(f"{k}.png" for k in range(40))
+
+
+def test_one_waits_while_another_reads_and_writes(tmp_path):
+    class Slow(Skipped):
+        def catch_up(self, file):
+            super().catch_up(file)
+            time.sleep(0.05)
+
+    threads = [threading.Thread(target=Slow(tmp_path).note, args=({"a": "cut"},)) for _ in range(3)]
+    [t.start() for t in threads], [t.join() for t in threads]
+    assert lines(tmp_path) == [("a", "cut")]
 
 
 def test_half_a_line_is_taken_away_and_what_is_of_another_hand_stays(tmp_path):

@@ -1,4 +1,4 @@
-"""Every source, from files that the tests write: two steps with a preview, a resume, a drawing; memory over many batches.
+"""Every source, from files that the tests write: two steps with a preview, a resume, a drawing; its memory.
 
 One table, SOURCES: what writes a source's files and gives its flags. Latents need diffusers, their tokens open_clip.
 """
