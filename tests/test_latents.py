@@ -190,9 +190,12 @@ def run_command(argv, *launch):
 
 @pytest.mark.slow
 def test_two_processes_one_of_them_killed_write_the_same_bytes(place, tmp_path):
-    """SIGKILL to a single process that has written some files; then two on gloo, under torchrun, finish."""
-    command = words(place, out=tmp_path / "out", shard=1, batch=3)
-    latents.encode(options(place, out=tmp_path / "whole", shard=1, batch=3))
+    """SIGKILL to a single process that has written some files; then two on gloo, under torchrun, finish. With tokens."""
+    from test_text import make, write
+    clip = f"clip:{write(tmp_path / 'clip', make(False), False)}"
+    latents.encode(captioned(place, out=tmp_path / "whole", shard=1, encoder=clip))
+    asked = dataclasses.asdict(captioned(place, out=tmp_path / "out", shard=1, encoder=clip))
+    command = ["encode", *(f"--{k}={v}" for k, v in asked.items())]
     one = run_command(command)
     while one.poll() is None and not (tmp_path / "out" / "latents-00000.npy").exists():
         time.sleep(0.01)
