@@ -190,7 +190,7 @@ def run_command(argv, *launch):
 
 @pytest.mark.slow
 def test_two_processes_one_of_them_killed_write_the_same_bytes(place, tmp_path):
-    """SIGKILL to a single process that has written some files; then two on gloo, under torchrun, finish. With tokens."""
+    """SIGKILL to a single process that has written some files; then two on gloo, under torchrun, finish."""
     from test_text import make, write
     clip = f"clip:{write(tmp_path / 'clip', make(False), False)}"
     latents.encode(captioned(place, out=tmp_path / "whole", shard=1, encoder=clip))
