@@ -4,6 +4,7 @@ meta.json              autoencoder, data, what was varied, scaling, statistics o
 latents-00000.npy      (n, K, F, 2C, h, w) float16: mean and standard deviation of the posterior of each picture
 records-00000.npy      (n, K) RECORD: label, size, crop, and where its caption lies in
 captions-00000.jsonl   one JSON string a line; only where the data has captions
+tokens-, spans-00000.npy   what a text encoder makes of them, where that was asked for: tokens.py
 originals.npy          (k, 3, R, R) uint8: the first pictures as they were, to compare with what is decoded
 
 K stored crops of a picture, F = 2 with its mirror image beside each, else 1: a latent cannot be cropped or mirrored
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from config import Config, UserError, seed64
+from tokens import ENCODER, padded
 
 META, ORIGINALS = "meta.json", "originals.npy"
 FORMAT = 1                              # of these folders; a newer one is refused
@@ -42,7 +44,8 @@ AUTOENCODER = {"path": str, "sha256": str, "scaling_factor": float, "shift_facto
 def file_names(meta: dict, s: int) -> dict[str, str]:
     """Names of the files of shard s by what they hold."""
     names = {"captions": f"captions-{s:05d}.jsonl"} if meta["captions"] else {}
-    return names | {"records": f"records-{s:05d}.npy", "latents": f"latents-{s:05d}.npy"}
+    names |= {"records": f"records-{s:05d}.npy", "latents": f"latents-{s:05d}.npy"}
+    return names | ({"spans": f"spans-{s:05d}.npy", "tokens": f"tokens-{s:05d}.npy"} if "encoder" in meta else {})
 
 
 def shards(meta: dict) -> list[range]:
@@ -77,6 +80,9 @@ def read_meta(path: Path, finished: bool = True) -> dict:
     wanted = PLAN | (RESULT if finished else {})
     wrong = [key for key, kind in wanted.items() if type(meta.get(key)) is not kind]
     wrong = wrong or [key for key, kind in AUTOENCODER.items() if type(meta["autoencoder"].get(key)) is not kind]
+    if "encoder" in meta:
+        about = meta["encoder"] if isinstance(meta["encoder"], dict) else {}
+        wrong += [f"encoder.{key}" for key, kind in ENCODER.items() if type(about.get(key)) is not kind]
     if wrong:
         raise UserError(f"{file} is damaged in {', '.join(wrong)}; encode the data again")
     if meta["scaling"] not in SCALINGS or min(meta[k] for k in ("n", "shard", "variants", "side", "channels")) < 1:
@@ -113,33 +119,41 @@ class Latents:
     image is z = (mean + std eps - shift) / scale, (C, h, w); crop, mirror image and eps are functions of (seed,
     sample, epoch). size and crop are in pixels of the picture.
     flip        take the mirror image half of the time, if it is stored; off: never
-    max_bad     latents that are not finite are counted in `bad` and replaced; UserError beyond max(1, max_bad n)"""
-    def __init__(self, path: str | Path, seed: int = 0, flip: bool = True, max_bad: float = 0.01):
+    max_bad     latents that are not finite are counted in `bad` and replaced; UserError beyond max(1, max_bad n)
+    text        give text and lengths of the captions where tokens are stored; `encoder` then says whose they are"""
+    def __init__(self, path: str | Path, seed: int = 0, flip: bool = True, max_bad: float = 0.01, text: bool = True):
         self.path, self.seed, self.max_bad = Path(path).expanduser(), seed, max_bad
         self.meta = meta = read_meta(self.path)
         self.flip = flip and meta["mirrored"]
         self.channels, self.classes = meta["channels"], meta["classes"] if meta["labels"] else []
         self.controls = tuple(meta["controls"]) + (("flip",) if self.flip else ())
+        self.encoder = meta.get("encoder") if text else None
         where = {"autoencoder": {**meta["autoencoder"], "path": ""}, "data": {**meta["data"], "path": ""}}
+        where |= {"encoder": {**meta["encoder"], "name": ""}} if "encoder" in meta else {}
         self.fingerprint = hashlib.sha256(json.dumps({**meta, **where}, sort_keys=True).encode()).hexdigest()
 
         self.shift, self.scale = affine(meta)
-        self.latents, self.rows, self.captions = [], [], []
+        self.latents, self.rows, self.captions, self.tokens, self.spans = [], [], [], [], []
         for s, part in enumerate(shards(meta)):
             names = file_names(meta, s)
             self.latents.append(self.open(names["latents"], latent_shape(meta, len(part)), "f"))
             self.rows.append(self.open(names["records"], (len(part), meta["variants"]), RECORD.kind))
+            if self.encoder:
+                self.spans.append(self.open(names["spans"], (len(part), meta["variants"], 2), "i"))
+                self.tokens.append(self.open(names["tokens"], (-1, self.encoder["dim"]), "f"))
             self.captions.append(self.open_bytes(names["captions"]) if meta["captions"] else None)
-        self.bad: set[int] = set()
+        self.bad: dict[str, str] = {}
+        self.skipped: Any = None                            # where else to name them: skipped.Skipped
         self.lock = threading.Lock()
 
     def open(self, name: str, shape: tuple[int, ...], kind: str) -> np.ndarray:
-        """A file mapped to memory; UserError unless it is an array of this shape and kind."""
+        """A file mapped to memory; UserError unless it is an array of this shape, -1 for any length, and kind."""
         try:
             array = np.lib.format.open_memmap(self.path / name, mode="r")
         except (OSError, ValueError, EOFError, OverflowError) as e:
             raise UserError(f"{self.path / name} cannot be read: {e}; remove it and run latents.py encode "
                             "again") from e
+        shape = (*array.shape[:1], *shape[1:]) if shape[0] == -1 else shape
         if array.shape != shape or array.dtype.kind != kind or kind == "V" and array.dtype != RECORD:
             raise UserError(f"{self.path / name} has {array.dtype} {array.shape}, {META} says {shape}; remove it and "
                             f"run latents.py encode again")
@@ -166,7 +180,8 @@ class Latents:
         use = [int(i) for i in indices]
         for attempt in range(ATTEMPTS):
             batch = self.draw(use, [int(e) for e in epochs])
-            good = batch["image"].flatten(1).sum(1).isfinite().tolist()
+            good = torch.stack([batch[key].flatten(1).sum(1).isfinite() for key in ("image", "text") if key in batch])
+            good = good.all(0).tolist()
             if all(good):
                 return batch
             for b in [b for b, fine in enumerate(good) if not fine]:
@@ -192,6 +207,9 @@ class Latents:
             batch["label"] = torch.from_numpy(rows["label"].copy())
         if self.meta["captions"]:
             batch["caption"] = [self.caption(s, *span) for (s, _, _), span in zip(places, rows["caption"].tolist())]
+        if self.encoder:
+            found = [self.text(s, *self.spans[s][r, v].tolist()) for s, r, v in places]
+            batch["text"], batch["lengths"] = padded(found, self.encoder["length"], self.encoder["dim"])
         return batch
 
     def caption(self, s: int, start: int, stop: int) -> str:
@@ -202,6 +220,12 @@ class Latents:
             raise UserError(f"the captions of shard {s} in {self.path} are damaged ({e}); latents.py check lists all "
                             "that is") from e
 
+    def text(self, s: int, start: int, stop: int) -> Tensor:
+        """The tokens (n, E) float16 of this span of shard s. UserError if there are none such."""
+        if not 0 <= start <= stop <= min(len(self.tokens[s]), start + self.encoder["length"]):
+            raise UserError(f"the tokens of shard {s} in {self.path} are damaged; latents.py check lists all that is")
+        return torch.from_numpy(self.tokens[s][start:stop].astype(np.float16))
+
     def first(self, count: int) -> Tensor:
         """z of the first pictures: first crop, not mirrored, mean of the posterior. (B, C, h, w)"""
         shard = self.meta["shard"]
@@ -211,7 +235,9 @@ class Latents:
     def note_bad(self, index: int) -> None:
         """Counts a latent that is not finite; UserError if there are now more than max_bad allows."""
         with self.lock:
-            self.bad.add(index)
+            self.bad[f"latent {index}"] = why = "not finite"
+            if self.skipped:
+                self.skipped.note({f"latent {index}": why})
             allowed = max(1, int(self.max_bad * len(self))) if self.max_bad > 0 else 0
             if len(self.bad) > allowed:
                 raise UserError(f"{len(self.bad)} of {len(self):,} latents of {self.path} are not finite, e.g. "
@@ -223,7 +249,7 @@ def open_latents(cfg: Config) -> Latents:
 
     They are mirrored where --augment asks for it and mirror images are stored. Crops are those that are stored."""
     path, varied = Path(cfg.data).expanduser(), cfg.augment.split("+")
-    source = Latents(path, cfg.seed, "flip" in varied, cfg.max_bad)
+    source = Latents(path, cfg.seed, "flip" in varied, cfg.max_bad, cfg.model.semantics == "text")
     meta, again = source.meta, f"; encode the data again, or say --augment={source.meta['augment']!r}"
     if cfg.model.resolution != meta["side"]:
         raise UserError(f"model.resolution={cfg.model.resolution}, but {cfg.data} has latents with a side of "

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -69,14 +70,21 @@ def lock(out: Path) -> Iterator[None]:
         yield
 
 
-def _lock(handle: int) -> None:
-    """BlockingIOError or, on Windows, PermissionError if another process holds the lock."""
+def wait_for(file: BinaryIO) -> None:
+    """Wait until no other process holds this open file; it is held until it is closed. Without locks, go on at once."""
+    file.seek(0)
+    with suppress(OSError):
+        _lock(file.fileno(), wait=True)
+
+
+def _lock(handle: int, wait: bool = False) -> None:
+    """BlockingIOError or, on Windows, PermissionError if another process holds the lock and one is not to wait."""
     try:
         import fcntl
     except ImportError:
         import msvcrt
-        return msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return msvcrt.locking(handle, msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+    fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
 def steps(out: Path) -> list[int]:

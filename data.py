@@ -12,9 +12,10 @@ A Batch is a dict; label and caption are in it if the source has them, text and 
     crop (B, 2) float32: top, left in pixels of the original scaled like the crop, before mirroring
     flip (B,) float32: 1 where the image is mirrored
     text (B, L, E) float32: tokens of the caption, of which the first lengths (B,) int64 count
-A source has `classes` (names; [] if none), `channels`, `controls` (those of size, crop, flip that vary) and
-`fingerprint` (sha256 of what decides its content). Sample and augmentation are pure functions of (seed, step,
-position in the global batch): no order is stored and no random state exists.
+A source has `classes` (names; [] if none), `channels`, `controls` (those of size, crop, flip that vary), `fingerprint`
+(sha256 of what decides its content), `encoder` (whose tokens it has stored, and brings as text; None if none) and
+`bad` ({name: reason} of what it passed over). Sample and augmentation are pure functions of (seed, step, position in
+the global batch): no order is stored and no random state exists.
 
 Dimensions: B batch, C channels, R resolution, H height, W width, L text tokens, E width of a text token.
 """
@@ -27,6 +28,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ from folders import BAD, CROPS, METADATA, SUFFIXES, Captions, ImageFolder, Pictu
 from pictures import grid
 from shapes import Shapes, WordVectors
 from shards import TarShards, is_shards
+from tokens import StoredText, check_same
 
 SCENES = ("free", "grid")               # of shapes
 Record, Batch = dict[str, Any], dict[str, Any]
@@ -173,10 +176,12 @@ def check_words(source: Source, encoder: TextEncoder | None, cfg: Config, most: 
                                 f"e.g. {caption[:80]!r}; use --encoder=clip:PATH") from e
 
 
-def text_encoder(cfg: Config) -> TextEncoder | None:
+def text_encoder(cfg: Config, stored: dict | None = None, device: str | torch.device = "cpu") -> TextEncoder | None:
     """Has `dim` E, `length` L and `encode(captions) -> (tokens, lengths)`; None for a model without text.
 
-    UserError for an encoder that there is not, and for a length that it cannot have."""
+    stored: the `encoder` of a source; of that name the tower is loaded when it is needed. device: the tower runs on
+    a CUDA device, else on the CPU. UserError for an encoder that there is not, that is not the stored one, or for a
+    length that it cannot have."""
     kind, colon, path = cfg.encoder.partition(":")
     if (kind, bool(colon), bool(path)) not in (("words", False, False), ("clip", True, True)):
         raise UserError(f"unknown encoder={cfg.encoder!r}; there are words and clip:PATH, where PATH is an open_clip "
@@ -184,12 +189,26 @@ def text_encoder(cfg: Config) -> TextEncoder | None:
     if cfg.model.semantics != "text":
         return None
     length = cfg.model.text_length
+    if kind == "words" and stored:
+        raise UserError(f"encoder='words', but the stored tokens are of {stored['name']!r}; say "
+                        f"--encoder={stored['name']}")
     if kind == "words":
         return WordVectors(length) if length else WordVectors()
     if length not in (0, 77):
         raise UserError(f"model.text_length={length}, but encoder={cfg.encoder!r} has 77 tokens; leave it at 0")
+    load = partial(open_clip_text, path, device if torch.device(device).type == "cuda" else "cpu")
+    if stored and cfg.encoder == stored["name"]:
+        return StoredText(stored, load)
+    encoder = load()
+    if stored:
+        check_same(encoder, stored)
+    return encoder
+
+
+def open_clip_text(path: str, device: str | torch.device) -> TextEncoder:
+    """CLIP's text tower, imported where it is needed."""
     from text import CLIPText
-    return CLIPText(path)
+    return CLIPText(path, device=device)
 
 
 # ---------------------------------------------------------------- batches
@@ -201,9 +220,22 @@ def records(source: Source, indices: Sequence[int], epochs: Sequence[int]) -> Ba
     return collate([source.record(int(i), int(e)) for i, e in zip(indices, epochs)])
 
 
+def around(source: Source, indices: Sequence[int]) -> Batch:
+    """These samples, counted round and round: what to draw where nothing is asked for."""
+    return records(source, np.asarray(indices) % len(source), np.zeros(len(indices), int))
+
+
 def captions(source: Source, indices: Sequence[int]) -> list[str]:
-    """The captions of these samples, counted round and round: what to draw where nothing is asked for."""
-    return records(source, np.asarray(indices) % len(source), np.zeros(len(indices), int))["caption"]
+    """The captions of `around`."""
+    return around(source, indices)["caption"]
+
+
+def with_text(batch: Batch, encoder: TextEncoder | None) -> Batch:
+    """The batch with text and lengths of its captions, if it has not brought them and there is an encoder."""
+    if encoder is None or "caption" not in batch or "text" in batch:
+        return batch
+    text, lengths = encoder.encode(batch["caption"])
+    return {**batch, "text": text, "lengths": lengths}
 
 
 def collate(rows: list[Record]) -> Batch:
@@ -217,10 +249,7 @@ def collate(rows: list[Record]) -> Batch:
 
 def fetch(source: Source, encoder: Any, seed: int, batch: int, micro: int, step: int, m: int) -> Batch:
     """Microbatch `m` of `step`; text and lengths are in it if there are captions and an encoder."""
-    out = records(source, *index_and_epoch(positions(step, m, batch, micro), len(source), seed))
-    if encoder is not None and "caption" in out:
-        out["text"], out["lengths"] = encoder.encode(out["caption"])
-    return out
+    return with_text(records(source, *index_and_epoch(positions(step, m, batch, micro), len(source), seed)), encoder)
 
 
 def prefetch(fetch_fn: Callable, keys: Iterable[tuple], workers: int, depth: int = 2) -> Iterator[Any]:

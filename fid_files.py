@@ -122,10 +122,10 @@ class Folder:
     broken = 0                          # pictures that are not finite: none where all are bytes
 
     def __init__(self, path: Path, resolution: int = 0) -> None:
-        found, bad = find_images(path)
+        self.names, _, bad = find_images(path)
         if bad:
             raise UserError(f"{len(bad)} files of {path} are empty, e.g. {next(iter(bad))!r}; remove them")
-        self.path, self.names, self.workers = path, [name for name, _ in found], DECODERS
+        self.path, self.workers = path, DECODERS
         self.jpegs = sum(name.lower().endswith((".jpg", ".jpeg")) for name in self.names)
         self.square = None
         if resolution:

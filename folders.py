@@ -12,6 +12,9 @@ import os
 import posixpath
 import sys
 import threading
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,7 @@ class Pictures:
     channels = 3
     classes: list[str] = []
     labels: list[int] = []
+    encoder = None                      # captions come as they are
     files = 0                           # that there are, whether they can be used or not
 
     def __init__(self, path: str | Path, resolution: int, seed: int = 0, flip: bool = True, max_bad: float = 0.01,
@@ -54,6 +58,7 @@ class Pictures:
         self.side = side if self.random else (1.0, 1.0)
         self.controls = ("size", "crop", "flip") if flip else ("size", "crop")
         self.bad: dict[str, str] = {}
+        self.skipped: Any = None                                # where else to name them: skipped.Skipped
         self.lock = threading.Lock()
 
     def name(self, index: int) -> str:
@@ -103,15 +108,18 @@ class Pictures:
     def note_bad(self, name: str, reason: str) -> None:
         """Counts a sample of no use and names it, once; UserError if there are now more than max_bad allows."""
         with self.lock:
+            where = f"; all are in {self.skipped.path}" if self.skipped else ""
             if name not in self.bad and len(self.bad) <= NAMED:
-                last = "; no more of these are named" if len(self.bad) == NAMED else ""
+                last = (where or "; no more of these are named") if len(self.bad) == NAMED else ""
                 tqdm.write(f"warning: {name!r} is passed over: {reason}{last}", sys.stderr)
             self.bad[name] = reason
+            if self.skipped:
+                self.skipped.note({name: reason})
             allowed = max(1, int(self.max_bad * self.files)) if self.max_bad > 0 else 0
             if len(self.bad) > allowed:
                 some = ", ".join(f"{n!r} ({why})" for n, why in list(self.bad.items())[:3])
                 raise UserError(f"{len(self.bad)} of {self.files} images of {str(self.path)!r} cannot be "
-                                f"read, e.g. {some}; mend or remove them, or raise --max_bad={self.max_bad}")
+                                f"read, e.g. {some}{where}; mend or remove them, or raise --max_bad={self.max_bad}")
 
 
 class ImageFolder(Pictures):
@@ -121,25 +129,26 @@ class ImageFolder(Pictures):
     def __init__(self, path: str | Path, resolution: int, seed: int = 0, flip: bool = True, max_bad: float = 0.01,
                  crop: str = "random", side: tuple[float, float] = CROPS["global"], classes: bool = True):
         super().__init__(path, resolution, seed, flip, max_bad, crop, side)
-        found, bad = find_images(self.path)
-        files = [(name, size) for name, size in found if "/" in name or not classes]
-        if not files and captioned(self.path, found):
+        found, sizes, bad = find_images(self.path)
+        names = found
+        if classes and any("/" not in name for name in found):
+            inside = [k for k, name in enumerate(found) if "/" in name]
+            names, sizes = Names(found[k] for k in inside), [sizes[k] for k in inside]
+        if not names and captioned(self.path, found):
             raise UserError(f"{str(path)!r} has no class folder, but captions beside its {len(found)} images, which "
                             f"another model reads: --model.semantics=text --model.arch=mmdit --encoder=clip:PATH")
-        if not files:
+        if not names:
             raise UserError(f"{str(path)!r} has no class folder: its {len(found)} images belong in folders "
                             f"named after their classes, {path}/CLASS/; or --model.semantics=none")
-        if len(files) < len(found):
-            tqdm.write(f"warning: {len(found) - len(files)} images of {path} are in no class", sys.stderr)
+        if len(names) < len(found):
+            tqdm.write(f"warning: {len(found) - len(names)} images of {path} are in no class", sys.stderr)
 
-        self.names = [name for name, _ in files]
-        names, labels = np.unique([name.split("/")[0] for name in self.names], return_inverse=True)
-        if classes and set(names) <= SPLITS:
-            raise UserError(f"{str(path)!r} has the folders {', '.join(names)}, which are parts of a data set and "
-                            f"no classes; use --data={(self.path / names[0]).as_posix()}")
-        self.classes, self.labels = (names.tolist(), labels.tolist()) if classes else ([], [])
-        self.fingerprint = hashlib.sha256(ascii((files, self.classes)).encode()).hexdigest()
-        self.files = len(files) + len(bad)
+        self.names, (self.classes, self.labels) = names, number(names) if classes else ([], [])
+        if classes and set(self.classes) <= SPLITS:
+            raise UserError(f"{str(path)!r} has the folders {', '.join(self.classes)}, which are parts of a data set "
+                            f"and no classes; use --data={(self.path / self.classes[0]).as_posix()}")
+        self.fingerprint = fingerprint(names, sizes, self.classes)
+        self.files = len(names) + len(bad)
         for name, reason in bad.items():
             self.note_bad(name, reason)
 
@@ -165,13 +174,13 @@ class Captions(Pictures):
     def __init__(self, path: str | Path, resolution: int, seed: int = 0, flip: bool = True, max_bad: float = 0.01,
                  crop: str = "random", side: tuple[float, float] = CROPS["global"]):
         super().__init__(path, resolution, seed, flip, max_bad, crop, side)
-        images, bad = find_images(self.path)
+        images, lengths, bad = find_images(self.path)
         sizes = find_files(self.path, (".txt", ".jsonl"))
         texts, wrong, sources = self.read_metadata([name for name in sizes if Path(name).name == METADATA])
         beside = {posixpath.splitext(name)[0]: name for name in sizes if name.lower().endswith(".txt")}
 
         self.names, self.texts, parts = [], [], []              # a text is as metadata has it, or a Path to read
-        for name, size in images:
+        for name, size in zip(images, lengths):
             txt = beside.get(posixpath.splitext(name)[0])
             if name in texts or txt:
                 self.names.append(name)
@@ -229,43 +238,110 @@ class Captions(Pictures):
 
 # ---------------------------------------------------------------- what is in a folder
 
-def find_images(root: Path) -> tuple[list[tuple[str, int]], dict[str, str]]:
-    """Sorted (relative name, bytes) of the images below `root`, and {name: reason} of files without content."""
-    sizes = find_files(root, SUFFIXES)
-    bad = {name: "empty file or link to nothing" for name, size in sizes.items() if size == 0}
-    found = [(name, size) for name, size in sizes.items() if size]
-    if not found:
+class Names(Sequence[str]):
+    """Names of files in as many bytes as they have letters, and eight: a list takes four times as much in every
+    process, and ImageNet-22k has 14 million."""
+    def __init__(self, names: Iterable[str]) -> None:
+        self.letters, self.ends = bytearray(), array("q", [0])
+        for name in names:
+            self.letters += name.encode("utf-8", "surrogatepass")       # what is not UTF-8 comes as surrogates
+            self.ends.append(len(self.letters))
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, k: int) -> str:
+        k = range(len(self))[k]
+        return self.letters[self.ends[k]:self.ends[k + 1]].decode("utf-8", "surrogatepass")
+
+    def __iter__(self) -> Iterator[str]:
+        return (self.letters[a:b].decode("utf-8", "surrogatepass") for a, b in pairwise(self.ends))
+
+
+def find_images(root: Path) -> tuple[Names, array, dict[str, str]]:
+    """Names and bytes of the images below `root`, in order, and {name: reason} of files without content."""
+    sizes, bad = array("q"), {}
+
+    def good() -> Iterator[str]:
+        for name, size in walk(root, SUFFIXES):
+            if size:
+                sizes.append(size)
+                yield name
+            else:
+                bad[name] = "empty file or link to nothing"
+
+    names = Names(good())
+    if not names:
         raise UserError(f"no images in {str(root)!r}, {len(bad)} empty files; looked for {' '.join(SUFFIXES)}"
                         f" in {root.absolute()} and all folders below")
-    return found, bad
+    return names, sizes, bad
 
 
-def captioned(root: Path, images: list[tuple[str, int]]) -> bool:
+def number(names: Iterable[str]) -> tuple[list[str], array]:
+    """The outermost folders of these files, sorted, and the number of each file's."""
+    seen, found = {}, array("i")
+    for name in names:
+        found.append(seen.setdefault(name.partition("/")[0], len(seen)))
+    classes = sorted(seen)
+    place = np.empty(len(seen), np.int32)
+    place[[seen[name] for name in classes]] = np.arange(len(seen))
+    return classes, array("i", place[np.frombuffer(found, np.int32)].tobytes())
+
+
+def fingerprint(names: Sequence[str], sizes: Sequence[int], classes: list[str]) -> str:
+    """sha256 of names, sizes and classes as Python writes a list of pairs beside a list, made part by part."""
+    digest, between = hashlib.sha256(b"(["), ""
+    for pair in zip(names, sizes):
+        digest.update(f"{between}{pair!a}".encode())
+        between = ", "
+    digest.update(f"], {classes!a})".encode())
+    return digest.hexdigest()
+
+
+def captioned(root: Path, images: Iterable[str]) -> bool:
     """Whether there is a metadata.jsonl below `root`, or a .txt of the same stem as one of the images."""
     texts = [posixpath.splitext(name) for name in find_files(root, (".txt", ".jsonl"))]
-    stems = {posixpath.splitext(name)[0] for name, _ in images}
+    stems = {posixpath.splitext(name)[0] for name in images} if texts else set()
     return any(stem in stems if suffix.lower() == ".txt" else posixpath.basename(stem + suffix) == METADATA
                for stem, suffix in texts)
 
 
 def find_files(root: Path, suffixes: tuple[str, ...]) -> dict[str, int]:
-    """Relative name, sorted, and bytes of the files below `root` with these suffixes; 0 for a link to nothing.
+    """What `walk` finds, as {name: bytes}."""
+    return dict(walk(root, suffixes))
 
-    Hidden and irregular files are passed over; a folder that links lead to twice counts once."""
-    def refuse(e):
-        raise UserError(f"cannot read folder {e.filename!r}: {e.strerror}")
 
+def walk(root: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, int]]:
+    """Relative name and bytes of the files below `root` with these suffixes, sorted by name; 0 for a link to nothing.
+
+    Hidden and irregular files are passed over; a folder that links lead to twice counts once. What is to come is kept
+    of the folders that are open only: in each of them a folder sorts as its name and the slash that follows it."""
     if not root.is_dir():
         raise UserError(f"no folder {str(root)!r} (looked at {root.absolute()}); data is shapes, a folder of "
                         "pictures, latents or tar shards, a {a..b} pattern of shards, or coco:PATH")
-    sizes, seen = {}, set()
-    for folder, below, files in os.walk(root, onerror=refuse, followlinks=True):
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        if (here := os.path.realpath(folder)) in seen:
-            below.clear()
-            continue
-        seen.add(here)
-        for path in (Path(folder, name) for name in files if not name.startswith(".")):
-            if path.suffix.lower() in suffixes and (path.is_file() or not path.exists()):
-                sizes[path.relative_to(root).as_posix()] = path.stat().st_size if path.exists() else 0
-    return dict(sorted(sizes.items()))
+    seen, todo = set(), [("", 0)]
+    while todo:
+        name, size = todo.pop()
+        if name and not name.endswith("/"):
+            yield name, size
+        elif (here := os.path.realpath(root / name)) not in seen:
+            seen.add(here)
+            try:
+                todo += sorted(entries(here, name, suffixes), reverse=True)
+            except OSError as e:
+                raise UserError(f"cannot read {e.filename!r}: {e.strerror}") from e
+
+
+def entries(folder: str, below: str, suffixes: tuple[str, ...]) -> Iterator[tuple[str, int]]:
+    """The files of one folder with these suffixes, and their bytes, and its folders with a slash. One look a file."""
+    with os.scandir(folder) as found:
+        for entry in found:
+            link, named = entry.is_symlink(), entry.name.lower().endswith(suffixes)     # of a link os.path bears more
+            if entry.name.startswith("."):
+                continue
+            if os.path.isdir(entry) if link else entry.is_dir():
+                yield f"{below}{entry.name}/", 0
+            elif named and (os.path.isfile(entry) if link else entry.is_file()):
+                yield below + entry.name, entry.stat().st_size
+            elif named and link and not os.path.exists(entry):
+                yield below + entry.name, 0

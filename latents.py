@@ -8,7 +8,8 @@ python train.py --config=configs/imagenet256.py --data=latents/mine
 A file of `shard` pictures is written whole or not at all, so a run that was killed goes on with the first one that
 is missing. With the same --batch on the same machine the bytes are the same, however often it was killed and whatever
 the number of processes. cached.py says what is written, autoencoder.py how. --autoencoder is a folder or a name that
-diffusers' hub knows; its weights are safetensors.
+diffusers' hub knows; its weights are safetensors. --encoder=clip:PATH stores the tokens of the captions too, and adds
+them to latents that are there already: training with the same --encoder then runs no text tower.
 Dimensions: B batch, C channels, h x w latent, f h x f w picture, R resolution, K stored crops, F mirror images.
 """
 import hashlib
@@ -32,6 +33,8 @@ from tqdm import tqdm
 import checkpoint
 import data
 import machine
+import skipped
+import tokens
 from autoencoder import decode, describe, downscale, encode_batch, open_autoencoder, open_decoder
 from cached import (FORMAT, META, ORIGINALS, RECORD, RESULT, SCALINGS, Latents, affine, file_names, is_latents,
                     latent_shape, read_meta, shards)
@@ -82,6 +85,7 @@ class Encode:
     augment: str = "crop+flip"      # as for train.py; flip stores the mirror image too
     crop: str = "global"            # as for train.py: global, local, mix
     variants: int = 1               # K, random crops of each picture
+    encoder: str = ""               # of captions whose tokens are stored too: clip:PATH, as for train.py; empty = none
     scaling: str = "channel"        # channel: every channel to mean 0, variance 1; factor: the autoencoder's own
     count: int = 0                  # the first so many pictures; 0 = all
     seed: int = 0                   # keys the crops
@@ -115,7 +119,18 @@ def open_pictures(o: Encode) -> data.Source:
     return source
 
 
-def plan(o: Encode, source: data.Source, vae: nn.Module) -> dict[str, Any]:
+def open_encoder(o: Encode, device: torch.device) -> data.TextEncoder | None:
+    """The text encoder whose tokens are stored; None if none are. UserError for one that there is not."""
+    if o.encoder and not o.encoder.startswith("clip:"):
+        raise UserError(f"encoder={o.encoder!r} is not stored; there are clip:PATH, and empty for none")
+    if o.encoder and o.semantics != "text":
+        raise UserError(f"encoder={o.encoder!r} reads captions; semantics={o.semantics!r} has none, say "
+                        "--semantics=text")
+    wanted = Config(encoder=o.encoder, model=ModelConfig(semantics="text"))
+    return data.text_encoder(wanted, device=device) if o.encoder else None
+
+
+def plan(o: Encode, source: data.Source, vae: nn.Module, encoder: data.TextEncoder | None) -> dict[str, Any]:
     """meta.json before anything is encoded. UserError for a resolution that the autoencoder cannot halve so often."""
     f = downscale(vae)
     if o.resolution % f:
@@ -128,7 +143,8 @@ def plan(o: Encode, source: data.Source, vae: nn.Module) -> dict[str, Any]:
             "mirrored": "flip" in o.augment.split("+"), "resolution": o.resolution, "side": o.resolution // f,
             "channels": int(vae.config.latent_channels), "augment": o.augment, "crop": o.crop, "seed": o.seed,
             "controls": controls, "labels": "label" in row, "captions": "caption" in row,
-            "classes": list(source.classes), "scaling": o.scaling}
+            "classes": list(source.classes), "scaling": o.scaling,
+            **({"encoder": encoder.describe()} if encoder else {})}
 
 
 def missing(out: Path, meta: dict, shard_numbers: Iterable[int]) -> list[int]:
@@ -139,17 +155,13 @@ def missing(out: Path, meta: dict, shard_numbers: Iterable[int]) -> list[int]:
 def begin(out: Path, meta: dict, source: data.Source) -> None:
     """meta.json without results, and the first pictures, unless all is done already.
 
-    UserError if the folder holds other latents, or the disk has no room."""
+    Tokens may be added to latents that have none. UserError if the folder holds other latents, or the disk has no
+    room."""
     if is_latents(out):
         old = read_meta(out, finished=False)
-        changed = [f"{key}: {old[key]!r} -> {meta[key]!r}" for key in meta if key not in ("data", "autoencoder")
-                   and old[key] != meta[key]]
-        for key, what in (("autoencoder", "sha256"), ("data", "fingerprint")):
-            if old[key].get(what) != meta[key][what]:
-                changed.append(f"{key}: {old[key].get('path')} -> {meta[key]['path']}, whose {what} differs")
-        if changed:
+        if changed := other(old, meta):
             raise UserError(f"{out} holds other latents: {'; '.join(changed)[:2000]}. Choose another --out")
-        if RESULT.keys() <= old.keys() and missing(out, meta, range(len(shards(meta)))):
+        if missing(out, meta, range(len(shards(meta)))):
             checkpoint.write_text(out / META, json.dumps(meta, indent=1))
         return
     if any(out.glob("latents-*.npy")):
@@ -161,6 +173,18 @@ def begin(out: Path, meta: dict, source: data.Source) -> None:
     pixels = data.records(source, rows, [0] * len(rows))["image"]
     save(out / ORIGINALS, ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy())
     checkpoint.write_text(out / META, json.dumps(meta, indent=1))
+
+
+def other(old: dict, meta: dict) -> list[str]:
+    """What is planned otherwise than in the folder, a line each; where a thing lies may differ, and tokens be new."""
+    changed = [f"{key}: {old[key]!r} -> {meta[key]!r}" for key in meta if key not in ("data", "autoencoder", "encoder")
+               and old[key] != meta[key]]
+    for key, where, what in (("autoencoder", "path", "sha256"), ("data", "path", "fingerprint"),
+                             ("encoder", "name", "sha256")):
+        a, b = old.get(key, {}), meta.get(key, {})
+        if a and a.get(what) != b.get(what):
+            changed.append(f"{key}: {a.get(where)} -> {b.get(where, 'none')}, whose {what} differs")
+    return changed
 
 
 def save(path: Path, array: np.ndarray) -> None:
@@ -203,6 +227,16 @@ def write_shard(o: Encode, s: int, meta: dict, source: data.Source, vae: nn.Modu
     save(out / names["latents"], moments)
 
 
+def write_tokens(out: Path, s: int, meta: dict, encoder: data.TextEncoder) -> None:
+    """Encodes the captions of shard s, as they were written, and writes its tokens."""
+    names = file_names(meta, s)
+    rows, lines = np.load(out / names["records"], allow_pickle=False), (out / names["captions"]).read_bytes()
+    captions = [json.loads(lines[a:b]) for a, b in rows["caption"].reshape(-1, 2).tolist()]
+    found, spans = tokens.pack(captions, encoder)                               # (T, E), (n K, 2)
+    save(out / names["spans"], spans.reshape(*rows.shape, 2))
+    save(out / names["tokens"], found)
+
+
 def finish(out: Path, meta: dict) -> None:
     """Statistics of every channel in float64, hashes of all files, and with them the final meta.json.
 
@@ -232,7 +266,8 @@ def encode(o: Encode) -> None:
     """All pictures of a source to a folder of latents; the processes take files in turn."""
     place, out = machine.setup(o.threads), Path(o.out)
     source, vae = open_pictures(o), open_autoencoder(o.autoencoder, place.device)
-    meta = plan(o, source, vae)
+    encoder = open_encoder(o, place.device)
+    meta = plan(o, source, vae, encoder)
     with ExitStack() as held:
         refused = None
         if place.rank == 0:
@@ -243,12 +278,17 @@ def encode(o: Encode) -> None:
                 refused = e
         if machine.agree(-1 if refused else 0, place) < 0:
             raise refused or UserError("rank 0 does not start; its message says why")
+        skipped.follow(source, out)
         parts = shards(meta)
-        todo = missing(out, meta, range(place.rank, len(parts), place.world))
+        mine = range(place.rank, len(parts), place.world)
+        todo = missing(out, {k: v for k, v in meta.items() if k != "encoder"}, mine)
         with tqdm(total=meta["variants"] * sum(len(parts[s]) for s in todo), desc="encoding", unit="image",
                   disable=place.rank > 0 or None) as bar:
             for s in todo:
                 write_shard(o, s, meta, source, vae, bar)
+        todo = missing(out, meta, mine) if encoder else []
+        for s in tqdm(todo, desc="captions", unit="file", disable=place.rank > 0 or not todo or None):
+            write_tokens(out, s, meta, encoder)
 
         machine.add_up(torch.zeros(1, device=place.device), place).item()       # every process is through
         if place.rank == 0:
@@ -285,6 +325,9 @@ def check(o: Check) -> None:
     print("\n".join(f"{key:12} {meta[key]}" for key in keys))
     print(f"{'classes':12} {len(meta['classes'])}\n{'captions':12} {meta['captions']}\n"
           f"{'autoencoder':12} {meta['autoencoder']['path']} {meta['autoencoder']['sha256'][:12]}")
+    if source.encoder:
+        print(f"{'encoder':12} {source.encoder['name']} {source.encoder['sha256'][:12]}, {source.encoder['length']} x "
+              f"{source.encoder['dim']}, {sum(map(len, source.tokens)):,} tokens stored")
     decoder, _ = open_decoder(meta, o.autoencoder, meta["channels"], torch.device("cpu"))
     write_panel(source, decoder, torch.device("cpu"), path / "panel.png")
 

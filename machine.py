@@ -24,6 +24,7 @@ from config import UserError
 TIMEOUT = timedelta(minutes=30)         # a collective that takes longer has hung
 SIGNALS = (signal.SIGINT, signal.SIGTERM)   # what asks a run to save and stop
 DTYPES = ("auto", "float32", "bfloat16")
+FILES = (65_536, 10_240)                # open files to ask for; the second is what macOS grants
 ECHO = 2.0                              # seconds in which a signal is the same one, come by another way
 
 
@@ -46,10 +47,25 @@ def setup(threads: int = 0) -> Place:
     if not dist.is_initialized():
         store = dist.HashStore() if world == 1 else None
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+    open_more_files()
     torch.set_num_threads(threads or max(1, cores() // local_world))
     if hasattr(faulthandler, "register") and sys.__stderr__:    # kill -USR2 prints where every thread is
         faulthandler.register(signal.SIGUSR2, file=sys.__stderr__, all_threads=True)
     return Place(device, rank, world)
+
+
+def open_more_files() -> None:
+    """Let this process open as many files as the system allows; a data set may lie in thousands, mapped to memory."""
+    try:
+        import resource
+    except ImportError:                                     # Windows counts no files that are mapped
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for most in FILES:
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        with suppress(ValueError, OSError):                 # macOS has a lower limit than it says
+            if soft != resource.RLIM_INFINITY and soft < most:
+                return resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def leave() -> None:

@@ -43,7 +43,7 @@ class Shapes:
     side        range of the share of the picture's side that a crop shows; with crop off all of it, always
     flip        mirror every other picture but not its caption; off: never
     grid        places eighths of the side apart and two sizes, which a small network learns sooner; off: any"""
-    channels = 3
+    channels, encoder, bad = 3, None, {}
     classes = list(SHAPES)
     describe = staticmethod(describe)
 

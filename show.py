@@ -37,6 +37,7 @@ def about_weights(cfg: Config, source: data.Source) -> dict[str, str]:
         about["controls"] = json.dumps({k: torch.cat([part[k] for part in parts]).tolist() for k in controls})
     if isinstance(source, data.Latents):
         about["latents"] = json.dumps(cached.header(source.meta))
+        about |= {"encoder": json.dumps(source.encoder)} if source.encoder else {}
     return about
 
 

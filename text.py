@@ -9,10 +9,12 @@ QuickGELU where open_clip's table says so of a tag, where the open_clip_config.j
 where the path is written openai:PATH; else GELU. Loading prints which. Local weights without a config are ViT-L-14's.
 Dimensions: B batch, L token positions (77), n tokens of one caption, E width of a token (768), P of the pooled vector.
 """
+import hashlib
 import json
 import pickle
 import sys
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from threading import Lock
 from types import ModuleType
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from config import UserError
+from tokens import padded
 
 MODEL = "ViT-L-14"                      # [COND] sec. 2.1: the text encoder
 LAYERS = ("last", "penultimate")
@@ -53,9 +56,9 @@ class CLIPText:
         self.cache: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()     # caption -> (n, E), (P,)
         self.cut: set[str] = set()
         self.lock = Lock()
-        kind = "QuickGELU" if cfg.get("quick_gelu") else "GELU"
-        say(f"CLIP text tower from {file}: {len(self.tower.transformer.resblocks)} layers of width {self.dim}, {kind} "
-            f"({why})")
+        self.activation = "QuickGELU" if cfg.get("quick_gelu") else "GELU"
+        say(f"CLIP text tower from {file}: {len(self.tower.transformer.resblocks)} layers of width {self.dim}, "
+            f"{self.activation} ({why})")
 
     def encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """B captions to tokens (B, L, E) float32 and lengths (B,) int64; zeros after a caption's end.
@@ -63,12 +66,7 @@ class CLIPText:
         A length counts the marks of beginning and end. The empty caption is all zeros and of length 0: the null
         condition. What is past L tokens is cut, with a warning. The last bits of a token may depend on what else was
         encoded in the same call."""
-        found = [tokens for tokens, _ in self.look_up(captions)]
-        lengths = torch.tensor([len(tokens) for tokens in found], dtype=torch.long)
-        out = torch.zeros(len(found), self.length, self.dim)
-        for row, tokens in zip(out, found):
-            row[:len(tokens)] = tokens
-        return out, lengths                                                     # (B, L, E), (B,)
+        return padded([tokens for tokens, _ in self.look_up(captions)], self.length, self.dim)
 
     def pooled(self, captions: list[str]) -> Tensor:
         """The vector at the end mark, last layer, projected to the space shared with images. (B, P); "" is zeros."""
@@ -78,19 +76,33 @@ class CLIPText:
     def look_up(self, captions: list[str]) -> list[tuple[Tensor, Tensor]]:
         """Tokens (n, E) and vector (P,) of every caption; the tower runs on those that are new, each once."""
         with self.lock:
-            ids = {c: self.tokenize(c) for c in captions if c not in self.cache}
-            blank = torch.zeros(0, self.dim), torch.zeros(self.tower.output_dim)
-            self.cache.update({c: blank for c, row in ids.items() if not row})
-            new = [c for c, row in ids.items() if row]
-            for k in range(0, len(new), CHUNK):
-                part = new[k:k + CHUNK]
-                self.cache.update(zip(part, self.run([ids[c] for c in part])))
+            new = list(dict.fromkeys(c for c in captions if c not in self.cache))
+            self.cache.update(zip(new, self.each(new)))
             for caption in captions:
                 self.cache.move_to_end(caption)
             found = [self.cache[caption] for caption in captions]
             while len(self.cache) > CACHE:
                 self.cache.popitem(last=False)
         return found
+
+    def each(self, captions: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Tokens (n, E) and vector (P,) of every caption in turn, all computed now; one thread at a time.
+
+        CHUNK of them pass the tower together, so every bit is a function of this list."""
+        for k in range(0, len(captions), CHUNK):
+            rows = [self.tokenize(caption) for caption in captions[k:k + CHUNK]]
+            found = iter(self.run([row for row in rows if row]) if any(rows) else ())
+            for row in rows:
+                yield next(found) if row else (torch.zeros(0, self.dim), torch.zeros(self.tower.output_dim))
+
+    def describe(self) -> dict[str, str | int]:
+        """What identifies it: the sha256 is of its weights, its activation, its layer and its vocabulary."""
+        digest = hashlib.sha256(f"{self.activation} {self.layer} {json.dumps(self.words.encoder)}".encode())
+        for name, v in sorted(self.tower.state_dict().items()):
+            digest.update(f"{name} {tuple(v.shape)}".encode())
+            digest.update(v.cpu().contiguous().numpy())
+        return {"name": self.name, "layer": self.layer, "dim": self.dim, "length": self.length,
+                "sha256": digest.hexdigest()}
 
     def tokenize(self, caption: str) -> list[int]:
         """Its numbers between those of the two marks, at most L; none at all for a caption without words."""

@@ -30,6 +30,7 @@ import log
 import machine
 import magnitudes
 import model
+import skipped
 from conditioning import Condition, from_batch, pad_text
 from config import Config, UserError, fields, seed64, to_json
 from log import Window
@@ -160,7 +161,8 @@ def main(argv: list[str], held: ExitStack, status: log.Status) -> None:
     cfg = read_config(argv)
     check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
     place = machine.setup(cfg.threads)
-    source, encoder = data.open_source(cfg), data.text_encoder(cfg)
+    source = data.open_source(cfg)
+    encoder = data.text_encoder(cfg, source.encoder, place.device)
     cfg = complete(cfg, source, encoder)
     out, user_file, chief = Path(cfg.out), Path(cfg.out) / "weights.safetensors", place.rank == 0
     m = cfg.model
@@ -183,6 +185,7 @@ def main(argv: list[str], held: ExitStack, status: log.Status) -> None:
     opt = optimizer(net, cfg, window)
     tensors = state(net, kept, opt)
     start = saved = begin(cfg, place, source, tensors, held, status)
+    skipped.follow(source, out)
     if cfg.compile == "on" or cfg.compile == "auto" and place.device.type == "cuda":
         for block in net.blocks:
             block.compile(fullgraph=True)

@@ -104,12 +104,12 @@ class Wishes:
         asked = o.prompt or o.label
         self.asked = read_prompts(o.prompts, o.seed) if o.prompts else [a.strip() for a in asked.split(";") if asked]
         self.prompts_sha256 = hashlib.sha256("\n".join(self.asked).encode()).hexdigest() if o.prompts else ""
-        self.encoder = data.text_encoder(cfg)
+        self.encoder = data.text_encoder(cfg, json.loads(header.get("encoder", "null")))
         if self.semantics == "text":
             self.source = None if self.asked else data.open_source(cfg, split="test")
-        if isinstance(self.encoder, data.WordVectors):
-            for caption in self.asked:
-                self.encoder.encode([caption])              # an unknown word is an error before anything is drawn
+        for caption in self.asked if isinstance(self.encoder, data.WordVectors) else self.asked[:1]:
+            if self.encoder:                                # an unknown word, or another encoder than in training, is
+                self.encoder.encode([caption])              # an error before anything is drawn
         self.labels = [self.number(a) for a in self.asked] if self.semantics == "class" else []
 
         self.controls, known = {}, model.control_names(cfg.model)
@@ -158,10 +158,12 @@ class Wishes:
 
     def __call__(self, indices: np.ndarray) -> tuple[Condition, list[str]]:
         """The condition of the pictures `indices` (B,) and a title for each."""
-        steering, titles = self.steering(indices), self.titles(indices)
+        steering = self.steering(indices)
         if self.semantics == "none":
-            return steering, titles
+            return steering, self.titles(indices)
         if self.semantics == "class":
-            return replace(steering, label=torch.tensor(self.label(indices))), titles
-        text = pad(*self.encoder.encode(titles), self.cfg, indices, self.seed)          # (B, L, E)
-        return replace(steering, text=text), titles
+            return replace(steering, label=torch.tensor(self.label(indices))), self.titles(indices)
+        batch = {"caption": self.titles(indices)} if self.asked else data.around(self.source, indices)
+        batch = data.with_text(batch, self.encoder)
+        text = pad(batch["text"], batch["lengths"], self.cfg, indices, self.seed)       # (B, L, E)
+        return replace(steering, text=text), batch["caption"]

@@ -263,9 +263,13 @@ def test_a_disk_without_locks_is_a_note(tmp_path, monkeypatch, capfd):
 def test_windows_locks_by_its_own_means_and_does_not_flush_folders(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setitem(sys.modules, "fcntl", None)
-    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(LK_NBLCK=2, locking=lambda *a: asked.append(a[1:])))
+    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(LK_LOCK=1, LK_NBLCK=2,
+                                                               locking=lambda *a: asked.append(a[1:])))
     with checkpoint.lock(tmp_path):
         assert asked == [(2, 1)]
+    with open(tmp_path / "file", "a+b") as file:
+        checkpoint.wait_for(file)
+    assert asked == [(2, 1), (1, 1)]
     with monkeypatch.context() as m:
         m.setattr(os, "name", "nt")
         m.setattr(os, "open", lambda *a: 1 / 0)

@@ -1,4 +1,5 @@
 """data: the sample stream, folders with all their faults, what a config opens, read-ahead."""
+import hashlib
 import io
 import json
 import os
@@ -7,6 +8,8 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
+from array import array
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +22,7 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 import data
+import folders
 from config import Config, UserError
 
 MODEL = replace(Config().model, semantics="class", resolution=16)
@@ -108,7 +112,7 @@ def test_a_step_is_the_same_samples_however_it_is_cut_into_microbatches():
 def test_a_folder_of_class_folders(tmp_path):
     source = data.ImageFolder(tree(tmp_path / "set", {"zebra": 3, "ant": 2, "Bee/deep": 1}), 16)
     assert source.classes == ["Bee", "ant", "zebra"] and len(source) == 6
-    assert source.names[:2] == ["Bee/deep/000.png", "ant/000.png"] and source.labels == [0, 1, 1, 2, 2, 2]
+    assert list(source.names)[:2] == ["Bee/deep/000.png", "ant/000.png"] and list(source.labels) == [0, 1, 1, 2, 2, 2]
     batch = data.records(source, [5, 0, 2], [0, 0, 4])
     assert batch["label"].tolist() == [2, 0, 1] and batch["index"].tolist() == [5, 0, 2]
     shapes = {k: (tuple(v.shape), v.dtype) for k, v in batch.items()}
@@ -184,7 +188,7 @@ def test_only_regular_files_with_content_count(tmp_path, capsys):
     if hasattr(os, "mkfifo"):
         os.mkfifo(root / "a" / "pipe.png")
     source = data.ImageFolder(root, 16, max_bad=0.5)
-    assert source.names == ["a/000.png", "a/001.png", "a/002.png", "a/UPPER.JPG"]
+    assert list(source.names) == ["a/000.png", "a/001.png", "a/002.png", "a/UPPER.JPG"]
     assert list(source.bad) == ["a/empty.jpg"] and "a/empty.jpg" in capsys.readouterr().err
 
 
@@ -197,7 +201,7 @@ def test_links(tmp_path):
     (real / "a" / "round").symlink_to(real / "a")
     (real / "a" / "gone.png").symlink_to(tmp_path / "nowhere")
     source = data.ImageFolder(root, 16)
-    assert source.names == ["cat/000.png", "cat/001.png"] and list(source.bad) == ["cat/gone.png"]
+    assert list(source.names) == ["cat/000.png", "cat/001.png"] and list(source.bad) == ["cat/gone.png"]
 
 
 def test_unreadable_files_are_named_once_and_replaced_by_the_same_others(tmp_path, capsys):
@@ -281,6 +285,65 @@ def test_only_the_first_unreadable_files_are_named(tmp_path, capsys):
     assert len(data.ImageFolder(root, 16, max_bad=1.0).bad) == 30
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 21 and lines[-1].endswith("no more of these are named")
+
+
+# ---------------------------------------------------------------- folders of millions
+
+def test_files_are_found_in_the_order_of_their_names(tmp_path):
+    names = ["a/b.png", "a/b/c.png", "a-b/x.png", "a.png", "a/c-/d.png", "a/c/d.png", "a0/x.png", "aé/x.png",
+             "b.JPG/y.png", "b.png/z.png"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x" * len(name))
+    found = list(folders.walk(tmp_path, (".png",)))
+    assert found == sorted((name, len(name)) for name in names)
+    assert folders.number(["a-b/x", "a/x", "a0/y", "a/z"]) == (["a", "a-b", "a0"], array("i", [1, 0, 2, 0]))
+
+
+def test_a_file_costs_one_look(tmp_path, monkeypatch):
+    tree(tmp_path / "set", {"a": 30, "b": 30})
+    looked, real = [], os.stat
+    monkeypatch.setattr(os, "stat", lambda *args, **kw: looked.append(args) or real(*args, **kw))
+    assert len(data.ImageFolder(tmp_path / "set", 16)) == 60 and len(looked) < 10
+
+
+@given(st.lists(st.text(st.characters(codec=None), max_size=9)))
+def test_names_are_those_that_were_given(texts):
+    names = folders.Names(texts)
+    assert list(names) == texts == [names[k] for k in range(len(texts))] and len(names) == len(texts)
+    assert not texts or names[-1] == texts[-1]
+    with pytest.raises(IndexError):
+        names[len(texts)]
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="their names are text")
+def test_a_name_that_is_not_utf_8_opens(tmp_path):
+    root = tree(tmp_path / "set", {"a": 1})
+    os.rename(root / "a" / "000.png", os.fsencode(root / "a") + b"/caf\xe9.png")
+    source = data.ImageFolder(root, 16)
+    assert source.names[0] == "a/caf\udce9.png" and source.record(0, 0)["index"] == 0 and not source.bad
+
+
+def test_the_fingerprint_of_a_folder_is_the_same_for_ever(tmp_path):
+    """Else a run that was begun before could not go on."""
+    pairs, classes = [("a/'x.png", 3), ("b/caf\udce9 \"y.jpg", 2 ** 40)], ["a", "b\n"]
+    for files in ([], pairs[:1], pairs):
+        want = hashlib.sha256(ascii((files, classes)).encode()).hexdigest()
+        assert folders.fingerprint([name for name, _ in files], [size for _, size in files], classes) == want
+
+
+def test_fourteen_million_names_fit_into_memory(tmp_path, monkeypatch):
+    """A thousandth of ImageNet-22k: bytes a file while it is opened, and afterwards."""
+    n = 14_200
+    monkeypatch.setattr(folders, "walk", lambda root, suffixes: (
+        (f"n{k // 650:08}/n{k // 650:08}_{k}.JPEG", 1000 + k) for k in range(n)))
+    data.ImageFolder(tmp_path, 16)
+    tracemalloc.start()
+    source = data.ImageFolder(tmp_path, 16)
+    stays, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(source) == n and source.labels[n - 1] == len(source.classes) - 1 == 21
+    assert stays / n < 55 and peak / n < 80, (stays / n, peak / n)
 
 
 # ---------------------------------------------------------------- folders of captions
@@ -433,7 +496,7 @@ def test_a_control_that_the_data_does_not_vary_is_an_error_that_says_what_would(
 
 def test_the_encoder_is_of_words_or_clip(monkeypatch):
     class CLIPText:
-        def __init__(self, path):
+        def __init__(self, path, device):
             self.path = path
 
     monkeypatch.setitem(sys.modules, "text", SimpleNamespace(CLIPText=CLIPText))

@@ -21,6 +21,7 @@ import data
 import latents
 from cached import Latents, affine, header, open_latents, read_meta
 from config import Config, ModelConfig, UserError
+from test_tokens import Encoder
 
 pytest.importorskip("diffusers", reason="the autoencoder: pip install diffusers")
 
@@ -190,8 +191,11 @@ def run_command(argv, *launch):
 @pytest.mark.slow
 def test_two_processes_one_of_them_killed_write_the_same_bytes(place, tmp_path):
     """SIGKILL to a single process that has written some files; then two on gloo, under torchrun, finish."""
-    command = words(place, out=tmp_path / "out", shard=1, batch=3)
-    latents.encode(options(place, out=tmp_path / "whole", shard=1, batch=3))
+    from test_text import make, write
+    clip = f"clip:{write(tmp_path / 'clip', make(False), False)}"
+    latents.encode(captioned(place, out=tmp_path / "whole", shard=1, encoder=clip))
+    asked = dataclasses.asdict(captioned(place, out=tmp_path / "out", shard=1, encoder=clip))
+    command = ["encode", *(f"--{k}={v}" for k, v in asked.items())]
     one = run_command(command)
     while one.poll() is None and not (tmp_path / "out" / "latents-00000.npy").exists():
         time.sleep(0.01)
@@ -201,6 +205,78 @@ def test_two_processes_one_of_them_killed_write_the_same_bytes(place, tmp_path):
     assert two.wait() == 0
     assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
 
+
+# ---------------------------------------------------------------- with the tokens of the captions
+
+def captioned(root, **other):
+    return options(root, **dict(data="shapes", count=7, semantics="text", augment="size", crop="global", variants=1,
+                                shard=3, encoder="clip:here") | other)
+
+
+@pytest.fixture
+def encoder(monkeypatch):
+    """What stands for CLIP."""
+    encoder = Encoder()
+    monkeypatch.setattr(data, "open_clip_text", lambda path, device: encoder)
+    return encoder
+
+
+def test_tokens_are_encoded_with_the_pictures_or_added_afterwards(place, tmp_path, encoder, capsys):
+    latents.encode(captioned(place, out=tmp_path / "at once"))
+    before = encoder.count
+    latents.encode(captioned(place, out=tmp_path / "at once"))
+    assert encoder.count == before                          # a finished folder is left alone
+    latents.encode(captioned(place, out=tmp_path / "later", encoder=""))
+    stamps = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "later").glob("latents-*")}
+    latents.encode(captioned(place, out=tmp_path / "later"))
+    assert hashes(tmp_path / "later") == hashes(tmp_path / "at once") and len(stamps) == 3
+    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "later").glob("latents-*")} == stamps
+    source = Latents(tmp_path / "later")
+    batch = source.records(range(7), [0] * 7)
+    assert torch.equal(batch["text"], encoder.encode(batch["caption"])[0].half().float()) and batch["text"].any()
+    assert set(source.meta["sha256"]) >= {f"{kind}-{s:05}.npy" for kind in ("tokens", "spans") for s in range(3)}
+    latents.main(["check", f"--data={tmp_path / 'later'}"])
+    assert f"clip:here {source.encoder['sha256'][:12]}, 77 x 6, {sum(map(len, source.tokens))} tokens" in \
+        capsys.readouterr().out
+
+
+@pytest.mark.parametrize("die_at", [2, 8, 10, 11, 13, 16, 17])
+def test_a_run_that_is_killed_among_its_tokens_ends_with_the_same_bytes(place, tmp_path, monkeypatch, encoder, die_at):
+    """First pictures, meta.json, 3 x (captions, records, latents), 3 x (spans, tokens), meta.json, the panel."""
+    count, write = [0], latents.checkpoint.write_bytes
+
+    def dying(path, content):
+        if count[0] == die_at:
+            raise KeyboardInterrupt
+        count[0] += 1
+        write(path, content)
+    with monkeypatch.context() as m:
+        m.setattr(latents.checkpoint, "write_bytes", dying)
+        with pytest.raises(KeyboardInterrupt):
+            latents.encode(captioned(place, out=tmp_path / "out"))
+    if die_at < 17:
+        with pytest.raises(UserError, match="not finished"):
+            Latents(tmp_path / "out")
+    latents.encode(captioned(place, out=tmp_path / "out"))
+    latents.encode(captioned(place, out=tmp_path / "whole"))
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("change, named", [
+    (dict(encoder="words"), "encoder='words' is not stored; there are clip:PATH"),
+    (dict(semantics="class"), "encoder='clip:here' reads captions; semantics='class' has none"),
+    (dict(encoder=""), "holds other latents: encoder: clip:here -> none"),
+    (dict(encoder="clip:other"), "holds other latents: encoder: clip:here -> clip:other, whose sha256 differs")])
+def test_tokens_go_on_only_as_what_they_are(place, tmp_path, monkeypatch, encoder, change, named):
+    latents.encode(captioned(place, out=tmp_path / "out"))
+    before = hashes(tmp_path / "out")
+    monkeypatch.setattr(data, "open_clip_text", lambda path, device: Encoder(f"clip:{path}", weights=path))
+    with pytest.raises(UserError, match=named):
+        latents.encode(captioned(place, out=tmp_path / "out", **change))
+    assert hashes(tmp_path / "out") == before
+
+
+# ---------------------------------------------------------------- another folder, other options
 
 @pytest.mark.parametrize("change, named", [
     (dict(crop="local"), "crop: 'mix' -> 'local'"), (dict(resolution=32), "resolution: 16 -> 32.*side: 8 -> 16"),
@@ -384,7 +460,7 @@ def test_a_latent_that_is_not_finite_is_counted_replaced_and_limited(copy):
     np.save(copy / FILE, array)
     source = Latents(copy)
     batch = source.records([4, 5, 6], [0, 0, 0])
-    assert source.bad == {5} and batch["image"].isfinite().all()
+    assert source.bad == {"latent 5": "not finite"} and batch["image"].isfinite().all()
     assert batch["index"][[0, 2]].tolist() == [4, 6] and batch["index"][1] != 5
     used = batch["index"][1].item()
     assert batch["label"][1] == source.rows[used // SHARD][used % SHARD, 0]["label"]

@@ -250,6 +250,32 @@ def test_warnings_stop_after_some(plain, capsys, monkeypatch):
     assert err.count("warning") == 3 and err.count("no more of these") == 1
 
 
+# ---------------------------------------------------------------- to be stored
+
+def test_each_is_a_function_of_its_captions_and_agrees_with_encode(plain):
+    encoder = CLIPText(str(plain))
+    first = [tokens for tokens, _ in encoder.each(CAPTIONS)]
+    encoder.encode(["cat", "dog"])
+    assert all(torch.equal(tokens, again) for tokens, (again, _) in zip(first, encoder.each(CAPTIONS), strict=True))
+    tokens, lengths = encoder.encode(CAPTIONS)
+    assert lengths.tolist() == [len(t) for t in first] and first[3].shape == (0, 64)
+    assert all(torch.allclose(row[:len(t)], t, atol=1e-5) for row, t in zip(tokens, first))
+
+
+def test_an_encoder_is_described_by_all_that_decides_its_tokens(plain, tmp_path):
+    about = CLIPText(str(plain)).describe()
+    assert {k: v for k, v in about.items() if k != "sha256"} == {"name": f"clip:{plain}", "layer": "last", "dim": 64,
+                                                                 "length": 77}
+    other = make(False)
+    other.ln_final.bias[3] += 1e-3
+    copy, changed = write(tmp_path / "copy", make(False), False), write(tmp_path / "changed", other, False)
+    vocabulary = CLIPText(str(plain))
+    vocabulary.words.encoder = {**vocabulary.words.encoder, "dog": 7}
+    differ = [CLIPText(str(plain), "penultimate"), CLIPText(f"openai:{plain}"), CLIPText(str(changed)), vocabulary]
+    assert CLIPText(str(copy)).describe()["sha256"] == about["sha256"]
+    assert len({about["sha256"], *(encoder.describe()["sha256"] for encoder in differ)}) == 5
+
+
 # ---------------------------------------------------------------- cache
 
 def counted(encoder, monkeypatch):

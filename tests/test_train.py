@@ -320,6 +320,29 @@ def test_two_processes_do_what_one_does(run, straight, tmp_path):
 
 
 @needs_fork
+@pytest.mark.slow
+def test_real_pictures_on_two_processes_then_one_are_those_of_one(run, tmp_path):
+    """A class folder, cropped and mirrored, with two files of no use, which both processes meet."""
+    for k in range(12):
+        (tmp_path / "set" / f"class {k % 3}").mkdir(parents=True, exist_ok=True)
+        picture = Image.linear_gradient("L").rotate(30 * k).resize((30 + k, 24 + 2 * k))
+        picture.convert("RGB").save(tmp_path / "set" / f"class {k % 3}" / f"{k}.jpg")
+    for name, content in (("html", b"<html>"), ("empty", b"")):
+        (tmp_path / "set" / "class 1" / f"{name}.jpg").write_bytes(content)
+    flags = [f"--data={tmp_path / 'set'}", "--augment=crop+flip", "--model.semantics=class", "--model.arch=dit",
+             "--model.controls=crop+flip", "--max_bad=0.3", "--workers=2", "--steps=8"]
+    finish(run, tmp_path / "one", *flags)
+    finish(run, tmp_path / "two-one", *flags, "--steps=4", world=2)
+    assert "on 1 processes (was 2)" in finish(run, tmp_path / "two-one", *flags)
+    assert leaves(tmp_path / "two-one")["weights"] == leaves(tmp_path / "one")["weights"]
+    assert losses(tmp_path / "two-one") == pytest.approx(losses(tmp_path / "one"), rel=2e-6)
+    assert len(set(losses(tmp_path / "one")[1::8])) > 2
+    for name in ("one", "two-one"):
+        rows = map(json.loads, (tmp_path / name / "skipped.jsonl").read_text().splitlines())
+        assert sorted(row["name"] for row in rows) == ["class 1/empty.jpg", "class 1/html.jpg"]
+
+
+@needs_fork
 def test_four_microbatches_on_one_and_two_processes_differ_by_rounding_only(run, tmp_path):
     finish(run, tmp_path / "one", "--batch=16")
     finish(run, tmp_path / "two", "--batch=16", world=2)

@@ -1,0 +1,263 @@
+"""Stored tokens: the float16 of what the encoder gives, the same bytes after a kill, read in place of the tower.
+
+No two sizes are equal: L 77, E 6, 4 pictures a file, 7 captions.
+"""
+import hashlib
+import json
+import sys
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import cached
+import data
+import latents
+import show
+import tokens
+from cached import Latents, open_latents
+from config import Config, ModelConfig, UserError
+from wishes import Options, Wishes
+
+L, E, SHARD, N, C, SIDE = 77, 6, 4, 7, 5, 8
+TEXTS = ["a red ring", "", "a cat on a mat", "a red ring", "a blue square", "cat", ""]
+MODEL = ModelConfig(semantics="text", resolution=SIDE, channels=C, patch=2)
+
+
+class Encoder:
+    """A text encoder whose token of a word is drawn by the word; counts the captions that it encodes."""
+    def __init__(self, name="clip:here", weights="w", scale=1.0):
+        self.name, self.dim, self.length, self.weights, self.scale, self.count = name, E, L, weights, scale, 0
+
+    def each(self, captions):
+        for caption in captions:
+            self.count += 1
+            words = caption.split()
+            keys = [int.from_bytes(hashlib.sha256(w.encode()).digest()[:6], "big") for w in words]
+            rows = [torch.randn(E, generator=torch.Generator().manual_seed(key)) for key in keys]
+            yield (torch.stack(rows) * self.scale if rows else torch.zeros(0, E)), torch.zeros(3)
+
+    def encode(self, captions):
+        return tokens.padded([t for t, _ in self.each(captions)], L, E)
+
+    def describe(self):
+        return {"name": self.name, "layer": "last", "dim": E, "length": L,
+                "sha256": hashlib.sha256(self.weights.encode()).hexdigest()}
+
+
+def write(root, encoder, meta=None):
+    """Latents of N pictures of noise with the captions TEXTS, the second crop of picture k with that of k + 1."""
+    root.mkdir(exist_ok=True)
+    meta = dict(format=1, autoencoder=dict(path="a", sha256="b", scaling_factor=1.0, shift_factor=0.0),
+                data=dict(path="d", fingerprint="f"), n=N, shard=SHARD, variants=2, mirrored=False, resolution=16,
+                side=SIDE, channels=C, augment="crop", crop="global", seed=0, controls=["size", "crop"], labels=False,
+                captions=True, classes=[], scaling="factor", **(dict(encoder=encoder.describe()) if encoder else {}))
+    rng = np.random.default_rng(0)
+    for s, part in enumerate(cached.shards(meta)):
+        names, rows, lines = cached.file_names(meta, s), np.zeros((len(part), 2), cached.RECORD), b""
+        for v in range(2):
+            for r, k in enumerate(part):
+                line = json.dumps(TEXTS[(k + v) % N]).encode()
+                rows[r, v]["caption"] = len(lines), len(lines) + len(line)
+                lines += line + b"\n"
+        (root / names["captions"]).write_bytes(lines)
+        latents.save(root / names["records"], rows)
+        latents.save(root / names["latents"], rng.random(cached.latent_shape(meta, len(part))).astype(np.float16))
+        if encoder:
+            latents.write_tokens(root, s, meta, encoder)
+    np.save(root / cached.ORIGINALS, np.zeros((2, 3, 16, 16), np.uint8))
+    latents.finish(root, meta)
+    return root
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("tokens") / "set", Encoder())
+
+
+def config(root, **other):
+    return Config(**dict(data=str(root), augment="crop", encoder="clip:here", model=MODEL) | other)
+
+
+@pytest.fixture
+def tower(monkeypatch):
+    """What is loaded in place of CLIP's tower, once it is."""
+    loaded = []
+    monkeypatch.setattr(data, "open_clip_text", lambda path, device: loaded.append(Encoder(f"clip:{path}"))
+                        or loaded[-1])
+    return loaded
+
+
+# ---------------------------------------------------------------- what is stored
+
+def test_what_is_read_is_the_float16_of_what_was_encoded(place):
+    source, encoder = Latents(place), Encoder()
+    batch = source.records(np.arange(N).repeat(30), np.tile(np.arange(30), N))
+    assert {k: len(set(np.array(batch["caption"])[batch["index"] == k])) for k in (1, 2, 4)} == {1: 2, 2: 2, 4: 2}
+    want, lengths = encoder.encode(batch["caption"])
+    assert batch["text"].shape == (30 * N, L, E) and batch["text"].dtype == torch.float32
+    assert torch.equal(batch["text"], want.half().float()) and torch.equal(batch["lengths"], lengths)
+    assert set(lengths.tolist()) == {0, 1, 3, 5} and not torch.equal(batch["text"], want)
+    empty = batch["lengths"] == 0
+    assert not batch["text"][empty].any() and empty.sum() > 20
+
+
+def test_only_real_tokens_take_room_and_equal_captions_share_theirs(place):
+    for s, part in enumerate(([0, 1, 2, 3, 4], [4, 5, 6, 0])):
+        wanted = {TEXTS[k]: len(TEXTS[k].split()) for k in part}
+        stored = np.load(place / f"tokens-{s:05}.npy")
+        assert stored.dtype == np.float16 and stored.shape == (sum(wanted.values()), E)
+    assert np.load(place / "spans-00001.npy").shape == (3, 2, 2)
+
+
+def test_a_caption_is_encoded_once_a_file_and_whatever_was_encoded_before(tmp_path):
+    encoder = Encoder()
+    list(encoder.each(["a cat"]))
+    first = write(tmp_path / "a", encoder)
+    assert encoder.count == 1 + 4 + 4
+    assert {p.name: p.read_bytes() for p in first.iterdir() if "tok" in p.name or "spans" in p.name} == \
+        {p.name: p.read_bytes() for p in write(tmp_path / "b", Encoder()).iterdir() if p.name[:3] in ("tok", "spa")}
+
+
+def test_captions_that_are_all_empty_and_tokens_beyond_float16():
+    found, spans = tokens.pack(["", ""], Encoder())
+    assert found.shape == (0, E) and spans.tolist() == [[0, 0], [0, 0]]
+    with pytest.raises(UserError, match="tokens of clip:here are not finite in float16"):
+        tokens.pack(["a cat"], Encoder(scale=1e6))
+
+
+def test_a_missing_file_of_tokens_is_made_again_from_the_captions(place, tmp_path):
+    root, encoder = write(tmp_path / "set", Encoder()), Encoder()
+    meta = cached.read_meta(root)
+    for name in ("tokens-00001.npy", "spans-00000.npy"):
+        (root / name).unlink()
+    assert latents.missing(root, meta, range(2)) == [0, 1]
+    assert latents.missing(root, {k: v for k, v in meta.items() if k != "encoder"}, range(2)) == []
+    for s in (0, 1):
+        latents.write_tokens(root, s, meta, encoder)
+    assert all((root / name).read_bytes() == (place / name).read_bytes() for name in meta["sha256"])
+
+
+# ---------------------------------------------------------------- whose they are
+
+def test_training_with_the_same_encoder_loads_no_tower(place, tower):
+    cfg = config(place)
+    source = data.open_source(cfg)
+    encoder = data.text_encoder(cfg, source.encoder)
+    assert (encoder.dim, encoder.length) == (E, L)
+    batch = data.fetch(source, encoder, 0, 6, 6, 3, 0)
+    assert torch.equal(batch["text"], Encoder().encode(batch["caption"])[0].half().float()) and not tower
+    words, _ = encoder.encode(["a dog"])
+    assert torch.equal(words, Encoder().encode(["a dog"])[0]) and len(tower) == 1
+    threads = [threading.Thread(target=encoder.encode, args=(["a dog"],)) for _ in range(4)]
+    [t.start() for t in threads], [t.join() for t in threads]
+    assert len(tower) == 1
+
+
+def test_another_encoder_is_refused_by_name(place, monkeypatch):
+    cfg, stored = config(place), open_latents(config(place)).encoder
+    with pytest.raises(UserError, match="encoder='words'.*of 'clip:here'; say --encoder=clip:here"):
+        data.text_encoder(replace(cfg, encoder="words"), stored)
+    for weights, error in (("w", False), ("other", True)):
+        monkeypatch.setattr(data, "open_clip_text", lambda path, device: Encoder(f"clip:{path}", weights))
+        moved = replace(cfg, encoder="clip:moved")
+        if not error:
+            assert data.text_encoder(moved, stored).name == "clip:moved"
+            continue
+        with pytest.raises(UserError, match="encoder='clip:moved' has sha256 .*of 'clip:here'.*--encoder=clip:here"):
+            data.text_encoder(moved, stored)
+        with pytest.raises(UserError, match="encoder='clip:here' has sha256 .*of 'clip:here'"):
+            data.text_encoder(cfg, stored).encode(["a dog"])         # the same path, and something else is there now
+
+
+def test_without_text_no_tokens_are_read(place):
+    for semantics in ("none", "text"):
+        source = open_latents(config(place, model=replace(MODEL, semantics=semantics), encoder="clip:here"))
+        assert bool(source.encoder) == ("text" in source.record(0, 0)) == (semantics == "text")
+
+
+def test_latents_without_tokens_are_as_they_were(tmp_path, tower):
+    cfg = config(write(tmp_path / "set", None))
+    source = data.open_source(cfg)
+    assert source.encoder is None and "text" not in source.record(0, 0) and "encoder" not in source.meta
+    encoder = data.text_encoder(cfg, source.encoder)
+    assert data.fetch(source, encoder, 0, 6, 6, 0, 0)["text"].shape == (6, L, E) and len(tower) == 1
+
+
+def test_the_tower_runs_where_the_run_does_if_that_is_cuda(monkeypatch):
+    asked = []
+    monkeypatch.setattr(data, "open_clip_text", lambda path, device: asked.append((path, device)))
+    for device in ("cpu", "mps", torch.device("cuda", 3)):
+        data.text_encoder(Config(encoder="clip:x", model=MODEL), None, device)
+    assert asked == [("x", "cpu"), ("x", "cpu"), ("x", torch.device("cuda", 3))]
+
+
+def test_the_fingerprint_knows_the_tokens_and_not_where_their_encoder_lay(tmp_path):
+    seen = {}
+    for name, encoder in (("none", None), ("here", Encoder()), ("there", Encoder("clip:there")),
+                          ("other", Encoder(weights="other"))):
+        seen[name] = Latents(write(tmp_path / name, encoder)).fingerprint
+    assert seen["here"] == seen["there"] and len(set(seen.values())) == 3
+
+
+# ---------------------------------------------------------------- drawing
+
+def test_drawing_reads_what_is_stored_and_checks_the_tower_for_what_is_not(place, tower, monkeypatch):
+    cfg = replace(config(place), model=replace(MODEL, text_dim=E, text_length=L), padding="zero")
+    about = show.about_weights(cfg, data.open_source(cfg))
+    condition, titles = Wishes(Options(), cfg, about)(np.arange(5, 9))
+    assert titles == data.captions(data.open_source(cfg), [5, 6, 0, 1]) and not tower
+    assert torch.equal(condition.text, Encoder().encode(titles)[0].half().float())
+    condition, titles = Wishes(Options(prompt="a dog; cat"), cfg, about)(np.arange(2))
+    assert torch.equal(condition.text, Encoder().encode(["a dog", "cat"])[0]) and len(tower) == 1
+    monkeypatch.setattr(data, "open_clip_text", lambda path, device: Encoder(weights="other"))
+    with pytest.raises(UserError, match="stored tokens are of 'clip:here'"):
+        Wishes(Options(prompt="a dog"), cfg, about)
+
+
+# ---------------------------------------------------------------- damage
+
+def test_damaged_tokens_are_refused_or_counted(tmp_path):
+    root = write(tmp_path / "set", Encoder())
+    meta = json.loads((root / "meta.json").read_text())
+    wide, spans = np.load(root / "tokens-00000.npy"), np.load(root / "spans-00000.npy")
+    for name, array, named in (("tokens-00000", wide[:, :-1], "float16"), ("tokens-00000", wide.astype(int), "int"),
+                               ("tokens-00000", wide[0, 0], "float16"), ("spans-00000", spans[:, :1], "int64"),
+                               ("spans-00000", spans.astype(float), "float64")):
+        keep = (root / f"{name}.npy").read_bytes()
+        np.save(root / f"{name}.npy", array)
+        with pytest.raises(UserError, match=f"{name}.*{named}.*encode again"):
+            Latents(root)
+        (root / f"{name}.npy").write_bytes(keep)
+    for wrong in ([0, len(wide) + 1], [-2, 1], [3, 2]):
+        np.save(root / "spans-00000.npy", np.where(True, wrong, spans))
+        with pytest.raises(UserError, match="tokens of shard 0 .* damaged"):
+            Latents(root).record(0, 0)
+    np.save(root / "spans-00000.npy", spans)
+    wide[0] = np.nan                                        # the first token of "a red ring"
+    np.save(root / "tokens-00000.npy", wide)
+    source = Latents(root, max_bad=1.0)
+    batch = source.records(range(N), [0] * N)
+    assert source.bad and batch["text"].isfinite().all() and (batch["index"] != torch.arange(N)).any()
+    for wrong in (7, {**meta["encoder"], "dim": "6"}, {}):
+        (root / "meta.json").write_text(json.dumps({**meta, "encoder": wrong}))
+        with pytest.raises(UserError, match="damaged in encoder"):
+            Latents(root)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
+def test_as_many_files_may_be_open_as_the_system_allows():
+    """Each file of latents is one to five; the usual limit is 1,024."""
+    import resource
+
+    import machine
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (300, before[1]))
+    try:
+        machine.open_more_files()
+        wanted = max(machine.FILES) if before[1] == resource.RLIM_INFINITY else min(max(machine.FILES), before[1])
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] in (wanted, min(wanted, min(machine.FILES)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
