@@ -125,6 +125,19 @@ class Inception(nn.Module):
         return features, features @ self.fc.weight.T
 
 
+def fold_(net: Inception) -> Inception:
+    """W' = W g / sqrt(v + eps), b' = b - m g / sqrt(v + eps): fixed normalization, moved into the convolution before.
+
+    The same function to fp32 accuracy and one pass less over every layer's activations. Weights fold once."""
+    for layer in [m for m in net.modules() if isinstance(m, Conv)]:
+        conv, bn = layer.conv, layer.bn
+        scale = bn.weight / (bn.running_var + bn.eps).sqrt()                    # (channels out,)
+        conv.weight = nn.Parameter(conv.weight * scale[:, None, None, None], requires_grad=False)
+        conv.bias = nn.Parameter(bn.bias - bn.running_mean * scale, requires_grad=False)
+        layer.bn = nn.Identity()
+    return net
+
+
 def by_formula(dtype: torch.dtype) -> Inception:
     """The network with weights made of integers alone, the same on every machine: to test the graph, never for FID.
 
@@ -256,7 +269,8 @@ class Extractor:
         with torch.device("meta"):
             net = Inception()
         net.load_state_dict(tensors, strict=True, assign=True)
-        self.net = net.eval().requires_grad_(False).to(place.device, memory_format=torch.channels_last)
+        net = fold_(net.eval().requires_grad_(False))
+        self.net = net.to(place.device, memory_format=torch.channels_last)
         self.sha256, self.resize, self.device = SHA256, resize, place.device
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -140,7 +140,7 @@ def relative_norm(a, b):
 @pytest.mark.slow
 @pytest.mark.parametrize("h, w", [(32, 41), (300, 64)])
 def test_torch_fidelity_has_the_same_network_resize_and_logits(h, w, weights, extract):
-    """To the last bit; in channels_last layout, which adds in another order, to fp32 rounding."""
+    """To the last bit; folded and in channels_last layout, which adds in another order, to fp32 rounding."""
     theirs = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
     other = theirs.FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"],
                                                feature_extractor_weights_path=weights)
@@ -149,6 +149,22 @@ def test_torch_fidelity_has_the_same_network_resize_and_logits(h, w, weights, ex
         a, b, c = other(x), plain(tf1_resize(x.float())), extract(x)
     for k in range(2):
         assert relative_norm(a[k], b[k]) < 1e-6 and relative_norm(a[k], c[k]) < 1e-4
+
+
+def test_folding_moves_normalization_into_the_convolutions_and_changes_nothing():
+    """A Mixed block in float64 whose every statistic, gain and bias differs from what it starts from."""
+    torch.manual_seed(0)
+    net = inception.Mixed(5, "branch1x1 1>7, branch_pool avg 1>3, branch3x3 1>4 3x1&1x3>6").double().eval()
+    with torch.no_grad():
+        for name, tensor in net.state_dict().items():
+            if tensor.is_floating_point() and ".bn." in name:
+                tensor.uniform_(0.5, 2.0)
+    x = torch.randn(2, 5, 9, 8, dtype=torch.float64)
+    with torch.no_grad():
+        before = net(x)
+        after = inception.fold_(net)(x)
+    assert torch.allclose(before, after, rtol=1e-12, atol=1e-12)
+    assert before.std() > 0.1 and not any(isinstance(m, torch.nn.BatchNorm2d) for m in net.modules())
 
 
 # ---------------------------------------------------------------- resize
