@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -224,6 +225,22 @@ def test_any_number_of_processes_counts_every_picture_once():
                 assert np.allclose(rank[k][3], alone[k][3], rtol=1e-14, atol=1e-14)
                 assert np.allclose(rank[k][5], alone[k][5], rtol=1e-12)
         assert [] in [rank[2][0] for rank in ranks]
+
+
+@pytest.mark.parametrize("metrics", [{"fid"}, {"fid", "is"}])
+def test_memory_does_not_grow_with_the_number_of_pictures(metrics, few):
+    """Batches of pictures alive at once, however many there are: those fetched ahead, the one in use, the next."""
+    alive, most = weakref.WeakSet(), []
+
+    def draw(indices):
+        x = torch.from_numpy(images(5)).permute(0, 3, 1, 2)[:len(indices)].clone()
+        alive.add(x)
+        most.append(len(alive))
+        return x
+    for n in (50, 500):
+        got = fid.collect(counted(draw), n, 5, few, metrics, ALONE)
+        assert got.stats.n == n and got.rows is None
+    assert len(most) == 110 and max(most) <= 4 and max(most[10:]) <= max(most[:10])
 
 
 def test_a_picture_that_is_missing_is_noticed(few, monkeypatch):
