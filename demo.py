@@ -34,7 +34,7 @@ PROMPTS = ("a red ring left of a blue square", "a green star", "a large yellow h
 MEASURED = 200                          # pictures behind every number of the scorecard
 ASKED = {"color": "named colours are there", "side": "left and right as asked", "level": "above and below as asked",
          "size": "small or large as asked", "shape": "shape as asked, of eight", "count": "number of objects"}
-TRIAL = 120                             # steps that measure this machine's speed
+TRIAL = 40                              # steps that measure this machine's speed
 STEPPING = 0.88                         # share of the minutes for steps; starting and saving take the rest
 
 
@@ -64,7 +64,7 @@ def plan(o: Options) -> tuple[int, str]:
     for choice in ("on", "off") if can_compile() else ("off",):
         print(f"{TRIAL} steps to see how fast this machine is, compile={choice} ...", flush=True)
         with tempfile.TemporaryDirectory() as folder:
-            flags = (f"--out={folder}", f"--compile={choice}", f"--steps={TRIAL}", "--log_every=15", "--sample_every=0")
+            flags = (f"--out={folder}", f"--compile={choice}", f"--steps={TRIAL}", "--log_every=5", "--sample_every=0")
             tried = subprocess.run([sys.executable, "train.py", f"--config={o.config}", *flags], stderr=subprocess.PIPE,
                                    encoding="utf-8", errors="replace")
             if tried.returncode == 0:
