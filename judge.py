@@ -262,7 +262,7 @@ def toy_leak(judge: Judge, groups: Iterable[Tensor], place: machine.Place) -> Me
 
 def resized(source: Shapes, indices: Sequence[int]) -> Tensor:
     """The same scenes rendered at every native size: the leak of a model that leaks nothing. uint8 (P, K, 3, R, R)"""
-    scene = draw_scene(uniform(source.scene_key, np.asarray(indices), DRAWS), source.objects, False)
+    scene = draw_scene(uniform(source.scene_key, np.asarray(indices), DRAWS), source.objects, False, source.grid)
     P, R, kinds = len(indices), source.resolution, []
     zero = np.zeros(P, int)
     for k in range(len(NATIVE)):

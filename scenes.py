@@ -1,7 +1,7 @@
 """Scenes of coloured shapes: what is in them, drawn from hashed numbers, and what they look like.
 
 u = uniform(key, indices, DRAWS)                            a row of random numbers for every index
-scene = draw_scene(u, (1, 2, 3), held_out=False, grid=False)    what is where
+scene = draw_scene(u, objects=(1, 2, 3), held_out=False)    what is where
 image = render(scene, S, top, left, flip, R)                pixels
 
 Lengths are shares of the picture's side, y points down, and (0, 0) is its top left corner. The canvas is a quarter
@@ -63,7 +63,7 @@ def native_table() -> np.ndarray:
     return np.cumsum(p / p.sum(1, keepdims=True), axis=1)
 
 
-def draw_scene(u: np.ndarray, objects: tuple[int, ...], held_out: bool, grid: bool) -> dict[str, np.ndarray]:
+def draw_scene(u: np.ndarray, objects: tuple[int, ...], held_out: bool, grid: bool = False) -> dict[str, np.ndarray]:
     """Uniform numbers (B, DRAWS) to scenes: shape, color, x, y, r (B, 3), relation (B, 2), the rest (B,).
 
     grid: centres are eighths of the side apart, which at 32 px is a patch of 4, and one object of several is large."""

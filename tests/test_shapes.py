@@ -266,7 +266,7 @@ def test_held_out_pairs_are_only_where_they_belong(grid):
 
 def some(count):
     """A few scenes of one to three objects at all native sizes."""
-    return scenes.draw_scene(uniform(1, np.arange(count), scenes.DRAWS), (1, 2, 3), False, False)
+    return scenes.draw_scene(uniform(1, np.arange(count), scenes.DRAWS), (1, 2, 3), False)
 
 
 @pytest.mark.parametrize("n", NATIVE)
