@@ -3,6 +3,7 @@
 python bench.py --config=configs/shapes.py [--compile=on]            seconds, images/s, share of peak
 python bench.py --size=DiT-S/2 --batch=8 --threads=1 --vs=diffusers   in turns with diffusers' DiT
 python bench.py --size=DiT-S/2 --batch=8 --threads=1 --peer=PATH      in turns with the official code
+python bench.py --config=configs/mp/shapes_e.py --threads=1 --vs=plain   what preserving magnitudes costs
 python bench.py --data=PATH                                          how fast data comes: see bench_data.py
 python bench.py --fid                                                how fast FID is: see fid_check.py
 
@@ -55,7 +56,7 @@ class Options:
     batch: int = 0                      # images at a time; 0 = micro of the config
     rounds: int = 30                    # most timed turns of each, after the warm-up
     seconds: float = 20.0               # longest that one thing is timed for
-    vs: str = ""                        # compare with a library's implementation: diffusers
+    vs: str = ""                        # compare with diffusers' DiT; or with plain, the twin of an mp architecture
     peer: str = ""                      # compare with the official DiT code, the folder of its models.py
 
 
@@ -105,11 +106,13 @@ def check(o: Options, cfg: Config) -> tuple[Options, Config]:
                         f"seconds={o.seconds} positive")
     if unknown := [w for w in o.what.split("+") if w not in PASSES]:
         raise UserError(f"what={o.what!r} names {unknown[0]!r}; there are {', '.join(PASSES)}, joined with +")
-    if o.vs not in ("", "diffusers") or o.vs and o.peer:
-        raise UserError(f"vs={o.vs!r}, peer={o.peer!r}: vs can be diffusers, and only one can be given")
+    if o.vs not in ("", "diffusers", "plain") or o.vs and o.peer:
+        raise UserError(f"vs={o.vs!r}, peer={o.peer!r}: vs can be diffusers or plain, and only one can be given")
     m = cfg.model
-    if (o.vs or o.peer) and (m.arch, m.semantics, m.controls) != ("dit", "class", ""):
-        raise UserError("--vs and --peer compare a DiT of classes without controls (--size=DiT-S/2), got "
+    if o.vs == "plain" and not m.arch.startswith("mp"):
+        raise UserError(f"--vs=plain compares an mp architecture with its twin, got model.arch={m.arch!r}")
+    if (o.vs == "diffusers" or o.peer) and (m.arch, m.semantics, m.controls) != ("dit", "class", ""):
+        raise UserError("--vs=diffusers and --peer compare a DiT of classes without controls (--size=DiT-S/2), got "
                         f"model.arch={m.arch!r}, semantics={m.semantics!r}, controls={m.controls!r}")
     train.check(cfg, world=1)
     return o, cfg
@@ -266,6 +269,23 @@ def ratios(o: Options, cfg: Config, device: torch.device) -> list[dict]:
     return rows
 
 
+def costs(o: Options, cfg: Config, device: torch.device) -> list[dict]:
+    """Print and return how many times as long a network that preserves magnitudes takes as its plain twin."""
+    m = cfg.model
+    twin = dataclasses.replace(m, arch=m.arch.removeprefix("mp"), preserve="")
+    plain = dataclasses.replace(cfg, model=twin, normalize=False, lr_mp=0.0)
+    inputs, rows, compiled = make_inputs(cfg, o.batch, device), [], cfg.compile == "on"
+    a, b = (dataclasses.replace(ours(c, inputs, c.dtype, compiled), name=c.model.arch) for c in (plain, cfg))
+    print(f"{'what':8} {a.name + ' s':>9} {b.name + ' s':>9} {'cost, by CPU time':>22} {'by best wall clock':>22} "
+          "turns")
+    for what in o.what.split("+"):
+        torch.compiler.reset()
+        rows.append({"what": what, **compare(a, b, what, o, device)})
+        print("{what:8} {mine:9.4f} {other:9.4f} {ratio:5.3f} ({low:.3f} .. {high:.3f}) "
+              "{wall:5.3f} ({wall_low:.3f} .. {wall_high:.3f}) {turns:5d}".format(**rows[-1]), flush=True)
+    return rows
+
+
 ELSEWHERE = {"--fid": "fid speed", "--data": "bench_data"}      # what is measured in a room of its own
 
 
@@ -279,7 +299,8 @@ def main(argv: list[str]) -> list[dict]:
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     print(f"{o.size or cfg.model.arch}: {model.flops(cfg.model) / 1e9:.3f} GFLOP an image forward; "
           f"batch {o.batch} on {device}, {torch.get_num_threads()} CPU threads")
-    return ratios(o, cfg, device) if o.vs or o.peer else speeds(o, cfg, device)
+    kind = costs if o.vs == "plain" else ratios if o.vs or o.peer else speeds
+    return kind(o, cfg, device)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """The benchmark's printed numbers, its comparisons, and the FLOP formula against a counter."""
+import dataclasses
 import math
 import statistics
 
@@ -121,6 +122,21 @@ def test_every_weight_is_felt_and_trained():
     assert all(p.grad is None for p in ours.net.parameters())
 
 
+@pytest.mark.parametrize("arch, twin", [("mpdit", "dit"), ("mpmmdit", "mmdit")])
+def test_the_cost_of_preserving_magnitudes_is_over_the_plain_twin(arch, twin, monkeypatch, capsys):
+    """Both sides are of the same sizes, each with its own optimizer step; the printed ratio is theirs in that order."""
+    built, ours = [], bench.ours
+    monkeypatch.setattr(bench, "ours", lambda cfg, *rest: built.append(cfg) or ours(cfg, *rest))
+    monkeypatch.setattr(bench, "AGREE", math.inf)
+    monkeypatch.setattr(bench, "turn", lambda side, what, device: (3.0, 3.0) if side.name == arch else (2.0, 2.0))
+    flags = [f"--model.arch={arch}", "--normalize=true", "--lr_mp=0.01", "--what=forward+train", "--vs=plain"]
+    rows = bench.main([*TINY, *FEW, *CLASSES, *flags])
+    assert [(row["what"], row["ratio"], row["wall"]) for row in rows] == [("forward", 1.5, 1.5), ("train", 1.5, 1.5)]
+    plain, cfg = built
+    assert (plain.model.arch, plain.normalize, plain.lr_mp) == (twin, False, 0) and cfg.normalize and cfg.lr_mp
+    assert plain.model == dataclasses.replace(cfg.model, arch=twin) and f"{twin} s" in capsys.readouterr().out
+
+
 def test_compiled_and_not(monkeypatch):
     """--compile=on times every step twice, the second time with every block compiled on its own."""
     compiled = []
@@ -195,8 +211,8 @@ def test_help_names_the_options_of_both(capsys):
 
 @pytest.mark.parametrize("flag, message", [
     ("--what=forward+dance", "'dance'"), ("--size=DiT-S", "DiT-S/2"), ("--size=CNN-S/2", "dit, mmdit"),
-    ("--vs=keras", "keras"), ("--vs=diffusers", "--size=DiT-S/2"), ("--rounds=1", "rounds=1"),
-    ("--batch=-1", "batch=-1"), ("--compile=maybe", "maybe"), ("--model.patch=5", "patch=5"),
+    ("--vs=keras", "keras"), ("--vs=plain", "mp architecture"), ("--vs=diffusers", "--size=DiT-S/2"),
+    ("--rounds=1", "rounds=1"), ("--batch=-1", "batch=-1"), ("--compile=maybe", "maybe"), ("--model.patch=5", "patch=5"),
     ("--depht=3", "--model.depth")])
 def test_options_that_cannot_be_timed(flag, message):
     with pytest.raises(UserError, match=message):
