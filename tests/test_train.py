@@ -36,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
@@ -317,6 +318,26 @@ def test_two_processes_do_what_one_does(run, straight, tmp_path):
     for name in ("two", "one-two", "two-one"):
         assert leaves(tmp_path / name)["weights"] == leaves(straight[0])["weights"], name
         assert losses(tmp_path / name) == pytest.approx(losses(straight[0]), rel=2e-6), name
+
+
+@needs_fork
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [
+    ["--muon=0.01", "--model.arch=mpdit", "--normalize=true", "--dtype=bfloat16"],
+    ["--model.arch=mpmmdit", "--normalize=true", "--lr_mp=0.01", "--snapshots=3",
+     "--model.modulation=scale+rotate+gate"]])
+def test_orthogonal_and_normalized_steps_are_the_same_on_two_processes_and_after_a_stop(flags, run, tmp_path):
+    """Weights, averages and momentum bit for bit: each process takes the step for itself, from the same gradient."""
+    finish(run, tmp_path / "one", *flags)
+    finish(run, tmp_path / "two-one", *flags, "--steps=6", world=2)
+    finish(run, tmp_path / "two-one", *flags)
+    one, other = (load_file(tmp_path / name / "step-00000012" / "state.safetensors")
+                  for name in ("one", "two-one"))
+    assert one.keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in one.items())
+    assert any(k.endswith("momentum") for k in one) == ("--muon=0.01" in flags)
+    if "--normalize=true" in flags:
+        rows = one["net.blocks.0.attn.qkv.weight"].square().mean(1)
+        assert (rows - 1).abs().max() < 1e-5
 
 
 @needs_fork
