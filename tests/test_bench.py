@@ -212,7 +212,8 @@ def test_help_names_the_options_of_both(capsys):
 @pytest.mark.parametrize("flag, message", [
     ("--what=forward+dance", "'dance'"), ("--size=DiT-S", "DiT-S/2"), ("--size=CNN-S/2", "dit, mmdit"),
     ("--vs=keras", "keras"), ("--vs=plain", "mp architecture"), ("--vs=diffusers", "--size=DiT-S/2"),
-    ("--rounds=1", "rounds=1"), ("--batch=-1", "batch=-1"), ("--compile=maybe", "maybe"), ("--model.patch=5", "patch=5"),
+    ("--rounds=1", "rounds=1"), ("--batch=-1", "batch=-1"), ("--compile=maybe", "maybe"),
+    ("--model.patch=5", "patch=5"),
     ("--depht=3", "--model.depth")])
 def test_options_that_cannot_be_timed(flag, message):
     with pytest.raises(UserError, match=message):
