@@ -299,8 +299,9 @@ def table(rows: dict[str, list[Row]]) -> str:
     lines = [f"{'':24}" + "".join(f"{arm:>22}" for arm in rows)]
     for key in next(iter(rows.values()))[0]:
         cells = [[row[key] for row in arm] for arm in rows.values()]
-        spread = [f"{stdev(c):.3f}" if len(c) > 1 and all(map(math.isfinite, c)) else "?" for c in cells]
-        lines.append(f"{key:24}" + "".join(f"{f'{mean(c):.3f} ± {s}':>22}" for c, s in zip(cells, spread)))
+        digits = 3 if max(map(max, cells)) >= 0.1 else 5
+        spread = [f"{stdev(c):.{digits}f}" if len(c) > 1 and all(map(math.isfinite, c)) else "?" for c in cells]
+        lines.append(f"{key:24}" + "".join(f"{f'{mean(c):.{digits}f} ± {s}':>22}" for c, s in zip(cells, spread)))
     return "\n".join(lines)
 
 
