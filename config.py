@@ -158,14 +158,15 @@ def parse(argv: list[str], options: Any) -> Any:
     """`options` (a dataclass) with `--key=value` and `--key value` put in, each read as its field's type.
 
     `--help` prints every field and exits. UserError for an unknown field, a wrong type, a missing value."""
-    words = list(argv)
+    words, word = list(argv), ""
     while words:
-        word = words.pop(0)
+        before, word = word, words.pop(0)
         if word in ("-h", "--help"):
             print(help_text(options))
             sys.exit(0)
         if not word.startswith("--"):
-            raise UserError(f"expected --key=value, got {word!r}; --help lists the keys")
+            after = f" after {before}" if before else ""
+            raise UserError(f"expected --key=value, got {word!r}{after}; --help lists the keys")
         key, equals, text = word[2:].partition("=")
         key = key.replace("-", "_")
         kind = field_type(options, key)

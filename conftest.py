@@ -3,6 +3,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -15,3 +16,9 @@ with suppress(ImportError):
     except RuntimeError:
         for name in ("nms", "qnms"):
             torch.library.define(f"torchvision::{name}", "(Tensor x) -> Tensor")
+
+
+@pytest.fixture(autouse=True)
+def exact_products():
+    """fp32 products begin every test at full precision: a run in bfloat16 lowers it for its whole process."""
+    torch.set_float32_matmul_precision("highest")
