@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import model
+from autoencoder import import_autoencoder
 from conditioning import Condition
 from config import UserError
 from sample import ddim
@@ -97,6 +98,9 @@ def diffusers_dit(net: model.Denoiser) -> nn.Module:
         from diffusers import DiTTransformer2DModel
     except ImportError as e:
         raise UserError(f"--vs=diffusers needs diffusers ({e}): pip install diffusers") from e
+    except RuntimeError:
+        import_autoencoder()                                # gets past a torchvision that was built for CUDA
+        from diffusers import DiTTransformer2DModel
     m = net.cfg
     other = DiTTransformer2DModel(
         num_layers=m.depth, num_attention_heads=m.heads, attention_head_dim=m.width // m.heads, norm_eps=1e-6,

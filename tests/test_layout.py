@@ -49,7 +49,7 @@ MAY_IMPORT = {
            "sample",
     "mup": "conditioning config model", "probe": "checkpoint conditioning config data machine model schedule",
     "demo": "captions checkpoint config data log machine model plot sample shapes wishes",
-    "bench_data": "config data", "peers": "conditioning config model sample schedule",
+    "bench_data": "config data", "peers": "autoencoder conditioning config model sample schedule",
     "train": "*", "bench": "* train", "claims": "* train",
 }
 OUTSIDE = {"torch", "numpy", "PIL", "tqdm", "safetensors"}      # what may be imported at the top of a file
