@@ -149,10 +149,8 @@ def test_captions_and_controls_of_any_source_go_with_the_latents(place, tmp_path
 
 # ---------------------------------------------------------------- killed and started again
 
-@pytest.mark.parametrize("die_at", [
-    5, *(pytest.param(k, marks=pytest.mark.slow) for k in (0, 1, 2, 3, 7, 8, 9, 10, 11))])
-def test_a_run_that_is_killed_anywhere_ends_with_the_same_bytes(place, tmp_path, monkeypatch, die_at):
-    """Before write number die_at of 12: first pictures, meta.json, 4 x (records, latents), meta.json, the panel."""
+def encode_and_die(command, monkeypatch, die_at):
+    """A run that ends before write number die_at."""
     count, write = [0], latents.checkpoint.write_bytes
 
     def dying(path, content):
@@ -160,11 +158,18 @@ def test_a_run_that_is_killed_anywhere_ends_with_the_same_bytes(place, tmp_path,
             raise KeyboardInterrupt
         count[0] += 1
         write(path, content)
-    command = options(place, out=tmp_path / "out")
     with monkeypatch.context() as m:
         m.setattr(latents.checkpoint, "write_bytes", dying)
         with pytest.raises(KeyboardInterrupt):
             latents.encode(command)
+
+
+@pytest.mark.parametrize("die_at", [
+    5, *(pytest.param(k, marks=pytest.mark.slow) for k in (0, 1, 2, 3, 7, 8, 9, 10, 11))])
+def test_a_run_that_is_killed_anywhere_ends_with_the_same_bytes(place, tmp_path, monkeypatch, die_at):
+    """Before write number die_at of 12: first pictures, meta.json, 4 x (records, latents), meta.json, the panel."""
+    command = options(place, out=tmp_path / "out")
+    encode_and_die(command, monkeypatch, die_at)
     if die_at < 11:
         with pytest.raises(UserError, match="not finished|encode writes one"):
             Latents(tmp_path / "out")
@@ -243,17 +248,7 @@ def test_tokens_are_encoded_with_the_pictures_or_added_afterwards(place, tmp_pat
 @pytest.mark.parametrize("die_at", [2, 8, 10, 11, 13, 16, 17])
 def test_a_run_that_is_killed_among_its_tokens_ends_with_the_same_bytes(place, tmp_path, monkeypatch, encoder, die_at):
     """First pictures, meta.json, 3 x (captions, records, latents), 3 x (spans, tokens), meta.json, the panel."""
-    count, write = [0], latents.checkpoint.write_bytes
-
-    def dying(path, content):
-        if count[0] == die_at:
-            raise KeyboardInterrupt
-        count[0] += 1
-        write(path, content)
-    with monkeypatch.context() as m:
-        m.setattr(latents.checkpoint, "write_bytes", dying)
-        with pytest.raises(KeyboardInterrupt):
-            latents.encode(captioned(place, out=tmp_path / "out"))
+    encode_and_die(captioned(place, out=tmp_path / "out"), monkeypatch, die_at)
     if die_at < 17:
         with pytest.raises(UserError, match="not finished"):
             Latents(tmp_path / "out")
