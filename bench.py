@@ -251,6 +251,11 @@ def speeds(o: Options, cfg: Config, device: torch.device) -> list[dict]:
     return rows
 
 
+def compiles(cfg: Config, device: torch.device) -> bool:
+    """Does train.py compile the blocks of such a run?"""
+    return cfg.compile == "on" or cfg.compile == "auto" and device.type == "cuda"
+
+
 def ratios(o: Options, cfg: Config, device: torch.device) -> list[dict]:
     """Print and return how much faster ours is, at equal fp32 precision and with each as it ships.
 
@@ -259,7 +264,7 @@ def ratios(o: Options, cfg: Config, device: torch.device) -> list[dict]:
     equal = ours(cfg, inputs, "float32", compiled=False)
     other = diffusers_side(equal.net, inputs) if o.vs else official_side(equal.net, inputs, o.peer)
     assert_alike(equal, other)
-    compiled = cfg.compile == "on" or cfg.compile == "auto" and device.type == "cuda"
+    compiled = compiles(cfg, device)
     shipped = ours(cfg, inputs, cfg.dtype, compiled)
     label = f"{str(shipped.net.dtype)[6:]}, as shipped"
     sides = [(equal, "float32 both"), (shipped, f"{label}, compiled" if compiled else label)]
@@ -280,7 +285,7 @@ def costs(o: Options, cfg: Config, device: torch.device) -> list[dict]:
     m = cfg.model
     twin = dataclasses.replace(m, arch=m.arch.removeprefix("mp"), preserve="")
     plain = dataclasses.replace(cfg, model=twin, normalize=False, lr_mp=0.0)
-    inputs, rows, compiled = make_inputs(cfg, o.batch, device), [], cfg.compile == "on"
+    inputs, rows, compiled = make_inputs(cfg, o.batch, device), [], compiles(cfg, device)
     a, b = (dataclasses.replace(ours(c, inputs, c.dtype, compiled), name=c.model.arch) for c in (plain, cfg))
     print(f"{'what':8} {a.name + ' s':>9} {b.name + ' s':>9} {'cost, by CPU time':>22} {'by best wall clock':>22} "
           "turns")

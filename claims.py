@@ -46,7 +46,7 @@ FINE = ("--lr=2e-3", "--muon=0.007")    # peak rates of a run that goes on from 
 ADAM = ("--muon=0", "--batch=16", "--micro=16")     # as [MAG] has it, in small steps
 CLASSES = ("--model.semantics=class", "--model.text_length=0", "--model.prediction=eps", "--noise_weight=0", *ADAM)
 RATES = (2e-3, 6e-3, 2e-2, 6e-2)        # that a claim of [MAG] chooses from, for every arm
-STEEP = (6e-3, 2e-2, 6e-2, 2e-1, 6e-1)    # that are compared for stability
+STEEP = (6e-3, 2e-2, 6e-2, 2e-1, 6e-1)  # that are compared for stability
 CONSTANT = ("--model.prediction=eps", "--noise_weight=0", "--cooldown=0", "--dtype=bfloat16", *ADAM)
 HELD = 1000                             # pictures of the held-out loss, one for each noise level
 REAL = 10_000                           # renders that toy_fd compares with

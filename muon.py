@@ -6,10 +6,10 @@ g the gradient, U S V^T = u the singular values of what it is averaged to ([MUON
     u  = mu m + (1 - mu) g                  the same, one gradient ahead (Nesterov)
     W <- (1 - eta lambda) W - eta U V^T
 
-U V^T is approached by polynomials of u (Newton-Schulz), which are matrix products and nothing else. Adam scales every
-number of a gradient by itself, and of an attention layer that begins uniform a few directions get all of its steps;
-LOG.md has what that costs on shapes. Here a weight is cut into squares as wide as its shorter side, so q, k and v are
-matrices of their own, and all squares of a size are one batched product. Dimensions: D side of a square, K squares.
+U V^T is approached by polynomials of u (Newton-Schulz), which are matrix products and nothing else. LOG.md compares it
+with AdamW, which scales every number of a gradient by itself, on shapes. Here a weight is cut into squares as wide as
+its shorter side, so q, k and v are matrices of their own, and all squares of a size are one batched product.
+Dimensions: D side of a square, K squares.
 """
 import torch
 from torch import Tensor, nn

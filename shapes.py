@@ -281,12 +281,14 @@ class Sheet:
     seed: int = 0                   # of the data set
     split: str = "train"            # train, test or held_out
     plain: bool = False             # whole, sharp and unmirrored samples only
+    grid: bool = False              # scenes on the grid
 
 
 def main() -> None:
     """Draw a sheet of samples, each above its caption and its controls."""
     o = parse(sys.argv[1:], Sheet())
-    source = Shapes(o.resolution, o.seed, o.split, native=not o.plain, crop=not o.plain, flip=not o.plain)
+    source = Shapes(o.resolution, o.seed, o.split, native=not o.plain, crop=not o.plain, flip=not o.plain,
+                    grid=o.grid)
     batch, side, across = source.records(range(o.count)), 192, 6
     pixels = ((batch["image"] + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     sheet = Image.new("RGB", (across * (side + 8), -(-o.count // across) * (side + 56)), "white")
