@@ -65,7 +65,7 @@ class Config:
     augment: str = "crop+flip"      # what varies in how a picture is taken, joined with +: crop, flip, size
     crop: str = "global"            # side of a random crop, of the short side: global .9-1, local .4-.6, mix .4-1
     objects: int = 2                # shapes only: most objects in a picture
-    scenes: str = "free"            # shapes only: free, any place and size, or grid, places a patch apart, two sizes
+    scenes: str = "free"            # shapes only: free, grid (places a patch apart, two sizes), sides (pairs on it)
     seed: int = 0                   # keys every random draw: initial weights, data order, noise, samples
     model: ModelConfig = field(default_factory=ModelConfig)
     init: str = ""                  # run folder or weights file whose averaged weights to start from; empty = fresh
@@ -93,7 +93,7 @@ class Config:
     noise_weight: float = 0.0       # weight the loss by sigma to this power; 0 = the paper's, 1 favours composition
     dtype: str = "auto"             # auto, float32 or bfloat16; auto = bfloat16 where the hardware multiplies it
     compile: str = "auto"           # auto, on or off; auto = on for CUDA
-    workers: int = 2                # threads that load and decode images ahead of the loop
+    workers: int = 2                # threads that load and decode images ahead of the loop; 0 leaves a CPU to the steps
     max_bad: float = 0.01           # share of unreadable images that is skipped before the run stops
     log_every: int = 10             # steps between lines of log.jsonl
     save_every: int = 500           # steps between checkpoints; the last two are kept
@@ -103,6 +103,7 @@ class Config:
     fid_ref: str = ""               # statistics of real pictures for them, made by fid.py ref
     fid_n: int = 10_000             # pictures in each
     lam: float = 2.0                # guidance scale of previews, and the default of sample.py
+    eta: float = 0.0                # share of fresh noise in a DDIM step, likewise: 0 none, 1 DDPM's
     threads: int = 0                # CPU threads; 0 = all cores, shared by the processes of this machine
 
 
@@ -142,7 +143,7 @@ RANGES = {"batch": (1, 2 ** 20), "micro": (1, 2 ** 20), "steps": (1, MANY), "war
           "save_every": (1, MANY), "sample_every": (0, MANY), "objects": (1, MANY), "workers": (0, 256),
           "threads": (0, 1024), "lr": (0, 1e3), "cooldown": (0, 1), "beta1": (0, 0.9999), "beta2": (0, 0.999999),
           "weight_decay": (0, 1e3), "clip": (0, 1e30), "ema": (0.001, 0.288), "drop": (0, 1), "max_bad": (0, 1),
-          "lam": (-1e3, 1e3), "noise_weight": (-8, 8), "drop_controls": (0, 1), "padding_noise": (0, 10),
+          "lam": (-1e3, 1e3), "eta": (0, 1), "noise_weight": (-8, 8), "drop_controls": (0, 1), "padding_noise": (0, 10),
           "decay": (0, 1), "lr_mp": (0, 1e3), "muon": (0, 1e3), "snapshots": (0, 10_000), "magnitudes_every": (0, MANY),
           "fid_every": (0, MANY), "fid_n": (10, MANY)}
 

@@ -45,7 +45,6 @@ from shapes import Shapes, WordVectors
 from shards import TarShards, is_shards
 from tokens import StoredText, check_same
 
-SCENES = ("free", "grid")               # of shapes
 Record, Batch = dict[str, Any], dict[str, Any]
 Source, TextEncoder = Any, Any          # contracts, stated above and at text_encoder
 
@@ -123,10 +122,8 @@ def open_shapes(cfg: Config, split: str) -> Source:
     varied = cfg.augment.split("+")
     vary = [name in varied for name in ("size", "crop", "flip")]
     side = (1.0, 1.0) if cfg.crop == "global" else CROPS[cfg.crop]
-    if cfg.scenes not in SCENES:
-        raise UserError(f"unknown scenes={cfg.scenes!r}; there are {', '.join(SCENES)}")
     objects = tuple(range(1, cfg.objects + 1))
-    return Shapes(cfg.model.resolution, cfg.seed, split, objects, *vary, side, cfg.scenes == "grid")
+    return Shapes(cfg.model.resolution, cfg.seed, split, objects, *vary, side, cfg.scenes)
 
 
 def open_folder(cfg: Config, split: str) -> Source:

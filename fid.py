@@ -198,7 +198,7 @@ class Options(sample.Options):
 def run_pictures(o: Options, place: machine.Place) -> tuple[Callable, dict]:
     """Pictures of the run o.out, and what is to be known of them. UserError for options that cannot be drawn."""
     net, cfg, header = sample.open_run(o)
-    sample.check(o, cfg)
+    o = sample.check(o, cfg)
     decoder = decoder_of(header, o.autoencoder, cfg.model.channels, place.device)
     net = net.to(place.device)
     net.dtype = machine.precision(place.device, o.dtype)
@@ -209,7 +209,7 @@ def run_pictures(o: Options, place: machine.Place) -> tuple[Callable, dict]:
     about = {"samples": o.weights or (Path(o.out) / o.file).as_posix(), "weights_sha256": header["sha256"],
              "train_step": int(header["step"]), "ema": float(header["ema"]) if "ema" in header else None,
              "sampler": o.sampler, "steps": o.steps, "spacing": o.spacing or sample.SPACING[o.sampler], "eta": o.eta,
-             "lambda": cfg.lam if o.lam < 0 else o.lam, "beta": o.beta, "interval": o.interval, "seed": o.seed,
+             "lambda": o.lam, "beta": o.beta, "interval": o.interval, "seed": o.seed,
              "size": o.size, "crop": o.crop, "flip": o.flip, "dtype": str(net.dtype)[6:],
              "resolution": [decoder[1] * s for s in sample.side(o, cfg)],
              "asked": o.prompt or o.prompts or o.label or asked, "prompts_sha256": wishes.prompts_sha256}
@@ -240,8 +240,7 @@ class Monitor:
     weights.safetensors, with classes and controls. All processes make it and call it. Pictures of which no metric can
     be taken are a line that says so: training goes on."""
     def __init__(self, o: Options, cfg: Config, about: dict[str, str], place: machine.Place) -> None:
-        self.o, self.cfg, self.place = o, cfg, place
-        sample.check(o, cfg)
+        self.o, self.cfg, self.place = sample.check(o, cfg), cfg, place
         self.extract = Extractor(o.inception, o.resize, place)
         self.reference = find_reference(o.ref, o.metrics, self.extract)
         wanted(o.metrics, o.n, self.reference)

@@ -23,7 +23,7 @@ CURES = ("lr", "lr_mp", "warmup", "decay", "cooldown", "clip", "dtype")
 # What a run may change when it is resumed; all else must stay, or the result is neither the old run nor a new one.
 # Where the data lies may change, not what it is: that is in its fingerprint. Snapshots are part of the state.
 MAY_CHANGE = {*CURES, "out", "data", "steps", "workers", "max_bad", "log_every", "save_every", "sample_every", "lam",
-              "magnitudes_every", "fid_every", "fid_ref", "fid_n", "threads", "compile"}
+              "eta", "magnitudes_every", "fid_every", "fid_ref", "fid_n", "threads", "compile"}
 TRY = f"change {' or '.join('--' + key for key in CURES)}"
 
 

@@ -17,7 +17,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -122,13 +122,20 @@ def draw(net: Denoise, cfg: Config, cond: Condition, indices: Sequence[int], o: 
     """Pictures (or latents) number `indices` under `cond`, one row each. (B, C, h, w), about [-1, 1]"""
     shape = (cfg.model.channels, *side(o, cfg))
     alpha_bar = alpha_bar_table(cfg.model.schedule, cfg.model.noise_steps, cfg.model.rescale)
-    denoise = guided(net, cond.to(device), cfg.lam if o.lam < 0 else o.lam, o.beta, guided_indices(o, alpha_bar))
+    o = settled(o, cfg)
+    denoise = guided(net, cond.to(device), o.lam, o.beta, guided_indices(o, alpha_bar))
     noise, spacing = noise_for(indices, shape, o.seed).to(device), o.spacing or SPACING[o.sampler]
     with torch.inference_mode():
         if o.sampler == "heun":
             return heun(denoise, noise, alpha_bar, o.steps, spacing)
         fresh = lambda k: noise_for(indices, shape, o.seed, f"step {k}").to(device)
         return ddim(denoise, noise, alpha_bar, o.steps, o.eta, spacing, fresh)
+
+
+def settled(o: Options, cfg: Config) -> Options:
+    """The options with the run's own guidance scale and share of fresh noise where none is asked for."""
+    eta = cfg.eta if o.sampler == "ddim" else 0.0
+    return replace(o, lam=cfg.lam if o.lam < 0 else o.lam, eta=eta if o.eta < 0 else o.eta)
 
 
 def guided_indices(o: Options, alpha_bar: Tensor) -> tuple[int, int] | None:
@@ -158,13 +165,13 @@ def to_uint8(x: Tensor) -> np.ndarray:
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def check(o: Options, cfg: Config) -> None:
-    """UserError for options that cannot be drawn, before anything is."""
+def check(o: Options, cfg: Config) -> Options:
+    """The options, settled. UserError for those that cannot be drawn, before anything is."""
     if o.sampler not in SPACING:
         raise UserError(f"unknown sampler={o.sampler!r}; there are {', '.join(SPACING)}")
-    if not 0 <= o.eta <= 1:
+    if o.eta > 1:
         raise UserError(f"eta={o.eta} must lie between 0, no fresh noise, and 1, that of DDPM")
-    if o.eta and o.sampler != "ddim":
+    if o.eta > 0 and o.sampler != "ddim":
         raise UserError(f"eta={o.eta} needs sampler='ddim', got {o.sampler!r}")
     if min(o.n, o.batch, o.steps) < 1 or o.steps > cfg.model.noise_steps:
         raise UserError(f"n={o.n}, batch={o.batch} and steps={o.steps} must be at least 1, steps at most "
@@ -179,6 +186,7 @@ def check(o: Options, cfg: Config) -> None:
         ddim_indices(cfg.model.noise_steps, o.steps, o.spacing or SPACING[o.sampler])
     except ValueError as e:
         raise UserError(str(e)) from e
+    return settled(o, cfg)
 
 
 def open_run(o: Options) -> tuple[model.Denoiser, Config, dict[str, str]]:
@@ -249,12 +257,12 @@ def main(argv: list[str]) -> None:
     o = parse(argv, Options())
     place = machine.setup(o.threads)
     net, cfg, header = open_run(o)
-    check(o, cfg)
+    o = check(o, cfg)
     out, decoder = Path(o.out), decoder_of(header, o.autoencoder, cfg.model.channels, place.device)
     net = net.to(place.device)
     net.dtype = machine.precision(place.device, o.dtype)
     wishes = Wishes(o, cfg, header)
-    protocol = {**asdict(o), "lam": cfg.lam if o.lam < 0 else o.lam, "train_step": int(header["step"]),
+    protocol = {**asdict(o), "train_step": int(header["step"]),
                 "weights_sha256": header["sha256"], "prompts_sha256": wishes.prompts_sha256, "dtype": str(net.dtype)}
     key = hashlib.sha256(json.dumps({**protocol, "threads": 0, "name": ""}).encode()).hexdigest()[:8]
     path = out / "samples" / f"{o.name or key}.npz"

@@ -28,6 +28,7 @@ EIGHTHS = (2, 3, 4, 5, 6)                   # on the grid: where a centre may be
 APART = ((2, 5), (3, 6), (2, 6))            # and the places, near and far, of two objects that must not touch
 TWO_SIZES = (0.145, 0.21)                   # and half the width of an object, small or large
 DRAWS = 54                                  # random numbers of a scene and its caption
+UPRIGHT, SILENT = 3, 51                     # of these: below 0.5 a pair is upright; from 0.75 its link is "and"
 
 
 def rgb(palette: dict[str, tuple[int, int, int]]) -> np.ndarray:

@@ -24,10 +24,11 @@ from torch import Tensor
 
 from captions import BACKGROUNDS, COLORS, RELATIONS, SHAPES, WordVectors, describe
 from config import UserError, parse, seed64
-from scenes import DRAWS, HELD_OUT, LARGE, NATIVE, RADIUS, SMALL
+from scenes import DRAWS, HELD_OUT, LARGE, NATIVE, RADIUS, SILENT, SMALL, UPRIGHT
 from scenes import canvas, caption, draw_scene, render, rgb, sdf, uniform
 
 SPLITS = ("train", "test", "held_out")
+SCENES = ("free", "grid", "sides")
 VERSION = "shapes 2"                        # changes when the same index would show something else
 ANSWERS = ("color", "count", "background", "shape", "size", "side", "level")
 
@@ -42,14 +43,17 @@ class Shapes:
     crop        cut the crop out of the canvas anywhere, objects or not; off: at (0, 0), which cuts nothing
     side        range of the share of the picture's side that a crop shows; with crop off all of it, always
     flip        mirror every other picture but not its caption; off: never
-    grid        places eighths of the side apart and two sizes, which a small network learns sooner; off: any"""
+    scenes      free, any place and size; grid, places eighths of the side apart and two sizes, which a small network
+                learns sooner; sides, likewise, of two objects beside each other whose caption says which is left"""
     channels, encoder, bad = 3, None, {}
     classes = list(SHAPES)
     describe = staticmethod(describe)
 
     def __init__(self, resolution: int = 32, seed: int = 0, split: str = "train",
                  objects: tuple[int, ...] = (1, 2, 3), native: bool = True, crop: bool = True,
-                 flip: bool = True, side: tuple[float, float] = (1.0, 1.0), grid: bool = False):
+                 flip: bool = True, side: tuple[float, float] = (1.0, 1.0), scenes: str = "free"):
+        if scenes not in SCENES:
+            raise UserError(f"unknown scenes={scenes!r}; there are {', '.join(SCENES)}")
         if split not in SPLITS:
             raise UserError(f"unknown split {split!r} of shapes; it has: {', '.join(SPLITS)}")
         if not objects or not set(objects) <= {1, 2, 3}:
@@ -58,14 +62,15 @@ class Shapes:
             raise UserError(f"shapes want a resolution of at least 8, got {resolution}")
         if not 0 < side[0] <= side[1] <= 1:
             raise UserError(f"side wants a range in (0, 1], got {side!r}")
-        self.resolution, self.split, self.objects = resolution, split, tuple(objects)
-        self.native, self.crop, self.flip, self.grid = native, crop, flip, grid
+        self.resolution, self.split, self.scenes = resolution, split, scenes
+        self.objects = (2,) if scenes == "sides" else tuple(objects)
+        self.native, self.crop, self.flip = native, crop, flip
         self.side = (float(side[0]), float(side[1])) if crop else (1.0, 1.0)
         self.controls = tuple(c for c, on in (("size", native), ("crop", crop), ("flip", flip)) if on)
         self.scene_key, self.view_key = seed64("scene", seed, split), seed64("view", seed, split)
         parts = (VERSION, resolution, seed, split, self.objects, native, crop, flip)
         parts += self.side if self.side != (1, 1) else ()   # what is the same as without it has the same fingerprint
-        parts += ("grid",) if grid else ()
+        parts += (scenes,) if scenes != "free" else ()
         self.fingerprint = hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -79,7 +84,9 @@ class Shapes:
         index = np.asarray(indices, np.int64).reshape(-1)
         epoch = np.broadcast_to(np.asarray(epochs, np.int64), index.shape)
         u = uniform(self.scene_key, index, DRAWS)
-        scene = draw_scene(u, self.objects, self.split == "held_out", self.grid)
+        if self.scenes == "sides":
+            u[:, UPRIGHT], u[:, SILENT] = 1, 0
+        scene = draw_scene(u, self.objects, self.split == "held_out", self.scenes != "free")
         if not self.native:
             scene["native"][:] = len(NATIVE) - 1
 
@@ -281,14 +288,14 @@ class Sheet:
     seed: int = 0                   # of the data set
     split: str = "train"            # train, test or held_out
     plain: bool = False             # whole, sharp and unmirrored samples only
-    grid: bool = False              # scenes on the grid
+    scenes: str = "free"            # free, grid or sides
 
 
 def main() -> None:
     """Draw a sheet of samples, each above its caption and its controls."""
     o = parse(sys.argv[1:], Sheet())
     source = Shapes(o.resolution, o.seed, o.split, native=not o.plain, crop=not o.plain, flip=not o.plain,
-                    grid=o.grid)
+                    scenes=o.scenes)
     batch, side, across = source.records(range(o.count)), 192, 6
     pixels = ((batch["image"] + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     sheet = Image.new("RGB", (across * (side + 8), -(-o.count // across) * (side + 56)), "white")

@@ -36,7 +36,7 @@ class Options:
     steps: int = 50                 # sampling steps
     sampler: str = "ddim"           # ddim or heun
     spacing: str = ""               # noise levels visited: trailing, leading, linspace; empty = the sampler's own
-    eta: float = 0.0                # share of fresh noise in a DDIM step; 1 = DDPM's
+    eta: float = -1.0               # share of fresh noise in a DDIM step, 1 = DDPM's; -1 = that of the run
     lam: float = -1.0               # guidance scale lambda, 1 = none; -1 = that of the run
     beta: float = 1.0               # share of lambda that goes to the controls too: 0 none, 1 all, above 1 exaggerates
     interval: str = ""              # LOW,HIGH: guide only where sigma lies between these; empty = everywhere

@@ -9,6 +9,7 @@ from config import Config, ModelConfig
 
 config = Config(
     out="out/demo", data="shapes", augment="", objects=2, scenes="grid", steps=1500, batch=64, micro=64, lr=4e-3,
-    muon=0.014, warmup=50, cooldown=0.5, ema=0.05, noise_weight=1.0, lam=2.0, save_every=250, sample_every=250,
+    muon=0.014, warmup=50, cooldown=0.5, ema=0.05, noise_weight=1.0, lam=2.0, eta=1.0, workers=0, save_every=250,
+    sample_every=250,
     model=ModelConfig(semantics="text", text_length=12, resolution=32, patch=4, width=128, depth=6, heads=4,
                       positions="resample", base=28, prediction="v"))

@@ -15,7 +15,7 @@ from config import Config, ModelConfig
 config = Config(
     out="out/shapes32", data="shapes", augment="crop+flip+size", crop="global", objects=2, scenes="grid",
     padding="noisy", steps=1500, batch=64, micro=64, lr=4e-3, muon=0.014, warmup=50, cooldown=0.5, ema=0.05,
-    noise_weight=1.0, lam=3.0,
+    noise_weight=1.0, lam=3.0, eta=1.0, workers=0,
     model=ModelConfig(
         semantics="text", text_length=12, resolution=32, patch=4, width=128, depth=6, heads=4, prediction="v",
         controls="crop+flip+size", positions="resample", base=28))

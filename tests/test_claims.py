@@ -46,8 +46,8 @@ def test_a_claim_from_training_to_its_table_and_again_without_training(tmp_path,
     printed = capsys.readouterr().out
     assert printed.strip() == (tmp_path / "flip.txt").read_text(encoding="utf-8").strip()
     assert [line.split()[0] for line in printed.splitlines()[1:]] == ["side", "color"]
-    assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {"base-0", "flip1-0", "flip2-0"}
-    before = (tmp_path / "flip1-0" / "log.jsonl").read_bytes()          # it has times, which a second run would change
+    assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {"base-0", "silent-0", "told-0"}
+    before = (tmp_path / "told-0" / "log.jsonl").read_bytes()          # it has times, which a second run would change
     claims.main(flags)
     assert capsys.readouterr().out == printed
-    assert (tmp_path / "flip1-0" / "log.jsonl").read_bytes() == before
+    assert (tmp_path / "told-0" / "log.jsonl").read_bytes() == before

@@ -12,7 +12,7 @@ import torch
 import model
 from conditioning import Condition, guide
 from config import Config, ModelConfig
-from sample import SPACING, Options, ddim, draw, guided, guided_indices, heun, noise_for, to_uint8
+from sample import SPACING, Options, check, ddim, draw, guided, guided_indices, heun, noise_for, settled, to_uint8
 from schedule import ddim_indices, scaled_linear_alpha_bar, to_sigma
 
 M, S = 0.7, 0.5
@@ -289,6 +289,16 @@ def test_a_picture_does_not_depend_on_the_batch_it_is_drawn_in(options):
     alone = draw(net, cfg, Condition(label=labels[2:]), [12], options, cpu)
     assert together.shape == (3, 3, 8, 8) and torch.isfinite(together).all()
     assert torch.allclose(together[2:], alone, atol=1e-3 * together.abs().max().item())
+
+
+def test_guidance_and_fresh_noise_are_the_run_s_own_unless_asked_for():
+    m = ModelConfig(semantics="class", classes=5, width=24, depth=2, heads=3, resolution=8)
+    cfg, net, cond = Config(lam=3.0, eta=0.25, model=m), network(m), Condition(label=torch.tensor([2]))
+    of = lambda **asked: [getattr(settled(Options(**asked), cfg), key) for key in ("lam", "eta")]
+    assert of() == [3.0, 0.25] and of(lam=1.0, eta=0.0) == [1.0, 0.0] and of(sampler="heun") == [3.0, 0.0]
+    assert check(Options(steps=4), cfg).eta == 0.25
+    run = lambda cfg, **asked: draw(net, cfg, cond, [1], Options(steps=4, **asked), torch.device("cpu"))
+    assert torch.equal(run(cfg), run(replace(cfg, eta=0.0), eta=0.25)) and not torch.equal(run(cfg), run(cfg, eta=0.0))
 
 
 def test_draw_reads_sampler_steps_spacing_eta_lam_and_seed():

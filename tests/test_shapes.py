@@ -181,9 +181,9 @@ def test_wrong_arguments_are_named():
 
 # ---------------------------------------------------------------- scenes
 
-@pytest.mark.parametrize("grid", [False, True])
-def test_captions_are_true_of_the_scene(grid):
-    batch = Shapes(8, seed=2, grid=grid, **PLAIN).records(range(1500))
+@pytest.mark.parametrize("kind", ["free", "grid"])
+def test_captions_are_true_of_the_scene(kind):
+    batch = Shapes(8, seed=2, scenes=kind, **PLAIN).records(range(1500))
     scene = {k: v.numpy() for k, v in batch["scene"].items()}
     claims = 0
     for b, text in enumerate(batch["caption"]):
@@ -202,9 +202,9 @@ def test_captions_are_true_of_the_scene(grid):
 
 
 @pytest.mark.parametrize("objects", [(1,), (2,), (3,)])
-@pytest.mark.parametrize("grid", [False, True])
-def test_objects_are_whole_apart_and_of_different_colours(objects, grid):
-    truth = Shapes(8, objects=objects, grid=grid, **PLAIN).records(range(800))["scene"]
+@pytest.mark.parametrize("kind", ["free", "grid"])
+def test_objects_are_whole_apart_and_of_different_colours(objects, kind):
+    truth = Shapes(8, objects=objects, scenes=kind, **PLAIN).records(range(800))["scene"]
     scene = {k: v.numpy() for k, v in truth.items()}
     n = objects[0]
     assert (scene["n"] == n).all()
@@ -219,7 +219,7 @@ def test_objects_are_whole_apart_and_of_different_colours(objects, grid):
 
 
 def test_on_the_grid_centres_are_corners_of_patches_and_sizes_are_two_one_large_among_several():
-    source = Shapes(32, grid=True, **PLAIN)
+    source = Shapes(32, scenes="grid", **PLAIN)
     scene = {k: v.numpy() for k, v in source.records(range(2000))["scene"].items()}
     there = scene["r"] > 0
     for name in "xy":
@@ -236,9 +236,23 @@ def test_on_the_grid_centres_are_corners_of_patches_and_sizes_are_two_one_large_
                                                                       source.records([3])["image"])
 
 
-@pytest.mark.parametrize("grid", [False, True])
-def test_label_is_the_clearly_largest_object_and_sets_the_native_size(grid):
-    batch = Shapes(8, grid=grid).records(range(4000))
+def test_scenes_of_sides_are_pairs_on_the_grid_beside_each_other_and_every_caption_says_how():
+    source = Shapes(32, scenes="sides", **PLAIN)
+    batch = source.records(range(600))
+    scene = {k: v.numpy() for k, v in batch["scene"].items()}
+    assert (scene["n"] == 2).all() and set(np.unique(scene["relation"][:, 0])) == {0, 1}    # left of, right of
+    assert [describe(text).relations for text in batch["caption"]] == [(RELATIONS[k],) for k in scene["relation"][:, 0]]
+    left = scene["x"][:, 0] < scene["x"][:, 1]
+    assert (left == (scene["relation"][:, 0] == 0)).all() and abs(left.mean() - 0.5) < 5 * 0.5 / 600 ** 0.5
+    assert (scene["x"][:, :2] * 8 % 1 == 0).all() and (scene["y"][:, :2] * 8 % 1 == 0).all()
+    assert len({Shapes(32, scenes=kind).fingerprint for kind in ("free", "grid", "sides")}) == 3
+    with pytest.raises(UserError, match="unknown scenes='left'; there are free, grid, sides"):
+        Shapes(scenes="left")
+
+
+@pytest.mark.parametrize("kind", ["free", "grid"])
+def test_label_is_the_clearly_largest_object_and_sets_the_native_size(kind):
+    batch = Shapes(8, scenes=kind).records(range(4000))
     r = batch["scene"]["r"].sort(dim=1, descending=True)
     assert (r.values[:, 1] <= 0.9 * r.values[:, 0] + 1e-9).all()
     assert torch.equal(batch["label"], batch["scene"]["shape"].gather(1, r.indices[:, :1])[:, 0])
@@ -250,11 +264,11 @@ def test_label_is_the_clearly_largest_object_and_sets_the_native_size(grid):
         assert len(batch["size"][batch["label"] == k, 0].unique()) == len(NATIVE)
 
 
-@pytest.mark.parametrize("grid", [False, True])
-def test_held_out_pairs_are_only_where_they_belong(grid):
+@pytest.mark.parametrize("kind", ["free", "grid"])
+def test_held_out_pairs_are_only_where_they_belong(kind):
     pairs = {(list(COLORS).index(c), SHAPES.index(s)) for c, s in HELD_OUT}
     for split_name in ("train", "test", "held_out"):
-        scene = Shapes(8, split=split_name, grid=grid, **PLAIN).records(range(3000))["scene"]
+        scene = Shapes(8, split=split_name, scenes=kind, **PLAIN).records(range(3000))["scene"]
         main = [(c[m].item(), s[m].item()) for c, s, m in zip(scene["color"], scene["shape"], scene["main"])]
         every = [p for c, s in zip(scene["color"], scene["shape"]) for p in zip(c.tolist(), s.tolist())]
         found = sum(p in pairs for p in every)

@@ -10,6 +10,6 @@ from config import Config, ModelConfig
 
 config = Config(
     out="out/mp/shapes_e", data="shapes", augment="", objects=2, steps=2000, batch=16, micro=16, lr=2e-3, lr_mp=1e-2,
-    decay=0.5, warmup=50, normalize=True, beta2=0.99, weight_decay=0.0, ema=0.05, noise_weight=1.0,
+    decay=0.5, warmup=50, normalize=True, beta2=0.99, weight_decay=0.0, ema=0.05, noise_weight=1.0, workers=0,
     model=ModelConfig(arch="mpdit", semantics="class", resolution=32, patch=4, width=128, depth=6, heads=4,
                       positions="resample", base=28, prediction="v"))
