@@ -18,30 +18,14 @@ from torch import Tensor, nn
 
 from cached import affine
 from config import UserError
+from outside import library
 
 CHUNK = 8                               # pictures that are decoded at a time
 
 
-def import_autoencoder() -> type:
-    """diffusers' AutoencoderKL. UserError with the pip line where it is missing.
-
-    It imports torchvision, which stops where it was built for CUDA and torch was not: see text.import_open_clip."""
-    try:
-        from diffusers import AutoencoderKL
-    except ImportError as e:
-        raise UserError(f"latents need diffusers ({e}): pip install diffusers") from e
-    except RuntimeError as e:
-        if "torchvision::" not in str(e):
-            raise
-        for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", "(Tensor x) -> Tensor")
-        from diffusers import AutoencoderKL
-    return AutoencoderKL
-
-
 def open_autoencoder(path: str, device: torch.device | str = "cpu") -> nn.Module:
     """The frozen fp32 autoencoder in a folder (or its vae/), or of a hub name. UserError if it cannot be had."""
-    kind, local = import_autoencoder(), Path(path).expanduser()
+    kind, local = library("diffusers", "the autoencoder").AutoencoderKL, Path(path).expanduser()
     local = local / "vae" if (local / "vae").is_dir() else local
     try:
         where = str(local) if local.is_dir() else path

@@ -30,6 +30,7 @@ from PIL import Image
 
 import data
 from config import Config, ModelConfig, UserError, parse
+from outside import library
 
 CLASSES = 4                             # folders of the pictures that are made
 GFLOP = 237.2                           # of a forward pass of DiT-XL/2 at 256 px; python model.py --table
@@ -64,7 +65,7 @@ def theirs(loader: Any, turn: int) -> int:
 
 def torchvision_loader(folder: Path, R: int, n: int, workers: int, micro: int = 16) -> Any:
     """A DataLoader over n images of a class folder, drawn at random. UserError without torchvision."""
-    import_torchvision()
+    library("torchvision", "the comparison")
     from torch.utils.data import DataLoader, Subset
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
@@ -74,19 +75,6 @@ def torchvision_loader(folder: Path, R: int, n: int, workers: int, micro: int = 
     rows = np.resize(np.random.default_rng(0).permutation(len(every)), n).tolist()
     return DataLoader(Subset(every, rows), micro, shuffle=True, num_workers=workers, drop_last=True,
                       persistent_workers=workers > 0)
-
-
-def import_torchvision() -> None:
-    """UserError with the pip line where it is missing. Why two operators are defined: text.import_open_clip."""
-    try:
-        import torchvision  # noqa: F401
-    except ImportError as e:
-        raise UserError(f"the comparison needs torchvision ({e}): pip install torchvision") from e
-    except RuntimeError as e:
-        if "torchvision::" not in str(e):
-            raise
-        for operator in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{operator}", "(Tensor x) -> Tensor")
 
 
 def middle(image: Image.Image) -> Image.Image:

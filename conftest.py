@@ -1,6 +1,5 @@
 """Makes the rooms importable from tests/, whatever directory pytest starts in, and lets torchvision be imported."""
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -8,14 +7,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-# diffusers imports torchvision where it is there, and open_clip brings it. Built for CUDA beside a CPU torch it stops
-# over two operators that nobody has defined; no test calls them. See text.import_open_clip.
-with suppress(ImportError):
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:
-        for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", "(Tensor x) -> Tensor")
+from outside import mend_torchvision  # noqa: E402
+
+mend_torchvision()                                          # before any test imports diffusers or open_clip
 
 
 @pytest.fixture(autouse=True)

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import model
-from autoencoder import import_autoencoder
 from conditioning import Condition
 from config import UserError
+from outside import library
 from sample import ddim
 from schedule import add_noise
 
@@ -94,15 +94,9 @@ def diffusers_dit(net: model.Denoiser) -> nn.Module:
 
     There every block has a copy of the time and class embedding, and the slowest frequency of the time is
     1/10000 exactly; the latter is set to ours. UserError where diffusers is missing."""
-    try:
-        from diffusers import DiTTransformer2DModel
-    except ImportError as e:
-        raise UserError(f"--vs=diffusers needs diffusers ({e}): pip install diffusers") from e
-    except RuntimeError:
-        import_autoencoder()                                # gets past a torchvision that was built for CUDA
-        from diffusers import DiTTransformer2DModel
+    diffusers = library("diffusers", "--vs=diffusers")
     m = net.cfg
-    other = DiTTransformer2DModel(
+    other = diffusers.DiTTransformer2DModel(
         num_layers=m.depth, num_attention_heads=m.heads, attention_head_dim=m.width // m.heads, norm_eps=1e-6,
         in_channels=m.channels, sample_size=m.resolution, patch_size=m.patch, num_embeds_ada_norm=m.classes)
     for block in other.transformer_blocks:

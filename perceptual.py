@@ -36,6 +36,7 @@ from autoencoder import decoder_of
 from config import UserError, parse
 from fid_files import open_pictures
 from inception import precise
+from outside import library
 from wishes import Wishes, read_prompts
 
 
@@ -88,7 +89,7 @@ class CLIP:
     UserError for weights that are missing, do not fit, or are not known to want QuickGELU: with another activation
     scores are wrong and nothing else tells. sha256 is that of the file."""
     def __init__(self, path: str, name: str, device: torch.device) -> None:
-        open_clip = text.import_open_clip()
+        open_clip = library("open_clip", "CLIP", "open_clip_torch")
         file, cfg = find_clip(path, name, open_clip)
         if not cfg.get("quick_gelu"):
             raise UserError(f"CLIPScore is taken with OpenAI's CLIP, which has QuickGELU, and nothing says that "

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from config import UserError
+from outside import library
 from tokens import padded
 
 MODEL = "ViT-L-14"                      # [COND] sec. 2.1: the text encoder
@@ -47,7 +48,7 @@ class CLIPText:
     def __init__(self, path: str, layer: str = "last", device: str = "cpu") -> None:
         if layer not in LAYERS:
             raise UserError(f"unknown CLIP layer {layer!r}; there are {', '.join(LAYERS)}")
-        open_clip = import_open_clip()
+        open_clip = library("open_clip", "CLIP", "open_clip_torch")
         file, cfg, why = find(path, open_clip)
         self.tower = fill(build_tower(cfg, open_clip), read(file), file).to(device)
         self.words = open_clip.tokenizer.SimpleTokenizer()
@@ -138,24 +139,6 @@ class CLIPText:
 def say(line: str) -> None:
     """One line to stderr that leaves a progress bar whole."""
     tqdm.write(line, file=sys.stderr)
-
-
-def import_open_clip() -> ModuleType:
-    """open_clip. UserError with the pip line where it is missing.
-
-    It imports torchvision. Where that was built for CUDA and torch was not, torchvision stops over two operators that
-    nobody defined; with their names defined it imports, and a text tower never calls them."""
-    try:
-        import open_clip
-    except ImportError as e:
-        raise UserError(f"CLIP needs open_clip ({e}): pip install open_clip_torch") from e
-    except RuntimeError as e:
-        if "torchvision::" not in str(e):
-            raise
-        for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", "(Tensor x) -> Tensor")
-        import open_clip
-    return open_clip
 
 
 def find(path: str, open_clip: ModuleType) -> tuple[Path, dict, str]:

@@ -23,7 +23,6 @@ def test_pictures_are_made_alike_in_folder_and_tars(tmp_path):
 
 @pytest.mark.slow
 def test_torchvision_makes_the_same_tensors(tmp_path):
-    bench_data.import_torchvision()
     bench_data.write_folder(tmp_path / "set", 8)
     model = ModelConfig(semantics="none", resolution=100)       # too large for JPEGs to be decoded smaller
     source = data.open_source(Config(data=str(tmp_path / "set"), augment="", model=model))

@@ -23,7 +23,7 @@ from cached import Latents, affine, header, open_latents, read_meta
 from config import Config, ModelConfig, UserError
 from test_tokens import Encoder
 
-pytest.importorskip("diffusers", reason="the autoencoder: pip install diffusers")
+diffusers = pytest.importorskip("diffusers", reason="the autoencoder: pip install diffusers")
 
 ROOT = Path(__file__).parent.parent
 N, SIDE, C, R, SHARD, SCALING, SHIFT = 13, 8, 5, 16, 4, 0.3, 0.1
@@ -32,10 +32,10 @@ N, SIDE, C, R, SHARD, SCALING, SHIFT = 13, 8, 5, 16, 4, 0.3, 0.1
 def save_autoencoder(path, seed=0, scaling=SCALING):
     """A tiny AutoencoderKL with random weights: 16 px to 5 x 8 x 8."""
     torch.manual_seed(seed)
-    kind = autoencoder.import_autoencoder()
-    vae = kind(latent_channels=C, block_out_channels=(4, 8), down_block_types=("DownEncoderBlock2D",) * 2,
-               up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=2, scaling_factor=scaling,
-               shift_factor=SHIFT, mid_block_add_attention=False)
+    vae = diffusers.AutoencoderKL(
+        latent_channels=C, block_out_channels=(4, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=2, scaling_factor=scaling, shift_factor=SHIFT,
+        mid_block_add_attention=False)
     torch.nn.init.constant_(vae.quant_conv.bias[C:], -8)    # std about exp(-4): small, as in trained ones
     vae.save_pretrained(path)
     return str(path)

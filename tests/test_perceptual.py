@@ -20,11 +20,12 @@ import perceptual
 import sample
 import text
 from config import UserError, seed64
+from outside import library
 from perceptual import CLIP, PROTOCOLS, clip_score, lpips_diversity, mean_over, mean_pair_distance
 from test_drawing import run_folder
 from wishes import read_prompts
 
-open_clip = text.import_open_clip()
+open_clip = library("open_clip", "CLIP", "open_clip_torch")
 CPU = torch.device("cpu")
 ALONE = machine.Place(CPU, 0, 1)
 TEXT = dict(context_length=77, vocab_size=49408, width=64, heads=4, layers=2)

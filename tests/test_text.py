@@ -2,10 +2,10 @@
 
 No two sizes are equal: B 6, L 77, E 64, P 40, heads 4 of 16, 3 layers.
 """
-import builtins
 import json
 import os
 import pickle
+import sys
 
 import pytest
 import torch
@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 
 import text
 from config import UserError
+from outside import library
 from text import CACHE, CLIPText
 
-open_clip = text.import_open_clip()
+open_clip = library("open_clip", "CLIP", "open_clip_torch")
 TEXT = dict(context_length=77, vocab_size=49408, width=64, heads=4, layers=3)
 VISION = dict(image_size=8, layers=1, width=32, patch_size=4, head_width=16)
 CAPTIONS = ["a small red ring left of a large blue square on grey", "dog", "Ein Bär: naïve 猫 🐈 & co.", "", "dog",
@@ -334,15 +335,8 @@ def test_an_unknown_layer_is_named_with_those_there_are(plain):
 
 
 def test_without_open_clip_the_pip_line_is_named(monkeypatch):
-    real = builtins.__import__
-
-    def absent(name, *rest):
-        if name == "open_clip":
-            raise ModuleNotFoundError("No module named 'open_clip'", name=name)
-        return real(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", absent)
-    with pytest.raises(UserError, match="pip install open_clip_torch"):
+    monkeypatch.setitem(sys.modules, "open_clip", None)                     # as if it were not installed
+    with pytest.raises(UserError, match="CLIP needs open_clip.*pip install open_clip_torch"):
         CLIPText("openai")
 
 
