@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import model
 from conditioning import Condition
 from config import UserError
-from outside import library
+from outside import library, mend_torchvision
 from sample import ddim
 from schedule import add_noise
 
@@ -121,6 +121,7 @@ def official_side(net: model.Denoiser, s: Inputs, path: str) -> Side:
         raise UserError(f"--peer={path} has no models.py; give the folder of a checkout of the official DiT")
     spec = importlib.util.spec_from_file_location("official_dit_models", file)
     module = importlib.util.module_from_spec(spec)
+    mend_torchvision()                                      # which its timm imports
     try:
         spec.loader.exec_module(module)
     except ModuleNotFoundError as e:
