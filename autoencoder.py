@@ -25,7 +25,7 @@ CHUNK = 8                               # pictures that are decoded at a time
 
 def open_autoencoder(path: str, device: torch.device | str = "cpu") -> nn.Module:
     """The frozen fp32 autoencoder in a folder (or its vae/), or of a hub name. UserError if it cannot be had."""
-    kind, local = library("diffusers", "the autoencoder").AutoencoderKL, Path(path).expanduser()
+    kind, local = library("diffusers", "the autoencoder", part="AutoencoderKL"), Path(path).expanduser()
     local = local / "vae" if (local / "vae").is_dir() else local
     try:
         where = str(local) if local.is_dir() else path

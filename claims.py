@@ -59,7 +59,8 @@ class Options:
     claim: str = "flip"             # a key of CLAIMS
     out: str = "out/claims"         # folder of all runs
     seeds: int = 3                  # runs of every arm
-    base: int = 1200                # training steps of the run, at 32 px, that others go on from
+    base: int = 1200                # size, transfer: training steps of the run, at 32 px, that others go on from
+    long: int = 4000                # flip: of the run that others go on from
     steps: int = 300                # training steps of an arm; flip 3 times as many, magnitude and modulation 4 times
     fine: int = 150                 # transfer: training steps of an arm at 64 px
     tune: int = 400                 # magnitude, modulation: steps at every rate; stability: steps
@@ -126,30 +127,30 @@ def right(images: Tensor, captions: list[str], *keys: str) -> Row:
 
 # ---------------------------------------------------------------- claims
 
-def base(o: Options) -> dict[int, str]:
+def base(o: Options, steps: int) -> dict[int, str]:
     """A run for every seed on pictures that nothing was done to, which others start from: seed -> its name."""
-    names = {seed: f"base-{seed}" for seed in range(o.seeds)}
-    train(o, {name: [f"--steps={o.base}", f"--seed={seed}"] for seed, name in names.items()})
+    names = {seed: f"base{steps}-{seed}" for seed in range(o.seeds)}
+    train(o, {name: [f"--steps={steps}", f"--seed={seed}"] for seed, name in names.items()})
     return names
 
 
 def flip(o: Options) -> dict[str, list[Row]]:
     """[COND] sec. 2.1, table 2c: pictures are mirrored half the time and captions are not; is the side right?
 
-    Nothing said of it, against the flag as a control, of which 0 is asked for, then 1. All go on from a run that knows
-    left from right, on scenes whose captions all name a side, with the blocks' matrices nearly still. From nothing word
-    and flag tell nothing but together; and what moves fast unlearns the word first (LOG.md)."""
-    names = base(o)
-    arms = {"before": "base", "not told": "silent", "told 0": "told", "told 1": "told"}
+    Nothing said of it, against the flag as a control: with 0 asked for the side is to be as in the caption, with 1 the
+    other one. All go on from a run that knows left from right, on scenes whose captions all name a side. From nothing
+    word and flag tell nothing but together, and after a short run the word is unlearned before the flag is learned."""
+    names = base(o, o.long)
+    arms = {"before": (f"base{o.long}", None), "not told": ("silent", None), "told 0": ("told", 0.0),
+            "told 1": ("told", 1.0)}
     runs = {f"{kind}-{seed}": ["--scenes=sides", "--augment=flip", f"--model.controls={control}",
                                f"--init={o.out}/{names[seed]}", f"--steps={3 * o.steps}", f"--seed={seed}", *STILL]
             for kind, control in (("silent", ""), ("told", "flip")) for seed in range(o.seeds)}
     train(o, runs)
     rows = {arm: [] for arm in arms}
-    for arm, kind in arms.items():
+    for arm, (kind, flag) in arms.items():
         for seed in range(o.seeds):
-            captions = asked(o, f"told-{seed}")
-            told = {"flip": torch.tensor(float(arm[-1]))} if kind == "told" else {}
+            captions, told = asked(o, f"told-{seed}"), {} if flag is None else {"flip": torch.tensor(flag)}
             drawn = pictures(o, f"{kind}-{seed}", captions, LAM, controls=told)
             rows[arm].append(right(drawn, captions, "side", "color"))
     return rows
@@ -160,7 +161,7 @@ def size(o: Options) -> dict[str, list[Row]]:
 
     apart: root mean square distance of two pictures that differ in the requested size alone, all pairs, in squares of
     POOL pixels; color: captions met; sharp H: sharpness at requested size H; at beta b: with two-scale guidance."""
-    names = base(o)
+    names = base(o, o.base)
     arms = {"uniform": ["--model.control_weight=uniform"], "cosine 8": ["--model.control_weight=cosine"]}
     runs = {f"size{k}-{seed}": ["--augment=size", "--model.controls=size", *flags, f"--init={o.out}/{names[seed]}",
                                 f"--steps={o.steps}", f"--seed={seed}", *FINE]
@@ -189,7 +190,7 @@ def transfer(o: Options) -> dict[str, list[Row]]:
 
     At 32 px positions are 0, 4, ..., 28; extrapolated they go on to 60, resampled they keep their extent."""
     arms = {"neither": ["--model.base=60"], "positions": [], "positions, sigma": ["--model.rescale=2"]}
-    names = base(o)
+    names = base(o, o.base)
     runs = {f"high{k}-{seed}": ["--model.resolution=64", f"--init={o.out}/{names[seed]}", f"--steps={o.fine}",
                                 f"--seed={seed}", *FINE, *flags]
             for k, flags in enumerate(arms.values()) for seed in range(o.seeds)}
@@ -308,7 +309,7 @@ def main(argv: list[str]) -> None:
     o = parse(argv, Options())
     if o.claim not in CLAIMS:
         raise UserError(f"unknown claim={o.claim!r}; there are {', '.join(CLAIMS)}")
-    least = {key: getattr(o, key) for key in ("seeds", "base", "steps", "fine", "tune", "n")}
+    least = {key: getattr(o, key) for key in ("seeds", "base", "long", "steps", "fine", "tune", "n")}
     if min(least.values()) < 1:
         raise UserError(f"{', '.join(f'{k}={v}' for k, v in least.items())} must all be at least 1")
     text = table(CLAIMS[o.claim](o))

@@ -93,7 +93,7 @@ class Config:
     noise_weight: float = 0.0       # weight the loss by sigma to this power; 0 = the paper's, 1 favours composition
     dtype: str = "auto"             # auto, float32 or bfloat16; auto = bfloat16 where the hardware multiplies it
     compile: str = "auto"           # auto, on or off; auto = on for CUDA
-    workers: int = 2                # threads that load and decode images ahead of the loop; 0 leaves a CPU to the steps
+    workers: int = 2                # threads that load and decode images ahead of the loop; 0 = none, between the steps
     max_bad: float = 0.01           # share of unreadable images that is skipped before the run stops
     log_every: int = 10             # steps between lines of log.jsonl
     save_every: int = 500           # steps between checkpoints; the last two are kept

@@ -122,6 +122,8 @@ def open_shapes(cfg: Config, split: str) -> Source:
     varied = cfg.augment.split("+")
     vary = [name in varied for name in ("size", "crop", "flip")]
     side = (1.0, 1.0) if cfg.crop == "global" else CROPS[cfg.crop]
+    if cfg.scenes == "sides" and cfg.objects != 2:
+        raise UserError(f"scenes='sides' are pairs, which is objects=2, got objects={cfg.objects}")
     objects = tuple(range(1, cfg.objects + 1))
     return Shapes(cfg.model.resolution, cfg.seed, split, objects, *vary, side, cfg.scenes)
 

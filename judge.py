@@ -32,7 +32,7 @@ from config import Config, UserError, parse, seed64
 from distances import FeatureStats, frechet_distance
 from fid_files import open_pictures
 from perceptual import Mean, mean_over, mean_pair_distance, size_groups
-from scenes import DRAWS, LARGE, NATIVE, SMALL, canvas, draw_scene, render, uniform
+from scenes import LARGE, NATIVE, SMALL, canvas, render
 from shapes import ANSWERS, VERSION, Shapes, score
 from wishes import Options as Drawing
 from wishes import Wishes, read_prompts
@@ -262,7 +262,7 @@ def toy_leak(judge: Judge, groups: Iterable[Tensor], place: machine.Place) -> Me
 
 def resized(source: Shapes, indices: Sequence[int]) -> Tensor:
     """The same scenes rendered at every native size: the leak of a model that leaks nothing. uint8 (P, K, 3, R, R)"""
-    scene = draw_scene(uniform(source.scene_key, np.asarray(indices), DRAWS), source.objects, False, source.grid)
+    scene = source.drawn(np.asarray(indices))[1]
     P, R, kinds = len(indices), source.resolution, []
     zero = np.zeros(P, int)
     for k in range(len(NATIVE)):

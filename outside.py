@@ -1,21 +1,22 @@
 """Libraries that can be used and are not needed: imported where they are used, with pip's line if they are missing."""
 import importlib
 from contextlib import suppress
-from types import ModuleType
+from typing import Any
 
 import torch
 
 from config import UserError
 
 
-def library(name: str, need: str, package: str = "") -> ModuleType:
-    """The module `name`, of a package that may be called otherwise. UserError with the pip line where it is missing.
+def library(name: str, need: str, package: str = "", part: str = "") -> Any:
+    """The module `name`, or a part of it, of a package that may be called otherwise. UserError if it is not there.
 
     need: what the error says does not go without it."""
     mend_torchvision()
     try:
-        return importlib.import_module(name)
-    except ImportError as e:
+        module = importlib.import_module(name)
+        return getattr(module, part) if part else module
+    except (ImportError, AttributeError) as e:
         raise UserError(f"{need} needs {name} ({e}): pip install {package or name}") from e
 
 
@@ -31,3 +32,4 @@ def mend_torchvision() -> None:
                 raise
             for operator in ("nms", "qnms"):
                 torch.library.define(f"torchvision::{operator}", "(Tensor x) -> Tensor")
+            importlib.import_module("torchvision")

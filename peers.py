@@ -94,9 +94,9 @@ def diffusers_dit(net: model.Denoiser) -> nn.Module:
 
     There every block has a copy of the time and class embedding, and the slowest frequency of the time is
     1/10000 exactly; the latter is set to ours. UserError where diffusers is missing."""
-    diffusers = library("diffusers", "--vs=diffusers")
+    kind = library("diffusers", "--vs=diffusers", part="DiTTransformer2DModel")
     m = net.cfg
-    other = diffusers.DiTTransformer2DModel(
+    other = kind(
         num_layers=m.depth, num_attention_heads=m.heads, attention_head_dim=m.width // m.heads, norm_eps=1e-6,
         in_channels=m.channels, sample_size=m.resolution, patch_size=m.patch, num_embeds_ada_norm=m.classes)
     for block in other.transformer_blocks:

@@ -340,10 +340,11 @@ def measure_lpips(o: Options, place: machine.Place) -> dict:
     net = load_lpips(o.trunk, place.device)
     drawing = sample.Options(out=o.out, file=o.file, autoencoder=o.autoencoder, n=o.n, steps=o.steps, lam=o.lam,
                              seed=o.seed, batch=o.batch)
+    drawing = sample.settled(drawing, sample.open_run(drawing)[1])
     result = lpips_diversity(size_groups(drawing, sizes, place), net, place)
     return {"metric": "lpips_alex", **dataclasses.asdict(result), "sizes": sizes, "K": len(sizes),
             "pairs": math.comb(len(sizes), 2), "version": "0.1", "weights": TRUNK_SHA256, "run": o.out,
-            "file": o.file, "steps": o.steps, "lam": o.lam, "seed": o.seed}
+            "file": o.file, "steps": o.steps, "lam": drawing.lam, "eta": drawing.eta, "seed": o.seed}
 
 
 def main(argv: list[str]) -> None:

@@ -135,7 +135,7 @@ def draw(net: Denoise, cfg: Config, cond: Condition, indices: Sequence[int], o: 
 def settled(o: Options, cfg: Config) -> Options:
     """The options with the run's own guidance scale and share of fresh noise where none is asked for."""
     eta = cfg.eta if o.sampler == "ddim" else 0.0
-    return replace(o, lam=cfg.lam if o.lam < 0 else o.lam, eta=eta if o.eta < 0 else o.eta)
+    return replace(o, lam=cfg.lam if o.lam < 0 else o.lam, eta=eta if o.eta == -1 else o.eta)
 
 
 def guided_indices(o: Options, alpha_bar: Tensor) -> tuple[int, int] | None:
@@ -169,8 +169,8 @@ def check(o: Options, cfg: Config) -> Options:
     """The options, settled. UserError for those that cannot be drawn, before anything is."""
     if o.sampler not in SPACING:
         raise UserError(f"unknown sampler={o.sampler!r}; there are {', '.join(SPACING)}")
-    if o.eta > 1:
-        raise UserError(f"eta={o.eta} must lie between 0, no fresh noise, and 1, that of DDPM")
+    if o.eta != -1 and not 0 <= o.eta <= 1:
+        raise UserError(f"eta={o.eta} must lie between 0, no fresh noise, and 1, that of DDPM, or be -1, the run's own")
     if o.eta > 0 and o.sampler != "ddim":
         raise UserError(f"eta={o.eta} needs sampler='ddim', got {o.sampler!r}")
     if min(o.n, o.batch, o.steps) < 1 or o.steps > cfg.model.noise_steps:

@@ -28,7 +28,8 @@ EIGHTHS = (2, 3, 4, 5, 6)                   # on the grid: where a centre may be
 APART = ((2, 5), (3, 6), (2, 6))            # and the places, near and far, of two objects that must not touch
 TWO_SIZES = (0.145, 0.21)                   # and half the width of an object, small or large
 DRAWS = 54                                  # random numbers of a scene and its caption
-UPRIGHT, SILENT = 3, 51                     # of these: below 0.5 a pair is upright; from 0.75 its link is "and"
+PAIR, TOLD = 3, 48                          # where those begin that lay out a pair, and those of the caption
+SAID = TOLD + 3                             # below 0.75 the caption says where the first object of a pair is
 
 
 def rgb(palette: dict[str, tuple[int, int, int]]) -> np.ndarray:
@@ -92,7 +93,7 @@ def draw_scene(u: np.ndarray, objects: tuple[int, ...], held_out: bool, grid: bo
         color[:, k] = rank[:, k].argmax(1)
         rank[rows, k + 1:, color[:, k]] = -1
 
-    x, y, relation = (place_on_grid if grid else place)(u[:, 3:6] < 0.5, u[:, 17:24], n, r)
+    x, y, relation = (place_on_grid if grid else place)(u[:, PAIR:PAIR + 3] < 0.5, u[:, 17:24], n, r)
     native = (u[:, 1, None] > native_table()[shape[rows, main], :-1]).sum(1)
     scene = dict(shape=shape, color=color, x=x, y=y, r=r)
     scene = {name: np.where(there, value, -1) for name, value in scene.items()}
@@ -162,16 +163,16 @@ def place_on_grid(coin: np.ndarray, u: np.ndarray, n: np.ndarray, r: np.ndarray)
 
 
 def caption(scene: dict[str, np.ndarray], b: int, u: np.ndarray) -> str:
-    """What the caption of row b says: every object, and of the rest what the numbers u (6,) decide."""
+    """What the caption of row b says: every object, and of the rest what its numbers u (DRAWS,) decide."""
     n, names, links = scene["n"][b], list(COLORS), scene["relation"][b]
     r = scene["r"][b]
     word = ["small" if r[k] <= SMALL else "large" if r[k] >= LARGE else None for k in range(n)]
     return write(Facts(
         colors=tuple(names[k] for k in scene["color"][b, :n]),
         shapes=tuple(SHAPES[k] for k in scene["shape"][b, :n]),
-        sizes=tuple(word[k] if u[k] < 0.5 else None for k in range(n)),
-        relations=tuple(RELATIONS[links[k]] if u[3 + k] < 0.75 else None for k in range(n - 1)),
-        background=list(BACKGROUNDS)[scene["background"][b]] if u[5] < 0.5 else None))
+        sizes=tuple(word[k] if u[TOLD + k] < 0.5 else None for k in range(n)),
+        relations=tuple(RELATIONS[links[k]] if u[SAID + k] < 0.75 else None for k in range(n - 1)),
+        background=list(BACKGROUNDS)[scene["background"][b]] if u[TOLD + 5] < 0.5 else None))
 
 
 # ---------------------------------------------------------------- drawing

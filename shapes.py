@@ -24,7 +24,7 @@ from torch import Tensor
 
 from captions import BACKGROUNDS, COLORS, RELATIONS, SHAPES, WordVectors, describe
 from config import UserError, parse, seed64
-from scenes import DRAWS, HELD_OUT, LARGE, NATIVE, RADIUS, SILENT, SMALL, UPRIGHT
+from scenes import DRAWS, HELD_OUT, LARGE, NATIVE, PAIR, RADIUS, SAID, SMALL
 from scenes import canvas, caption, draw_scene, render, rgb, sdf, uniform
 
 SPLITS = ("train", "test", "held_out")
@@ -83,10 +83,7 @@ class Shapes:
         places in RELATIONS of object k seen from k + 1, before flipping."""
         index = np.asarray(indices, np.int64).reshape(-1)
         epoch = np.broadcast_to(np.asarray(epochs, np.int64), index.shape)
-        u = uniform(self.scene_key, index, DRAWS)
-        if self.scenes == "sides":
-            u[:, UPRIGHT], u[:, SILENT] = 1, 0
-        scene = draw_scene(u, self.objects, self.split == "held_out", self.scenes != "free")
+        u, scene = self.drawn(index)
         if not self.native:
             scene["native"][:] = len(NATIVE) - 1
 
@@ -96,7 +93,7 @@ class Shapes:
         top, left = (v[:, :2] * (S - R + 1)[:, None] * self.crop).astype(int).T
         flip = (v[:, 2] < 0.5) & self.flip
         image = render(scene, S, top, left, flip, R)
-        captions = [caption(scene, b, u[b, 48:]) for b in range(len(index))]
+        captions = [caption(scene, b, u[b]) for b in range(len(index))]
         label = scene["shape"][np.arange(len(index)), scene["main"]]
         size = np.array(NATIVE, np.float32)[scene["native"]]
         return dict(
@@ -105,6 +102,13 @@ class Shapes:
             crop=torch.from_numpy(np.stack([top, left], 1).astype(np.float32)),
             flip=torch.from_numpy(flip.astype(np.float32)), index=torch.from_numpy(index),
             scene={k: torch.from_numpy(v) for k, v in seen(scene, S, top, left, flip, R).items()})
+
+    def drawn(self, index: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """The random numbers (B, DRAWS) of these scenes, and the scenes as draw_scene gives them."""
+        u = uniform(self.scene_key, index, DRAWS)
+        if self.scenes == "sides":
+            u[:, PAIR], u[:, SAID] = 1, 0                   # beside each other, and the caption says how
+        return u, draw_scene(u, self.objects, self.split == "held_out", self.scenes != "free")
 
     def record(self, index: int, epoch: int = 0) -> dict:
         """One sample: the only row of `records([index], epoch)`."""

@@ -17,7 +17,7 @@ def test_a_table_row_is_the_mean_and_the_sample_deviation_over_seeds():
 
 
 @pytest.mark.parametrize("flags, words", [(["--claim=flop"], "flop.*flip, size"), (["--seeds=0"], "seeds=0"),
-                                          (["--n=0"], "n=0"), (["--step=3"], "--steps")])
+                                          (["--n=0"], "n=0"), (["--long=0"], "long=0"), (["--step=3"], "--steps")])
 def test_what_cannot_be_run_is_an_error_before_anything_runs(flags, words, monkeypatch):
     monkeypatch.setattr(claims, "train", lambda *_: pytest.fail("it ran"))
     with pytest.raises(UserError, match=words):
@@ -39,14 +39,30 @@ def test_the_right_answers_are_shares_and_what_is_not_asked_does_not_count():
     assert mirrored == {"color": 1.0, "side": 0.0}
 
 
+def test_the_flip_claim_asks_each_run_for_its_flag_and_all_arms_for_the_same_captions(monkeypatch):
+    trained, asked = {}, []
+    monkeypatch.setattr(claims, "train", lambda o, runs: trained.update(runs))
+    monkeypatch.setattr(claims, "asked", lambda o, name: [f"{name[-1]} left of"])
+    monkeypatch.setattr(claims, "pictures", lambda o, name, captions, lam, controls: asked.append(
+        (name, captions, {k: v.item() for k, v in controls.items()})))
+    monkeypatch.setattr(claims, "right", lambda *_: {})
+    rows = claims.flip(claims.Options(seeds=2, long=50, steps=7))
+    assert list(rows) == ["before", "not told", "told 0", "told 1"]
+    assert asked == [(f"{name}-{seed}", [f"{seed} left of"], told) for name, told in (
+        ("base50", {}), ("silent", {}), ("told", {"flip": 0.0}), ("told", {"flip": 1.0})) for seed in (0, 1)]
+    assert trained["base50-1"] == ["--steps=50", "--seed=1"] and "--steps=21" in trained["told-1"]
+    differ = set(trained["told-0"]) ^ set(trained["silent-0"])
+    assert differ == {"--model.controls=flip", "--model.controls="}
+
+
 @pytest.mark.slow
 def test_a_claim_from_training_to_its_table_and_again_without_training(tmp_path, capsys):
-    flags = ["--claim=flip", f"--out={tmp_path}", "--seeds=1", "--base=1", "--steps=1", "--n=3"]
+    flags = ["--claim=flip", f"--out={tmp_path}", "--seeds=1", "--long=1", "--steps=1", "--n=3"]
     claims.main(flags)
     printed = capsys.readouterr().out
     assert printed.strip() == (tmp_path / "flip.txt").read_text(encoding="utf-8").strip()
     assert [line.split()[0] for line in printed.splitlines()[1:]] == ["side", "color"]
-    assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {"base-0", "silent-0", "told-0"}
+    assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {"base1-0", "silent-0", "told-0"}
     before = (tmp_path / "told-0" / "log.jsonl").read_bytes()          # it has times, which a second run would change
     claims.main(flags)
     assert capsys.readouterr().out == printed

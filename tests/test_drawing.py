@@ -42,8 +42,8 @@ def run_folder(path: Path, semantics: str = "text", run: dict | None = None, abo
     path.mkdir()
     classes = ["golden retriever", "tench", "7"] if semantics == "class" else []
     checkpoint.write_weights(path / "weights.safetensors", net.state_dict(), {
-        "config": to_json(Config(**{"out": "elsewhere", "model": m, "lam": 1.5, "augment": "crop+flip+size",
-                                    **(run or {})})),
+        "config": to_json(Config(**{"out": "elsewhere", "model": m, "lam": 1.5, "eta": 0.25,
+                                    "augment": "crop+flip+size", **(run or {})})),
         "classes": json.dumps(classes),
         "null_class": str(len(classes)), "step": "12", **(about or {}),
         **({"controls": json.dumps({k: ROWS[k] for k in model.control_names(m)})} if m.controls else {})})
@@ -65,7 +65,8 @@ def test_pictures_a_grid_and_the_protocol(tmp_path, capsys):
     images, path = drawn(out, "--n=5", "--prompt=a red ring left of a blue square")
     assert images.shape == (5, 16, 16, 3) and images.dtype == np.uint8 and images.std() > 1
     protocol = json.loads(path.with_suffix(".json").read_text())
-    assert (protocol["n"], protocol["steps"], protocol["lam"], protocol["train_step"]) == (5, 3, 1.5, 12)
+    assert (protocol["n"], protocol["steps"], protocol["train_step"]) == (5, 3, 12)
+    assert (protocol["lam"], protocol["eta"]) == (1.5, 0.25)               # the run's own
     sha256 = checkpoint.read_header(out / "weights.safetensors")["sha256"]
     assert (protocol["weights"], protocol["weights_sha256"], protocol["prompts_sha256"]) == ("", sha256, "")
     assert path.with_suffix(".txt").read_text(encoding="utf-8") == "a red ring left of a blue square\n" * 5
@@ -316,6 +317,8 @@ def test_two_processes_draw_the_same_pictures(tmp_path):
     ("text", ["--sampler=euler"], ["euler", "ddim", "heun"]),
     ("text", ["--sampler=heun", "--eta=0.5"], ["eta", "ddim"]),
     ("text", ["--eta=1.5"], ["eta=1.5"]),
+    ("text", ["--eta=-0.5"], ["eta=-0.5", "-1, the run's own"]),
+    ("text", ["--eta=nan"], ["eta=nan"]),
     ("text", ["--spacing=even"], ["even", "trailing"]),
     ("text", ["--steps=1001"], ["1001", "1000"]),
     ("text", ["--n=0"], ["n=0"]),

@@ -16,7 +16,7 @@ from captions import SHAPES
 from config import UserError
 from distances import FeatureStats, frechet_distance
 from judge import Judge, Reading, toy_fd, toy_leak
-from shapes import Shapes, score
+from shapes import SCENES, Shapes, score
 from test_drawing import drawn, run_folder
 
 ALONE = machine.Place(torch.device("cpu"), 0, 1)
@@ -212,8 +212,9 @@ def test_the_leak_is_zero_for_equal_pictures_small_for_sharpness_and_large_for_o
     assert floor == toy_leak(net, [sizes], ALONE) or floor.value == pytest.approx(toy_leak(net, [sizes], ALONE).value)
 
 
-def test_scenes_that_are_resized_are_those_of_the_data_set():
-    source = Shapes(24, split="test", crop=False, flip=False)
+@pytest.mark.parametrize("kind", SCENES)
+def test_scenes_that_are_resized_are_those_of_the_data_set(kind):
+    source = Shapes(24, split="test", crop=False, flip=False, scenes=kind)
     native = source.records(range(30))
     sizes = judge.resized(source, range(30))
     k = torch.tensor([judge.NATIVE.index(int(s)) for s in native["size"][:, 0]])

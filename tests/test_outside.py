@@ -16,27 +16,41 @@ def test_a_library_is_imported_or_named_with_what_needs_it_and_how_to_get_it(mon
         outside.library("absent", "plots", "absent-package")
     with pytest.raises(UserError, match=": pip install absent$"):
         outside.library("absent", "plots")
+    assert outside.library("json", "nothing", part="loads") is sys.modules["json"].loads
+    with pytest.raises(UserError, match="plots needs json .*no attribute 'draw'"):
+        outside.library("json", "plots", part="draw")
 
 
-@pytest.mark.parametrize("error, defined", [
-    (RuntimeError("operator torchvision::nms does not exist"), ["torchvision::nms", "torchvision::qnms"]),
-    (ModuleNotFoundError("No module named 'torchvision'"), []), (None, [])])
-def test_torchvision_s_missing_operators_get_a_name_and_nothing_else_is_touched(monkeypatch, error, defined):
-    def load(name):
-        if error:
-            raise error
-
+def torchvision(monkeypatch, *missing: str) -> list[str]:
+    """Importing it stops until these operators have a name. Those that get one."""
     names = []
+
+    def load(name):
+        for operator in missing:
+            if operator not in names:
+                raise RuntimeError(f"operator {operator} does not exist")
+
     monkeypatch.setattr(importlib, "import_module", load)
     monkeypatch.setattr(torch.library, "define", lambda name, schema: names.append(name))
+    return names
+
+
+def test_torchvision_s_missing_operators_get_a_name_where_they_are_missing(monkeypatch):
+    names = torchvision(monkeypatch)
     outside.mend_torchvision()
-    assert names == defined
+    assert names == []
+    names = torchvision(monkeypatch, "torchvision::nms", "torchvision::qnms")
+    outside.mend_torchvision()
+    assert names == ["torchvision::nms", "torchvision::qnms"]
 
 
-def test_any_other_error_of_torchvision_is_not_hidden(monkeypatch):
-    def load(name):
-        raise RuntimeError("broken in another way")
-
-    monkeypatch.setattr(importlib, "import_module", load)
-    with pytest.raises(RuntimeError, match="another way"):
+@pytest.mark.parametrize("missing", ["torchvision::other", "elsewhere::nms"])
+def test_what_is_not_mended_is_not_hidden(monkeypatch, missing):
+    torchvision(monkeypatch, missing)
+    with pytest.raises(RuntimeError, match=f"operator {missing}"):
         outside.mend_torchvision()
+
+
+def test_without_torchvision_there_is_nothing_to_mend(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    outside.mend_torchvision()

@@ -246,6 +246,9 @@ def test_scenes_of_sides_are_pairs_on_the_grid_beside_each_other_and_every_capti
     assert (left == (scene["relation"][:, 0] == 0)).all() and abs(left.mean() - 0.5) < 5 * 0.5 / 600 ** 0.5
     assert (scene["x"][:, :2] * 8 % 1 == 0).all() and (scene["y"][:, :2] * 8 % 1 == 0).all()
     assert len({Shapes(32, scenes=kind).fingerprint for kind in ("free", "grid", "sides")}) == 3
+    rare = {(list(COLORS).index(c), SHAPES.index(s)) for c, s in HELD_OUT}
+    scene = Shapes(32, scenes="sides", split="held_out", **PLAIN).records(range(50))["scene"]
+    assert all((c[m].item(), s[m].item()) in rare for c, s, m in zip(scene["color"], scene["shape"], scene["main"]))
     with pytest.raises(UserError, match="unknown scenes='left'; there are free, grid, sides"):
         Shapes(scenes="left")
 
