@@ -43,7 +43,7 @@ POOL = 4                                # pictures are compared in squares of so
 LAM = 2.0                               # lambda at 32 px
 STEPS = 25                              # sampling steps
 FINE = ("--lr=2e-3", "--muon=0.007")    # peak rates of a run that goes on from another
-STILL = ("--lr=2e-3", "--muon=0.001")   # and of one whose blocks' matrices are to stay where they are
+STILL = ("--lr=2e-3", "--muon=0.001")   # and of one whose blocks' matrices are to move little
 ADAM = ("--muon=0", "--batch=16", "--micro=16")     # as [MAG] has it, in small steps
 CLASSES = ("--model.semantics=class", "--model.text_length=0", "--model.prediction=eps", "--noise_weight=0", *ADAM)
 RATES = (2e-3, 6e-3, 2e-2, 6e-2)        # that a claim of [MAG] chooses from, for every arm

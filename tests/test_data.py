@@ -609,6 +609,7 @@ def test_check_opens_flat_folders_and_refuses_what_is_no_picture(tmp_path, monke
         data.check("shapes", 16)
 
 
+@pytest.mark.slow
 def test_check_names_what_it_finds_and_draws_it(tmp_path):
     root = tree(tmp_path / "set", {"ant": 3, "bee": 4}, ant__broken_jpg=b"x", size=(50, 40))
     call = [sys.executable, str(Path(data.__file__)), "--check", str(root), "--resolution=45"]

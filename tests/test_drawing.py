@@ -297,6 +297,7 @@ def test_a_file_without_captions_is_an_error(tmp_path, content, says):
     assert not list(out.glob("samples/*"))
 
 
+@pytest.mark.slow
 def test_two_processes_draw_the_same_pictures(tmp_path):
     out = run_folder(tmp_path / "run")
     flags = ["--n=7", "--batch=2", "--steps=3", "--dtype=float32", "--threads=1", f"--out={out}"]

@@ -284,6 +284,7 @@ def check_kills(run, tmp_path, enough):
     print(f"{kills} kills in {runs} runs")
 
 
+@pytest.mark.slow
 @needs_fork
 def test_killed_at_random_moments_it_is_the_same_run(run, tmp_path):
     check_kills(run, tmp_path, 5)
