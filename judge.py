@@ -32,6 +32,7 @@ from config import Config, UserError, parse, seed64
 from distances import FeatureStats, frechet_distance
 from fid_files import open_pictures
 from perceptual import Mean, mean_over, mean_pair_distance, size_groups
+from sample import settled
 from scenes import LARGE, NATIVE, SMALL, canvas, render
 from shapes import ANSWERS, VERSION, Shapes, score
 from wishes import Options as Drawing
@@ -357,14 +358,16 @@ def shares(said: Tensor) -> list[float | None]:
 
 def leak(o: Options, judge: Judge, place: machine.Place) -> dict:
     """toy_leak of a run, beside that of renders, which leak nothing; what goes into the last line."""
-    source = data.open_source(model.load(o.leak)[1], "test")
+    cfg = model.load(o.leak)[1]
+    source, drawing = data.open_source(cfg, "test"), settled(Drawing(out=o.leak, n=o.n, seed=o.seed), cfg)
     if not isinstance(source, Shapes):
         raise UserError(f"the judge knows shapes alone; {o.leak} was trained on other pictures")
-    result = toy_leak(judge, size_groups(Drawing(out=o.leak, n=o.n, seed=o.seed), NATIVE, place), place)
+    result = toy_leak(judge, size_groups(drawing, NATIVE, place), place)
     mine = np.arange(place.rank, o.n, place.world)
     floor = toy_leak(judge, [resized(source, mine)] if len(mine) else [], place)
     return {"metric": f"toy_leak/judge-{judge.sha256[:8]}", **dataclasses.asdict(result), "renders": floor.value,
-            "sizes": NATIVE, "judge": judge.sha256, "run": o.leak, "seed": o.seed}
+            "sizes": NATIVE, "judge": judge.sha256, "run": o.leak, "seed": o.seed, "steps": drawing.steps,
+            "lam": drawing.lam, "eta": drawing.eta}
 
 
 def main(argv: list[str]) -> None:

@@ -284,6 +284,7 @@ def test_pictures_of_a_run_are_measured(tmp_path, capsys):
 
     judge.main([f"--leak={out}", "--n=4", "--threads=1"])
     leak = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (leak["steps"], leak["lam"], leak["eta"]) == (50, 1.5, 0.25)      # the run's own
     assert leak["n"] == 4 and leak["sizes"] == list(judge.NATIVE) and leak["value"] >= 0 and leak["renders"] > 0
 
 
