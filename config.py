@@ -11,9 +11,10 @@ import json
 import re
 import runpy
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 
 class UserError(ValueError):
@@ -105,6 +106,26 @@ class Config:
     lam: float = 2.0                # guidance scale of previews, and the default of sample.py
     eta: float = 0.0                # share of fresh noise in a DDIM step, likewise: 0 none, 1 DDPM's
     threads: int = 0                # CPU threads; 0 = all cores, shared by the processes of this machine
+
+
+# ---------------------------------------------------------------- commands
+
+def run(main: Callable[[list[str]], int | None], cleanup: Callable[[], None] | None = None) -> NoReturn:
+    """The main guard of every command: call `main` with the command line and exit with its code, 0 for None.
+
+    A UserError is one line on stderr and exit code 2; Ctrl-C is 130. cleanup ends the process group, and runs only
+    where every process came to the same end: a normal one or a stop by a signal."""
+    try:
+        code = main(sys.argv[1:]) or 0
+    except UserError as e:
+        print(f"error: {e}.", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C.", file=sys.stderr)
+        code = 130
+    if cleanup is not None and code in (0, 130, 143):
+        cleanup()
+    sys.exit(code)
 
 
 # ---------------------------------------------------------------- reading

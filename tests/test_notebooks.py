@@ -224,7 +224,7 @@ def test_every_notebook_is_in_the_index():
 @pytest.mark.slow
 @each_notebook
 def test_a_notebook_runs_from_top_to_bottom_and_says_the_same(name, tmp_path):
-    """In a fresh process, within build.SECONDS of processor time; text agrees up to its numbers."""
+    """In a fresh process; text agrees up to its numbers."""
     pytest.importorskip("nbclient")
     command = [sys.executable, "notebooks/build.py", f"--only={name[:2]}", f"--to={tmp_path}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", timeout=600)
