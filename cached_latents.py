@@ -215,11 +215,14 @@ class Latents:
         if self.meta["captions"]:
             batch["caption"] = [self._caption(s, *span) for (s, _, _), span in zip(places, rows["caption"].tolist())]
         if self.encoder:
-            found = [self._tokens(s, *self.spans[s][r, v].tolist()) for s, r, v in places]
             batch["text"] = torch.zeros(len(use), self.encoder["length"], self.encoder["dim"])  # (B, L, E)
-            batch["lengths"] = torch.tensor([len(tokens) for tokens in found])
-            for row, tokens in zip(batch["text"], found):
-                row[:len(tokens)] = tokens
+            batch["lengths"] = torch.zeros(len(use), dtype=torch.long)
+            for b, (s, r, v) in enumerate(places):
+                start, stop = self.spans[s][r, v].tolist()
+                if not 0 <= start <= stop <= min(len(self.tokens[s]), start + self.encoder["length"]):
+                    raise UserError(f"the tokens of shard {s} in {self.path} are damaged; see latents.py check")
+                batch["text"][b, :stop - start] = torch.from_numpy(self.tokens[s][start:stop].astype(np.float16))
+                batch["lengths"][b] = stop - start
         return batch
 
     def _caption(self, s: int, start: int, stop: int) -> str:
@@ -228,12 +231,6 @@ class Latents:
             return str(json.loads(self.captions[s][start:stop].tobytes()))
         except ValueError as e:
             raise UserError(f"the captions of shard {s} in {self.path} are damaged; see latents.py check") from e
-
-    def _tokens(self, s: int, start: int, stop: int) -> Tensor:
-        """The tokens (n, E) float16 of this span of shard s."""
-        if not 0 <= start <= stop <= min(len(self.tokens[s]), start + self.encoder["length"]):
-            raise UserError(f"the tokens of shard {s} in {self.path} are damaged; see latents.py check")
-        return torch.from_numpy(self.tokens[s][start:stop].astype(np.float16))
 
     def posterior_means(self, count: int) -> Tensor:
         """z of the first images: first crop, not mirrored, mean of the posterior. (B, C, h, w)"""

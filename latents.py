@@ -10,8 +10,8 @@ on the same machine gives the same bytes, however often the run was killed and w
 --autoencoder is a folder or a hub name of diffusers' AutoencoderKL, in safetensors; it runs frozen and in fp32.
 --encoder=clip:PATH also stores the text tokens of captions, and adds them to latents that have none, so that training
 with the same --encoder runs no text tower. cached_latents.py describes the files.
-Dimensions: B batch, C channels, h x w latent, f h x f w image, R resolution, K stored crops, F mirror images, E width
-of a token, T tokens of a file, n images of a file.
+Dimensions: B batch, C channels, h x w latent, f h x f w image, R resolution, n images of a file with K crops and F
+mirror images each, T tokens of a file, E width of a token.
 """
 import hashlib
 import io
@@ -41,7 +41,6 @@ from outside import library
 SHOWN = 8                               # images on the page of reconstructions
 CHUNK = 8                               # images decoded at a time
 BLOCK = 64                              # images summed up at a time
-MAX_IMAGES = 10 ** 8                    # more are a data set without an end
 
 
 # ---------------------------------------------------------------- the autoencoder
@@ -179,9 +178,8 @@ def open_images(o: Encode) -> data.Source:
     model = ModelConfig(semantics=o.semantics, resolution=o.resolution, channels=3)
     source = data.open_source(Config(data=o.data, augment="+".join(a for a in augment if a != "flip"), crop=o.crop,
                                      seed=o.seed, max_bad=o.max_bad, model=model, encoder="clip:none"))
-    most = min(MAX_IMAGES, len(source))
-    if not 0 < (o.count or len(source)) <= most:
-        raise UserError(f"count={o.count}, but {o.data} has {len(source):,} images; choose at most {most:,}")
+    if not 0 <= o.count <= len(source):
+        raise UserError(f"count={o.count}, but {o.data} has {len(source):,} images")
     return source
 
 
@@ -222,7 +220,8 @@ def start_or_resume(out: Path, meta: dict, source: data.Source) -> None:
             raise UserError(f"{out} holds latents without {META}. Choose another --out")
         need, free = 2 * int(np.prod(latent_shape(meta, meta["n"]), dtype=object)), shutil.disk_usage(out).free
         if need > free:
-            raise UserError(f"{out} has {free / 1e9:.1f} GB free, but {meta['n']:,} images need {need / 1e9:.1f} GB")
+            raise UserError(f"{meta['n']:,} images need {need / 1e9:.1f} GB, but {out} has {free / 1e9:.1f} GB free; "
+                            "choose another --out or a smaller --count")
         pixels = data.records(source, (rows := range(min(SHOWN, meta["n"]))), [0] * len(rows))["image"]
         save(out / ORIGINALS, ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy())
     checkpoint.write_text(out / META, json.dumps(meta, indent=1))

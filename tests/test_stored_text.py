@@ -1,6 +1,6 @@
 """Stored tokens: the float16 of what the encoder gives, the same bytes after a kill, read in place of the tower.
 
-No two sizes are equal: L 77, E 6, 4 pictures a file, 7 captions.
+No two sizes are equal: L 77, E 6, 4 images a file, 7 captions.
 """
 import hashlib
 import json
@@ -27,7 +27,7 @@ MODEL = ModelConfig(semantics="text", resolution=SIDE, channels=C, patch=2)
 
 
 class Encoder:
-    """A text encoder whose token of a word is drawn by the word; counts the captions that it encodes."""
+    """A text encoder whose token of a word depends on the word alone; counts the captions that it encodes."""
     def __init__(self, name="clip:here", weights="w", scale=1.0):
         self.name, self.dim, self.length, self.weights, self.scale, self.count = name, E, L, weights, scale, 0
 
@@ -48,7 +48,7 @@ class Encoder:
 
 
 def write(root, encoder, meta=None):
-    """Latents of N pictures of noise with the captions TEXTS, the second crop of picture k with that of k + 1."""
+    """Latents of N images of noise with the captions TEXTS, the second crop of image k with that of k + 1."""
     root.mkdir(exist_ok=True)
     meta = dict(format=1, autoencoder=dict(path="a", sha256="b", scaling_factor=1.0, shift_factor=0.0),
                 data=dict(path="d", fingerprint="f"), n=N, shard=SHARD, variants=2, mirrored=False, resolution=16,
@@ -64,7 +64,8 @@ def write(root, encoder, meta=None):
                 lines += line + b"\n"
         (root / names["captions"]).write_bytes(lines)
         latents.save(root / names["records"], rows)
-        latents.save(root / names["latents"], rng.random(cached_latents.latent_shape(meta, len(part))).astype(np.float16))
+        shape = cached_latents.latent_shape(meta, len(part))
+        latents.save(root / names["latents"], rng.random(shape).astype(np.float16))
         if encoder:
             latents.write_tokens(root, s, meta, encoder)
     np.save(root / cached_latents.ORIGINALS, np.zeros((2, 3, 16, 16), np.uint8))
