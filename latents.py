@@ -1,23 +1,23 @@
-"""Latents: encode a data set once, so that training reads them in place of pictures.
+"""Latents: encode a data set once with an autoencoder, train on the latents, and decode samples.
 
 python latents.py encode --data=path/to/folder --out=latents/mine --autoencoder=stabilityai/sd-vae-ft-ema
-torchrun --nproc_per_node=8 -- latents.py encode --data=path/to/folder --out=latents/mine   (again after a stop)
-python latents.py check --data=latents/mine            hashes of all files, and a picture of the round trip
+torchrun --nproc_per_node=8 -- latents.py encode --data=path/to/folder --out=latents/mine     (resumes after a stop)
+python latents.py check --data=latents/mine                 (hashes of all files, and a page of reconstructions)
 python train.py --config=configs/imagenet256.py --data=latents/mine
 
-A file of `shard` pictures is written whole or not at all, so a run that was killed goes on with the first one that
-is missing. With the same --batch on the same machine the bytes are the same, however often it was killed and whatever
-the number of processes. cached.py says what is written, autoencoder.py how. --autoencoder is a folder or a name that
-diffusers' hub knows; its weights are safetensors. --encoder=clip:PATH stores the tokens of the captions too, and adds
-them to latents that are there already: training with the same --encoder then runs no text tower.
-Dimensions: B batch, C channels, h x w latent, f h x f w picture, R resolution, K stored crops, F mirror images.
+A shard of --shard images appears whole or not at all, and a run resumes with the first missing one. The same --batch
+on the same machine gives the same bytes, however often the run was killed and with any number of processes.
+--autoencoder is a folder or a hub name of diffusers' AutoencoderKL, in safetensors; it runs frozen and in fp32.
+--encoder=clip:PATH also stores the text tokens of captions, and adds them to latents that have none, so that training
+with the same --encoder runs no text tower. cached_latents.py describes the files.
+Dimensions: B batch, C channels, h x w latent, f h x f w image, R resolution, n images of a file with K crops and F
+mirror images each, T tokens of a file, E width of a token.
 """
 import hashlib
 import io
 import json
 import shutil
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -34,170 +33,209 @@ import checkpoint
 import data
 import machine
 import skipped
-import tokens
-from autoencoder import decode, describe, downscale, encode_batch, open_autoencoder, open_decoder
-from cached import (FORMAT, META, ORIGINALS, RECORD, RESULT, SCALINGS, Latents, affine, file_names, is_latents,
-                    latent_shape, read_meta, shards)
-from config import Config, ModelConfig, UserError, parse
+from cached_latents import (FORMAT, META, ORIGINALS, RECORD, RESULT, SCALINGS, Latents, content, file_names, header,
+                            is_latents, latent_scaling, latent_shape, pack, read_meta, shards)
+from config import Config, ModelConfig, UserError, help_text, parse, run
+from outside import library
 
-SHOWN = 8                               # pictures in the round-trip panel
-BLOCK = 64                              # pictures that are summed up at a time
-MOST = 10 ** 8                          # pictures; more are a data set without an end
+SHOWN = 8                               # images on the page of reconstructions
+CHUNK = 8                               # images decoded at a time
+BLOCK = 64                              # images summed up at a time
 
 
-# ---------------------------------------------------------------- the round trip
+# ---------------------------------------------------------------- the autoencoder
 
-def panel(source: Latents, decoder: Callable, device: torch.device) -> tuple[Image.Image, float]:
-    """Round trip: the first pictures above what their latents decode to, and the rms difference of the two.
+def open_autoencoder(path: str, device: torch.device | str = "cpu") -> nn.Module:
+    """The frozen fp32 autoencoder of a folder (or its vae/) or a hub name. UserError if it cannot be loaded."""
+    kind, folder = library("diffusers", "the autoencoder", part="AutoencoderKL"), Path(path).expanduser()
+    folder = folder / "vae" if (folder / "vae").is_dir() else folder
+    try:
+        vae = kind.from_pretrained(str(folder) if folder.is_dir() else path, torch_dtype=torch.float32,
+                                   use_safetensors=True, low_cpu_mem_usage=False)
+    except Exception as e:                                  # the hub, the network and the file raise anything
+        reason = next(iter(str(e).splitlines()), type(e).__name__)
+        raise UserError(f"no autoencoder at {path!r}: {reason}. Give a folder with config.json and "
+                        f"diffusion_pytorch_model.safetensors, or a name like stabilityai/sd-vae-ft-ema") from e
+    return vae.to(device).eval().requires_grad_(False)
 
-    The latents come by the way that training takes, so that a wrong scaling or autoencoder is seen here."""
+
+def describe(vae: nn.Module, path: str) -> dict[str, Any]:
+    """The hash of an autoencoder, and the scaling in its config: z = (latent - shift_factor) scaling_factor."""
+    scaling, shift = float(vae.config.scaling_factor), float(getattr(vae.config, "shift_factor", None) or 0)
+    digest = hashlib.sha256(f"{scaling} {shift}".encode())
+    for name, v in sorted(vae.state_dict().items()):
+        digest.update(f"{name} {tuple(v.shape)}".encode())
+        digest.update(v.float().cpu().contiguous().numpy())
+    return {"path": path, "sha256": digest.hexdigest(), "scaling_factor": scaling, "shift_factor": shift}
+
+
+def downscale(vae: nn.Module) -> int:
+    """f, the side of an image divided by that of its latent."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+@torch.inference_mode()
+def encode_batch(x: Tensor, vae: nn.Module) -> Tensor:
+    """[LDM] sec. 3.1: mean and standard deviation of the posterior. (B, 3, H, W) in [-1, 1] -> (B, 2C, h, w)"""
+    posterior = vae.encode(x).latent_dist
+    return torch.cat([posterior.mean, posterior.std], dim=1)
+
+
+@torch.inference_mode()
+def decode(z: Tensor, meta: dict, vae: nn.Module) -> Tensor:
+    """Latents, scaled as `meta` says, to images of about [-1, 1]. (B, C, h, w) -> (B, 3, f h, f w)
+
+    meta: of a folder of latents, or cached_latents.header of it from the weights of a run."""
+    if z.shape[1] != meta["channels"]:
+        raise UserError(f"an autoencoder of {meta['channels']} channels cannot decode {z.shape[1]}")
+    shift, scale = (v.to(z.device) for v in latent_scaling(meta))
+    return torch.cat([vae.decode(part * scale + shift).sample for part in z.float().split(CHUNK)])
+
+
+def decoder_of(about: dict[str, str], path: str, channels: int, device: torch.device) -> tuple[Callable, int]:
+    """The decoder (B, C, h, w) -> (B, 3, f h, f w) for weights with the header `about`, and f; 1 for a pixel network.
+
+    path: the autoencoder, if it has moved; without latents in the header, as in official weights, it must be given
+    and its own factor scales. UserError for another autoencoder than the header's."""
+    meta = json.loads(about["latents"]) if "latents" in about else None
+    if not meta and not path:
+        if channels != 3:
+            raise UserError(f"the model generates latents of {channels} channels; name their autoencoder, for example "
+                            "--autoencoder=stabilityai/sd-vae-ft-ema")
+        return torch.Tensor.float, 1
+    path = path or meta["autoencoder"]["path"]
+    vae = open_autoencoder(path, device)
+    found = describe(vae, path)
+    meta = meta or {"autoencoder": found, "scaling": "factor", "channels": vae.config.latent_channels}
+    if found["sha256"] != (stored := meta["autoencoder"])["sha256"]:
+        raise UserError(f"autoencoder={path} has sha256 {found['sha256'][:12]}, but {stored['path']} with "
+                        f"{stored['sha256'][:12]} encoded the latents")
+    if channels != meta["channels"]:
+        raise UserError(f"the model generates {channels} channels, but the autoencoder has {meta['channels']}")
+    return partial(decode, meta=meta, vae=vae), downscale(vae)
+
+
+def write_panel(source: Latents, decoder: Callable, device: torch.device, path: Path) -> float:
+    """Write a page of the first images above their reconstructions, and return the rms difference of the two.
+
+    Training reads the latents in the same way, so a wrong scaling or autoencoder shows here."""
     file = source.path / ORIGINALS
     try:
-        originals = torch.from_numpy(np.load(file, allow_pickle=False)).float() / 127.5 - 1         # (k, 3, R, R)
-        decoded = decoder(source.first(len(originals)).to(device)).cpu()
+        originals = torch.from_numpy(np.load(file, allow_pickle=False)).float() / 127.5 - 1         # (B, 3, R, R)
+        decoded = decoder(source.posterior_means(len(originals)).to(device)).cpu()
         both = torch.cat([originals, decoded])
     except (OSError, ValueError, RuntimeError) as e:
-        raise UserError(f"{file} does not go with the latents ({e}); encode the data again") from e
+        raise UserError(f"{file} does not match the latents ({e}); encode the data again") from e
     rms = (originals - decoded.clamp(-1, 1)).square().mean().sqrt().item()
-    return data.grid(both, len(originals), ["data"] * len(originals) + ["decoded"] * len(originals)), rms
-
-
-def write_panel(source: Latents, decoder: Callable, device: torch.device, path: Path) -> None:
-    """The round trip as a PNG, and a line that says how close it is."""
-    page, rms = panel(source, decoder, device)
     png = io.BytesIO()
-    page.save(png, "png")
+    data.grid(both, len(originals), ["data"] * len(originals) + ["decoded"] * len(originals)).save(png, "png")
     path.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.write_bytes(path, png.getvalue())
-    checkpoint.say(f"round trip through the autoencoder: rms difference {rms:.3f} of a range of 2, see {path}")
+    checkpoint.say(f"reconstruction by the autoencoder: rms difference {rms:.3f} of a range of 2, see {path}")
+    return rms
 
 
 # ---------------------------------------------------------------- encoding
 
 @dataclass(frozen=True)
 class Encode:
-    """What to encode."""
-    data: str = ""                  # folder or shards of pictures, or "shapes"; whatever train.py takes
-    out: str = "latents/mine"       # folder to write; the same command again goes on
+    """Options of `latents.py encode`."""
+    data: str = ""                  # images: a folder, shards or "shapes", as for train.py
+    out: str = "latents/mine"       # folder to write; the same command again resumes
     autoencoder: str = "stabilityai/sd-vae-ft-ema"  # folder or hub name of an AutoencoderKL
-    resolution: int = 256           # R, side of the pictures in pixels
-    semantics: str = "class"        # what must be there of every picture: class, text, or none
+    resolution: int = 256           # R, side of the images in pixels
+    semantics: str = "class"        # what every image must have: class, text, or none
     augment: str = "crop+flip"      # as for train.py; flip stores the mirror image too
     crop: str = "global"            # as for train.py: global, local, mix
-    variants: int = 1               # K, random crops of each picture
-    encoder: str = ""               # of captions whose tokens are stored too: clip:PATH, as for train.py; empty = none
+    variants: int = 1               # K, random crops of each image
+    encoder: str = ""               # also store text tokens of the captions: clip:PATH, as for train.py; empty = none
     scaling: str = "channel"        # channel: every channel to mean 0, variance 1; factor: the autoencoder's own
-    count: int = 0                  # the first so many pictures; 0 = all
+    count: int = 0                  # the first so many images; 0 = all
     seed: int = 0                   # keys the crops
-    max_bad: float = 0.01           # share of unreadable pictures that is replaced before it is an error
-    shard: int = 2048               # pictures a file, and most that a kill can cost
-    batch: int = 16                 # pictures that are encoded at a time
-    workers: int = 4                # threads that load pictures ahead
+    max_bad: float = 0.01           # share of unreadable images that is replaced before it is an error
+    shard: int = 2048               # images a file, and the most that a kill can cost
+    batch: int = 16                 # images encoded at a time
+    workers: int = 4                # threads that load images ahead
     threads: int = 0                # CPU threads; 0 = all
 
 
-def open_pictures(o: Encode) -> data.Source:
-    """The source of the pictures, not mirrored. UserError for options that go with no data."""
+def open_images(o: Encode) -> data.Source:
+    """The source of the images, not mirrored. UserError for options that do not fit together or to the data."""
     for key in ("resolution", "variants", "shard", "batch"):
         if getattr(o, key) < 1:
             raise UserError(f"{key}={getattr(o, key)} must be at least 1")
-    if o.scaling not in SCALINGS:
-        raise UserError(f"unknown scaling={o.scaling!r}; there are {', '.join(SCALINGS)}")
-    if o.semantics not in ("class", "text", "none"):
-        raise UserError(f"unknown semantics={o.semantics!r}; there are class, text, none")
+    for key, known in (("scaling", SCALINGS), ("semantics", ("class", "text", "none"))):
+        if getattr(o, key) not in known:
+            raise UserError(f"unknown {key}={getattr(o, key)!r}; choose one of {', '.join(known)}")
     if not o.data or is_latents(Path(o.data).expanduser()):
-        raise UserError(f"data={o.data!r} must be pictures: a folder, shards or shapes")
-    if o.variants > 1 and "crop" not in o.augment.split("+"):
-        raise UserError(f"variants={o.variants} needs crops to be random; add crop to augment={o.augment!r}")
-    kept = "+".join(a for a in o.augment.split("+") if a != "flip")
-    m = ModelConfig(semantics=o.semantics, resolution=o.resolution, channels=3)
-    source = data.open_source(Config(data=o.data, augment=kept, crop=o.crop, seed=o.seed, max_bad=o.max_bad, model=m,
-                                     encoder="clip:none"))          # captions are kept as they are
-    if not 0 <= o.count <= len(source) or (o.count or len(source)) > MOST:
-        raise UserError(f"count={o.count}, but {o.data} has {len(source):,} pictures; choose at most "
-                        f"{min(MOST, len(source)):,}")
+        raise UserError(f"data={o.data!r} must be images: a folder, shards or shapes")
+    augment = o.augment.split("+")
+    if o.variants > 1 and "crop" not in augment:
+        raise UserError(f"variants={o.variants} needs random crops; add crop to augment={o.augment!r}")
+    if o.encoder and (o.semantics != "text" or not o.encoder.startswith("clip:")):
+        raise UserError(f"encoder={o.encoder!r} with semantics={o.semantics!r} stores no tokens; use "
+                        "--encoder=clip:PATH with --semantics=text, or --encoder= for none")
+    model = ModelConfig(semantics=o.semantics, resolution=o.resolution, channels=3)
+    source = data.open_source(Config(data=o.data, augment="+".join(a for a in augment if a != "flip"), crop=o.crop,
+                                     seed=o.seed, max_bad=o.max_bad, model=model, encoder="clip:none"))
+    if not 0 <= o.count <= len(source):
+        raise UserError(f"count={o.count}, but {o.data} has {len(source):,} images")
     return source
 
 
-def open_encoder(o: Encode, device: torch.device) -> data.TextEncoder | None:
-    """The text encoder whose tokens are stored; None if none are. UserError for one that there is not."""
-    if o.encoder and not o.encoder.startswith("clip:"):
-        raise UserError(f"encoder={o.encoder!r} is not stored; there are clip:PATH, and empty for none")
-    if o.encoder and o.semantics != "text":
-        raise UserError(f"encoder={o.encoder!r} reads captions; semantics={o.semantics!r} has none, say "
-                        "--semantics=text")
-    wanted = Config(encoder=o.encoder, model=ModelConfig(semantics="text"))
-    return data.text_encoder(wanted, device=device) if o.encoder else None
-
-
-def plan(o: Encode, source: data.Source, vae: nn.Module, encoder: data.TextEncoder | None) -> dict[str, Any]:
-    """meta.json before anything is encoded. UserError for a resolution that the autoencoder cannot halve so often."""
+def make_meta(o: Encode, source: data.Source, vae: nn.Module, encoder: data.TextEncoder | None) -> dict[str, Any]:
+    """meta.json before anything is encoded."""
     f = downscale(vae)
     if o.resolution % f:
-        raise UserError(f"resolution={o.resolution} is not a multiple of {f}, by which the autoencoder divides it")
+        raise UserError(f"resolution={o.resolution} must be a multiple of {f}, the autoencoder's downscaling")
     row = data.records(source, [0], [0])
-    controls = [c for c in source.controls if c != "flip"]
-    return {"format": FORMAT, "autoencoder": describe(vae, o.autoencoder),
+    meta = {"format": FORMAT, "autoencoder": describe(vae, o.autoencoder),
             "data": {"path": o.data, "fingerprint": source.fingerprint},
             "n": o.count or len(source), "shard": o.shard, "variants": o.variants,
             "mirrored": "flip" in o.augment.split("+"), "resolution": o.resolution, "side": o.resolution // f,
             "channels": int(vae.config.latent_channels), "augment": o.augment, "crop": o.crop, "seed": o.seed,
-            "controls": controls, "labels": "label" in row, "captions": "caption" in row,
-            "classes": list(source.classes), "scaling": o.scaling,
-            **({"encoder": encoder.describe()} if encoder else {})}
+            "controls": [c for c in source.controls if c != "flip"], "labels": "label" in row,
+            "captions": "caption" in row, "classes": list(source.classes), "scaling": o.scaling}
+    return meta | ({"encoder": encoder.describe()} if encoder else {})
 
 
-def missing(out: Path, meta: dict, shard_numbers: Iterable[int]) -> list[int]:
-    """Those of these shards of which a file is not there."""
-    return [s for s in shard_numbers if not all((out / name).exists() for name in file_names(meta, s).values())]
+def missing(out: Path, meta: dict, s: int) -> bool:
+    """Whether a file of shard s does not exist."""
+    return not all((out / name).exists() for name in file_names(meta, s).values())
 
 
-def begin(out: Path, meta: dict, source: data.Source) -> None:
-    """meta.json without results, and the first pictures, unless all is done already.
+def start_or_resume(out: Path, meta: dict, source: data.Source) -> None:
+    """Write meta.json without results, and the first images, unless the folder is finished.
 
-    Tokens may be added to latents that have none. UserError if the folder holds other latents, or the disk has no
-    room."""
+    Latents without tokens may get some. UserError if the folder holds other latents or the disk has no room."""
     if is_latents(out):
-        old = read_meta(out, finished=False)
-        if changed := other(old, meta):
+        old, new = content(read_meta(out, finished=False)), content(meta)
+        keys = [key for key in old | new if key not in RESULT and (key != "encoder" or key in old)]
+        if changed := [f"{key}: {old[key]!r} -> {new.get(key)!r}" for key in keys if old[key] != new.get(key)]:
             raise UserError(f"{out} holds other latents: {'; '.join(changed)[:2000]}. Choose another --out")
-        if missing(out, meta, range(len(shards(meta)))):
-            checkpoint.write_text(out / META, json.dumps(meta, indent=1))
-        return
-    if any(out.glob("latents-*.npy")):
-        raise UserError(f"{out} holds latents without {META}, of nobody knows what. Choose another --out")
-    need, free = 2 * int(np.prod(latent_shape(meta, meta["n"]), dtype=object)), shutil.disk_usage(out).free
-    if need > free:
-        raise UserError(f"{meta['n']:,} pictures take {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in {out}")
-    rows = list(range(min(SHOWN, meta["n"])))
-    pixels = data.records(source, rows, [0] * len(rows))["image"]
-    save(out / ORIGINALS, ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy())
+        if not any(missing(out, meta, s) for s in range(len(shards(meta)))):
+            return
+    else:
+        if any(out.glob("latents-*.npy")):
+            raise UserError(f"{out} holds latents without {META}. Choose another --out")
+        need, free = 2 * int(np.prod(latent_shape(meta, meta["n"]), dtype=object)), shutil.disk_usage(out).free
+        if need > free:
+            raise UserError(f"{meta['n']:,} images need {need / 1e9:.1f} GB, but {out} has {free / 1e9:.1f} GB free; "
+                            "choose another --out or a smaller --count")
+        pixels = data.records(source, (rows := range(min(SHOWN, meta["n"]))), [0] * len(rows))["image"]
+        save(out / ORIGINALS, ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy())
     checkpoint.write_text(out / META, json.dumps(meta, indent=1))
 
 
-def other(old: dict, meta: dict) -> list[str]:
-    """What is planned otherwise than in the folder, a line each; where a thing lies may differ, and tokens be new."""
-    changed = [f"{key}: {old[key]!r} -> {meta[key]!r}" for key in meta if key not in ("data", "autoencoder", "encoder")
-               and old[key] != meta[key]]
-    for key, where, what in (("autoencoder", "path", "sha256"), ("data", "path", "fingerprint"),
-                             ("encoder", "name", "sha256")):
-        a, b = old.get(key, {}), meta.get(key, {})
-        if a and a.get(what) != b.get(what):
-            changed.append(f"{key}: {a.get(where)} -> {b.get(where, 'none')}, whose {what} differs")
-    return changed
-
-
 def save(path: Path, array: np.ndarray) -> None:
-    """An array as an .npy file that appears whole."""
+    """Write an array as an .npy file that appears whole or not at all."""
     file = io.BytesIO()
     np.save(file, array, allow_pickle=False)
     checkpoint.write_bytes(path, file.getvalue())
 
 
 def write_shard(o: Encode, s: int, meta: dict, source: data.Source, vae: nn.Module, bar: tqdm) -> None:
-    """Encodes the pictures of shard s and writes its files; the shard is done where all of them are there.
-
-    Crop v of picture k is what the source gives of k in epoch v."""
+    """Encode the images of shard s and write its files. Crop v of image k is the source's k in epoch v."""
     part, K, device = shards(meta)[s], meta["variants"], next(vae.parameters()).device
     moments = np.empty(latent_shape(meta, len(part)), np.float16)
     rows, captions = np.zeros((len(part), K), RECORD), bytearray()
@@ -205,18 +243,18 @@ def write_shard(o: Encode, s: int, meta: dict, source: data.Source, vae: nn.Modu
     fetch = lambda k, v: data.records(source, (ks := range(k, min(k + o.batch, part.stop))), [v] * len(ks))
     with closing(data.prefetch(fetch, starts, o.workers)) as batches:
         for (k, v), batch in zip(starts, batches):
-            here = slice(k - part.start, k - part.start + len(batch["image"]))
             x = batch["image"].to(device)                                       # (B, 3, R, R)
+            here = slice(k - part.start, k - part.start + len(x))
             for f, view in enumerate((x, x.flip(3))[:1 + meta["mirrored"]]):
                 moments[here, v, f] = encode_batch(view, vae).cpu().numpy()     # (B, 2C, h, w)
             if not np.isfinite(moments[here, v]).all():
-                raise UserError(f"latents of pictures {k} to {k + len(x) - 1} are not finite in float16; "
-                                f"{o.autoencoder} does not suit them")
+                raise UserError(f"latents of images {k} to {k + len(x) - 1} are not finite in float16; use another "
+                                f"autoencoder than {o.autoencoder}")
             rows[here, v]["size"], rows[here, v]["crop"] = batch["size"].numpy(), batch["crop"].numpy()
             rows[here, v]["label"] = batch["label"].numpy() if meta["labels"] else -1
-            for b, caption in enumerate(batch.get("caption", [])):
+            for row, caption in zip(rows[here, v], batch.get("caption", [])):
                 line = json.dumps(caption, ensure_ascii=False).encode("utf-8", "surrogatepass")
-                rows[k - part.start + b, v]["caption"] = len(captions), len(captions) + len(line)
+                row["caption"] = len(captions), len(captions) + len(line)
                 captions += line + b"\n"
             bar.update(len(x))
 
@@ -228,32 +266,32 @@ def write_shard(o: Encode, s: int, meta: dict, source: data.Source, vae: nn.Modu
 
 
 def write_tokens(out: Path, s: int, meta: dict, encoder: data.TextEncoder) -> None:
-    """Encodes the captions of shard s, as they were written, and writes its tokens."""
+    """Encode the stored captions of shard s and write their tokens."""
     names = file_names(meta, s)
     rows, lines = np.load(out / names["records"], allow_pickle=False), (out / names["captions"]).read_bytes()
     captions = [json.loads(lines[a:b]) for a, b in rows["caption"].reshape(-1, 2).tolist()]
-    found, spans = tokens.pack(captions, encoder)                               # (T, E), (n K, 2)
+    tokens, spans = pack(captions, encoder)                                     # (T, E), (n K, 2)
     save(out / names["spans"], spans.reshape(*rows.shape, 2))
-    save(out / names["tokens"], found)
+    save(out / names["tokens"], tokens)
 
 
-def finish(out: Path, meta: dict) -> None:
-    """Statistics of every channel in float64, hashes of all files, and with them the final meta.json.
+def write_statistics(out: Path, meta: dict) -> None:
+    """Write the final meta.json: with hashes of all files, and in float64 mean and std of every channel.
 
-    Mean and variance are those of the mixture of all posteriors: E mean, and E (mean^2 + std^2) - (E mean)^2."""
-    C, total, count, digests = meta["channels"], 0.0, 0, {ORIGINALS: digest(out / ORIGINALS)}
+    They are those of the mixture of all posteriors: E mean, and E (mean^2 + std^2) - (E mean)^2."""
+    total, count, digests = 0.0, 0, {ORIGINALS: digest(out / ORIGINALS)}
     for s in tqdm(range(len(shards(meta))), desc="statistics", unit="file", disable=None):
         digests |= {name: digest(out / name) for name in file_names(meta, s).values()}
         moments = np.load(out / file_names(meta, s)["latents"], mmap_mode="r", allow_pickle=False)
         for k in range(0, len(moments), BLOCK):
             mean, std = np.split(moments[k:k + BLOCK].astype(np.float64), 2, axis=3)    # (B, K, F, C, h, w)
             total = total + np.stack([mean.sum((0, 1, 2, 4, 5)), (mean ** 2 + std ** 2).sum((0, 1, 2, 4, 5))])
-            count += mean.size // C
+            count += mean.size // meta["channels"]
     mean, square = total / count                                                # (C,) each
     std = np.sqrt(square - mean ** 2)
-    result = {"statistics": {"mean": mean.tolist(), "std": std.tolist()}, "sha256": digests}
-    affine(meta | result)
-    checkpoint.write_text(out / META, json.dumps(meta | result, indent=1))
+    meta = meta | {"statistics": {"mean": mean.tolist(), "std": std.tolist()}, "sha256": digests}
+    latent_scaling(meta)                                    # an error now rather than in training
+    checkpoint.write_text(out / META, json.dumps(meta, indent=1))
 
 
 def digest(path: Path) -> str:
@@ -263,73 +301,65 @@ def digest(path: Path) -> str:
 
 
 def encode(o: Encode) -> None:
-    """All pictures of a source to a folder of latents; the processes take files in turn."""
-    place, out = machine.setup(o.threads), Path(o.out)
-    source, vae = open_pictures(o), open_autoencoder(o.autoencoder, place.device)
-    encoder = open_encoder(o, place.device)
-    meta = plan(o, source, vae, encoder)
-    with ExitStack() as held:
-        refused = None
+    """Encode all images of a source into a folder of latents; the processes take shards in turn."""
+    place, out, error = machine.setup(o.threads), Path(o.out), None
+    source, vae = open_images(o), open_autoencoder(o.autoencoder, place.device)
+    text = Config(encoder=o.encoder, model=ModelConfig(semantics="text"))
+    encoder = data.text_encoder(text, device=place.device) if o.encoder else None
+    meta = make_meta(o, source, vae, encoder)
+    with ExitStack() as stack:
         if place.rank == 0:
             try:
-                held.enter_context(checkpoint.lock(out))
-                begin(out, meta, source)
+                stack.enter_context(checkpoint.lock(out))
+                start_or_resume(out, meta, source)
             except UserError as e:
-                refused = e
-        if machine.agree(-1 if refused else 0, place) < 0:
-            raise refused or UserError("rank 0 does not start; its message says why")
+                error = e
+        if machine.agree(-1 if error else 0, place) < 0:
+            raise error or UserError("rank 0 cannot start; see its message")
         skipped.follow(source, out)
-        parts = shards(meta)
-        mine = range(place.rank, len(parts), place.world)
-        todo = missing(out, {k: v for k, v in meta.items() if k != "encoder"}, mine)
+        parts, images = shards(meta), {key: value for key, value in meta.items() if key != "encoder"}
+        todo = [s for s in range(place.rank, len(parts), place.world) if missing(out, meta, s)]
         with tqdm(total=meta["variants"] * sum(len(parts[s]) for s in todo), desc="encoding", unit="image",
                   disable=place.rank > 0 or None) as bar:
             for s in todo:
-                write_shard(o, s, meta, source, vae, bar)
-        todo = missing(out, meta, mine) if encoder else []
-        for s in tqdm(todo, desc="captions", unit="file", disable=place.rank > 0 or not todo or None):
-            write_tokens(out, s, meta, encoder)
-
-        machine.add_up(torch.zeros(1, device=place.device), place).item()       # every process is through
+                if missing(out, images, s):
+                    write_shard(o, s, meta, source, vae, bar)
+                else:
+                    bar.update(meta["variants"] * len(parts[s]))
+                if encoder:
+                    write_tokens(out, s, meta, encoder)
+        machine.add_up(torch.zeros(1, device=place.device), place).item()       # wait for every process
         if place.rank == 0:
-            if not RESULT.keys() <= read_meta(out, finished=False).keys():
-                finish(out, meta)
+            if not read_meta(out, finished=False).keys() >= set(RESULT):
+                write_statistics(out, meta)
             latents = Latents(out)
             write_panel(latents, partial(decode, meta=latents.meta, vae=vae), place.device, out / "panel.png")
-            moments = {k: [round(x, 3) for x in v] for k, v in latents.meta["statistics"].items()}
-            shape = f"{meta['channels']} x {meta['side']} x {meta['side']}"
-            checkpoint.say(f"{len(latents):,} pictures in {out}, {shape}, with {moments}")
+            checkpoint.say(f"{len(latents):,} images in {out}; latents.py check --data={out} shows their statistics")
 
 
 # ---------------------------------------------------------------- checking
 
 @dataclass(frozen=True)
 class Check:
-    """What to check."""
+    """Options of `latents.py check`."""
     data: str = "latents/mine"      # folder of latents
     autoencoder: str = ""           # where its autoencoder is now; empty = where it was
 
 
 def check(o: Check) -> None:
-    """Compares the hashes of all files, prints what is there, draws the round trip. UserError for what differs."""
-    path = Path(o.data).expanduser()
-    source = Latents(path)
-    meta, bad = source.meta, []
-    for name, wanted in tqdm(meta["sha256"].items(), desc="hashing", unit="file", disable=None):
-        if not (path / name).is_file() or digest(path / name) != wanted:
-            bad.append(name)
+    """Compare the hashes of all files, print meta.json, and write the page of reconstructions."""
+    source, cpu = Latents(o.data), torch.device("cpu")
+    meta = source.meta
+    bad = [name for name, sha256 in tqdm(meta["sha256"].items(), desc="hashing", unit="file", disable=None)
+           if not (source.path / name).is_file() or digest(source.path / name) != sha256]
     if bad:
-        raise UserError(f"{len(bad)} files of {path} are damaged or missing: {', '.join(bad[:10])}; remove "
-                        f"these, and encode with the same options again")
-    keys = ("n", "resolution", "side", "channels", "variants", "mirrored", "augment", "crop", "scaling", "statistics")
-    print("\n".join(f"{key:12} {meta[key]}" for key in keys))
-    print(f"{'classes':12} {len(meta['classes'])}\n{'captions':12} {meta['captions']}\n"
-          f"{'autoencoder':12} {meta['autoencoder']['path']} {meta['autoencoder']['sha256'][:12]}")
-    if source.encoder:
-        print(f"{'encoder':12} {source.encoder['name']} {source.encoder['sha256'][:12]}, {source.encoder['length']} x "
-              f"{source.encoder['dim']}, {sum(map(len, source.tokens)):,} tokens stored")
-    decoder, _ = open_decoder(meta, o.autoencoder, meta["channels"], torch.device("cpu"))
-    write_panel(source, decoder, torch.device("cpu"), path / "panel.png")
+        raise UserError(f"{len(bad)} files of {source.path} are damaged or missing: {', '.join(bad[:10])}; remove "
+                        "these, and encode with the same options again")
+    rows = {key: value for key, value in meta.items() if key != "sha256"} | {"classes": len(meta["classes"])}
+    rows |= {"tokens": sum(map(len, source.tokens))} if source.encoder else {}
+    print("\n".join(f"{key:12} {value}" for key, value in rows.items()))
+    decoder, _ = decoder_of({"latents": json.dumps(header(meta))}, o.autoencoder, meta["channels"], cpu)
+    write_panel(source, decoder, cpu, source.path / "panel.png")
 
 
 def main(argv: list[str]) -> None:
@@ -337,18 +367,11 @@ def main(argv: list[str]) -> None:
         encode(parse(argv[1:], Encode()))
     elif argv[:1] == ["check"]:
         check(parse(argv[1:], Check()))
+    elif argv[:1] in (["-h"], ["--help"]):
+        print(f"latents.py encode: {help_text(Encode())}\n\nlatents.py check: {help_text(Check())}")
     else:
-        raise UserError(f"latents.py wants encode or check, got {' '.join(argv[:1]) or 'nothing'}; "
-                        "latents.py encode --help lists the options")
+        raise UserError(f"latents.py wants encode or check, got {' '.join(argv[:1]) or 'nothing'}; see --help")
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-        machine.leave()
-    except UserError as e:
-        checkpoint.say(f"error: {e}.")
-        sys.exit(2)
-    except KeyboardInterrupt:
-        checkpoint.say("stopped; the same command goes on.")
-        sys.exit(130)
+    run(main, cleanup=machine.leave)

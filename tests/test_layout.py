@@ -15,22 +15,22 @@ from torch.distributed.run import get_args_parser
 from config import Config, UserError, load, parse
 
 ROOT = Path(__file__).parent.parent
-FILE, FUNCTION, MAIN = 400, 60, 120     # most lines of a file, of a function, of train.main
+FILE, FUNCTION, MAIN = 600, 60, 120     # most lines of a file, of a function, of train.main
 COLUMNS = 120                           # most characters of a line
 
 # room -> the rooms that it may import; a new file is a new line here
 MAY_IMPORT = {
     "config": "", "schedule": "", "mp_layers": "", "wording": "", "pictures": "", "magnitudes": "",
     "conditioning": "mp_layers",
-    "checkpoint": "config", "machine": "config", "captions": "config", "tokens": "config", "cached": "config tokens",
+    "checkpoint": "config", "machine": "config", "captions": "config", "tokens": "config",
+    "cached_latents": "config", "cached": "cached_latents",
     "log": "checkpoint config machine model", "plot": "checkpoint config log", "ema": "checkpoint config",
     "scenes": "captions config", "shapes": "captions config scenes", "text": "captions config outside tokens",
     "folders": "config pictures wording", "shards": "checkpoint config folders pictures wording",
     "coco": "config folders wording",
     "data": "cached captions coco config folders pictures shapes shards text tokens",
     "outside": "config",
-    "autoencoder": "cached config outside",
-    "latents": "autoencoder cached checkpoint config data machine skipped tokens",
+    "latents": "cached_latents checkpoint config data machine outside skipped", "autoencoder": "latents",
     "skipped": "checkpoint",
     "unet": "config conditioning", "mdt": "config conditioning", "uvit": "config conditioning",
     "blocks": "conditioning mp_layers", "mp_blocks": "blocks conditioning mp_layers",

@@ -1,6 +1,6 @@
 """Stored tokens: the float16 of what the encoder gives, the same bytes after a kill, read in place of the tower.
 
-No two sizes are equal: L 77, E 6, 4 pictures a file, 7 captions.
+No two sizes are equal: L 77, E 6, 4 images a file, 7 captions.
 """
 import hashlib
 import json
@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-import cached
+import cached_latents
 import data
 import latents
 import show
 import tokens
-from cached import Latents, open_latents
+from cached_latents import Latents, open_latents, pack
 from config import Config, ModelConfig, UserError
 from wishes import Options, Wishes
 
@@ -27,7 +27,7 @@ MODEL = ModelConfig(semantics="text", resolution=SIDE, channels=C, patch=2)
 
 
 class Encoder:
-    """A text encoder whose token of a word is drawn by the word; counts the captions that it encodes."""
+    """A text encoder whose token of a word depends on the word alone; counts the captions that it encodes."""
     def __init__(self, name="clip:here", weights="w", scale=1.0):
         self.name, self.dim, self.length, self.weights, self.scale, self.count = name, E, L, weights, scale, 0
 
@@ -48,15 +48,15 @@ class Encoder:
 
 
 def write(root, encoder, meta=None):
-    """Latents of N pictures of noise with the captions TEXTS, the second crop of picture k with that of k + 1."""
+    """Latents of N images of noise with the captions TEXTS, the second crop of image k with that of k + 1."""
     root.mkdir(exist_ok=True)
     meta = dict(format=1, autoencoder=dict(path="a", sha256="b", scaling_factor=1.0, shift_factor=0.0),
                 data=dict(path="d", fingerprint="f"), n=N, shard=SHARD, variants=2, mirrored=False, resolution=16,
                 side=SIDE, channels=C, augment="crop", crop="global", seed=0, controls=["size", "crop"], labels=False,
                 captions=True, classes=[], scaling="factor", **(dict(encoder=encoder.describe()) if encoder else {}))
     rng = np.random.default_rng(0)
-    for s, part in enumerate(cached.shards(meta)):
-        names, rows, lines = cached.file_names(meta, s), np.zeros((len(part), 2), cached.RECORD), b""
+    for s, part in enumerate(cached_latents.shards(meta)):
+        names, rows, lines = cached_latents.file_names(meta, s), np.zeros((len(part), 2), cached_latents.RECORD), b""
         for v in range(2):
             for r, k in enumerate(part):
                 line = json.dumps(TEXTS[(k + v) % N]).encode()
@@ -64,11 +64,12 @@ def write(root, encoder, meta=None):
                 lines += line + b"\n"
         (root / names["captions"]).write_bytes(lines)
         latents.save(root / names["records"], rows)
-        latents.save(root / names["latents"], rng.random(cached.latent_shape(meta, len(part))).astype(np.float16))
+        shape = cached_latents.latent_shape(meta, len(part))
+        latents.save(root / names["latents"], rng.random(shape).astype(np.float16))
         if encoder:
             latents.write_tokens(root, s, meta, encoder)
-    np.save(root / cached.ORIGINALS, np.zeros((2, 3, 16, 16), np.uint8))
-    latents.finish(root, meta)
+    np.save(root / cached_latents.ORIGINALS, np.zeros((2, 3, 16, 16), np.uint8))
+    latents.write_statistics(root, meta)
     return root
 
 
@@ -122,19 +123,19 @@ def test_a_caption_is_encoded_once_a_file_and_whatever_was_encoded_before(tmp_pa
 
 
 def test_captions_that_are_all_empty_and_tokens_beyond_float16():
-    found, spans = tokens.pack(["", ""], Encoder())
+    found, spans = pack(["", ""], Encoder())
     assert found.shape == (0, E) and spans.tolist() == [[0, 0], [0, 0]]
     with pytest.raises(UserError, match="tokens of clip:here are not finite in float16"):
-        tokens.pack(["a cat"], Encoder(scale=1e6))
+        pack(["a cat"], Encoder(scale=1e6))
 
 
 def test_a_missing_file_of_tokens_is_made_again_from_the_captions(place, tmp_path):
     root, encoder = write(tmp_path / "set", Encoder()), Encoder()
-    meta = cached.read_meta(root)
+    meta = cached_latents.read_meta(root)
     for name in ("tokens-00001.npy", "spans-00000.npy"):
         (root / name).unlink()
-    assert latents.missing(root, meta, range(2)) == [0, 1]
-    assert latents.missing(root, {k: v for k, v in meta.items() if k != "encoder"}, range(2)) == []
+    images = {k: v for k, v in meta.items() if k != "encoder"}
+    assert all(latents.missing(root, meta, s) and not latents.missing(root, images, s) for s in range(2))
     for s in (0, 1):
         latents.write_tokens(root, s, meta, encoder)
     assert all((root / name).read_bytes() == (place / name).read_bytes() for name in meta["sha256"])
