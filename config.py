@@ -1,17 +1,18 @@
-"""Every knob, typed. A config file is a short Python module that builds one `Config`; flags override its fields.
+"""Every option, typed. A config file is a short Python module that builds one `Config`; flags override its fields.
 
 python train.py --config=configs/shapes.py --lr=3e-4 --model.depth=12      (or: --lr 3e-4)
 python train.py --help                                                     (every field, its meaning and its default)
 """
 import dataclasses
 import difflib
+import functools
 import hashlib
 import inspect
 import json
 import re
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -130,6 +131,17 @@ def run(main: Callable[[list[str]], int | None], cleanup: Callable[[], None] | N
 
 # ---------------------------------------------------------------- reading
 
+def read_config(argv: list[str]) -> Config:
+    """Read the config of --config=FILE, or the default one, and put the other flags into it."""
+    rest, path, words = [], None, iter(argv)
+    for word in words:
+        if word == "--config" or word.startswith("--config="):
+            path = word.partition("=")[2] or next(words, "")
+        else:
+            rest.append(word)
+    return parse(rest, load(path) if path is not None else Config())
+
+
 def load(path: str) -> Config:
     """The `config` that a config file builds. UserError if there is no such file or it builds none."""
     if not Path(path).is_file():
@@ -174,6 +186,37 @@ def check_ranges(cfg: Config) -> None:
     for key, (low, high) in RANGES.items():
         if not low <= getattr(cfg, key) <= high:
             raise UserError(f"{key}={getattr(cfg, key)} must be between {low} and {high:g}")
+
+
+def check_name(key: str, name: str, known: Iterable[str]) -> None:
+    """UserError for a name that the option `key` does not know."""
+    if name not in known:
+        raise UserError(f"unknown {key}={name!r}; there are {', '.join(known)}")
+
+
+def check_fields(cfg: Config, world: int) -> None:
+    """UserError for numbers out of range and for fields that contradict each other or the number of processes."""
+    check_ranges(cfg)
+    check_name("compile", cfg.compile, ("auto", "on", "off"))
+    if cfg.drop + cfg.drop_controls > 1:
+        raise UserError(f"drop={cfg.drop} and drop_controls={cfg.drop_controls} are shares of one whole; lower one")
+    if bool(cfg.fid_every) != bool(cfg.fid_ref):
+        raise UserError(f"fid_every={cfg.fid_every} and fid_ref={cfg.fid_ref!r} belong together: set both or neither")
+    for key, default in (("encoder", "words"), ("padding", "zero")):
+        if getattr(cfg, key) != default and cfg.model.semantics != "text":
+            raise UserError(f"{key}={getattr(cfg, key)!r} needs captions; model.semantics={cfg.model.semantics!r} has "
+                            "none")
+    if cfg.crop != "global" and "crop" not in cfg.augment.split("+"):
+        enough = "+".join(filter(None, (cfg.augment, "crop")))
+        raise UserError(f"crop={cfg.crop!r} needs random crops; set --augment={enough}")
+    if cfg.batch % cfg.micro:
+        near = max(d for d in range(1, min(cfg.micro, cfg.batch) + 1) if cfg.batch % d == 0)
+        raise UserError(f"batch={cfg.batch} is not a multiple of micro={cfg.micro}; try --micro={near}")
+    n = cfg.batch // cfg.micro
+    if n % world:
+        fit = ", ".join(str(w) for w in range(1, n + 1) if n % w == 0)
+        raise UserError(f"batch={cfg.batch} with micro={cfg.micro} is {n} microbatches, which {world} processes "
+                        f"cannot share; use {fit} processes, or another micro")
 
 
 def parse(argv: list[str], options: Any) -> Any:
@@ -237,9 +280,7 @@ def put(options: Any, key: str, value: Any) -> Any:
 
 def fields(options: Any, prefix: str = "") -> list[tuple[str, type, Any, str]]:
     """(key, type, value, comment) of every field, in the order of the source, one level of nesting flattened."""
-    source = "".join(inspect.getsource(c) for c in reversed(type(options).__mro__) if dataclasses.is_dataclass(c))
-    comments = dict(re.findall(r"^    (\w+):[^#\n]*# (.+)$", source, re.M))
-    rows = []
+    rows, comments = [], _comments(type(options))
     for f in dataclasses.fields(options):
         value = getattr(options, f.name)
         if dataclasses.is_dataclass(value):
@@ -247,6 +288,13 @@ def fields(options: Any, prefix: str = "") -> list[tuple[str, type, Any, str]]:
         else:
             rows.append((prefix + f.name, f.type, value, comments.get(f.name, "")))
     return rows
+
+
+@functools.cache
+def _comments(kind: type) -> dict[str, str]:
+    """The comment of each field in the source of a dataclass and its bases."""
+    source = "".join(inspect.getsource(c) for c in reversed(kind.__mro__) if dataclasses.is_dataclass(c))
+    return dict(re.findall(r"^    (\w+):[^#\n]*# (.+)$", source, re.M))
 
 
 def help_text(options: Any) -> str:

@@ -1,18 +1,16 @@
-"""What a run has logged, as pictures: its loss, and the magnitudes of its layers.
+"""Plots of log.jsonl: the loss of a run, and the magnitudes of its layers.
 
 python plot.py --out=out/shapes         writes out/shapes/loss.png and, if --magnitudes_every was set, magnitudes.png
 """
 import io
 import math
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import checkpoint
 import log
-from config import UserError, parse
+from config import UserError, parse, run
 
 NAMES = ("cleanest quarter of the noise range", "second", "third", "noisiest quarter")
 CURVES = 12                             # most measurements that are drawn, spread over the run
@@ -96,7 +94,7 @@ def _figure() -> Any:
 def _save(figure: Any, path: Path) -> str:
     picture = io.BytesIO()
     figure.savefig(picture, dpi=150, format="png")
-    checkpoint.write_bytes(path, picture.getvalue())
+    log.write_bytes(path, picture.getvalue())
     return str(path)
 
 
@@ -116,8 +114,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as e:
-        checkpoint.say(f"error: {e}.")
-        sys.exit(2)
+    run(main)
