@@ -59,7 +59,7 @@ def lock_file(path: Path, wait: bool = False) -> Iterator[bool]:
         lock.acquire(blocking=wait)
     except Timeout:
         raise
-    except (OSError, NotImplementedError):
+    except (OSError, RuntimeError):                         # some network disks have none
         held = False
     try:
         yield held

@@ -13,16 +13,16 @@ import log
 from config import UserError, parse, run
 
 NAMES = ("cleanest quarter of the noise range", "second", "third", "noisiest quarter")
-CURVES = 12                             # most measurements that are drawn, spread over the run
+CURVES = 12                             # most measurements in a plot, spread over the run
 
 
 def plot(out: str | Path) -> str:
-    """Draw <out>/loss.png: loss by step, mean and by quarter of the noise range. Its path, or why there is none."""
+    """Write <out>/loss.png: loss by step, mean and by quarter of the noise range. Returns its path, or why not."""
     lines, path = [line for line in log.read(Path(out)) if "loss" in line], Path(out) / "loss.png"
     if (figure := _figure()) is None:
-        return "not drawn; it needs matplotlib: pip install matplotlib"
+        return "not plotted; it needs matplotlib: pip install matplotlib"
     if not lines:
-        return f"not drawn; {out}/log.jsonl has no lines yet"
+        return f"not plotted; {out}/log.jsonl has no lines yet"
     axes, steps = figure.subplots(), [line["step"] for line in lines]
     for k, name in enumerate(NAMES):
         quarter = [line["loss_by_noise"][k] for line in lines]
@@ -36,14 +36,14 @@ def plot(out: str | Path) -> str:
 
 
 def plot_magnitudes(out: str | Path) -> str:
-    """Draw <out>/magnitudes.png: magnitude by depth, one curve a step. Its path, or why there is none.
+    """Write <out>/magnitudes.png: magnitude by depth, one curve a step. Returns its path, or why not.
 
-    Left the trunk after each block, 0 being the embedded patches; right the RMS of all weights of each block."""
+    Left the tokens after each block, 0 the embedded patches; right the RMS of all weights of each block."""
     lines, path = [line for line in log.read(Path(out)) if "activations" in line], Path(out) / "magnitudes.png"
     if (figure := _figure()) is None:
-        return "not drawn; it needs matplotlib: pip install matplotlib"
+        return "not plotted; it needs matplotlib: pip install matplotlib"
     if not lines:
-        return f"not drawn; {out}/log.jsonl has no magnitudes, which train.py writes with --magnitudes_every=500"
+        return f"not plotted; {out}/log.jsonl has no magnitudes, which train.py writes with --magnitudes_every=500"
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     left, right = figure.subplots(1, 2)

@@ -186,8 +186,8 @@ def test_a_full_disk_is_a_warning_and_leaves_what_was_there(tmp_path, monkeypatc
     assert said.count("warning: checkpoint at step 9 not written") == 1 and "last good checkpoint: step 7." in said
 
 
-@pytest.mark.parametrize("call, error", [("os.mkdir", errno.EROFS), ("os.fsync", errno.EIO), ("os.rename", errno.EDQUOT),
-                                         ("checkpoint.save_file", errno.ENOSPC)])
+@pytest.mark.parametrize("call, error", [("os.mkdir", errno.EROFS), ("os.fsync", errno.EIO),
+                                         ("os.rename", errno.EDQUOT), ("checkpoint.save_file", errno.ENOSPC)])
 def test_any_call_that_fails_leaves_the_old_checkpoint_and_no_rubbish(call, error, tmp_path, monkeypatch, capfd):
     write(tmp_path, 7)
     room, name = call.split(".")

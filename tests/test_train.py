@@ -282,7 +282,8 @@ def test_killed_at_some_disk_calls_and_run_again_it_is_the_same_run(run, straigh
 @pytest.mark.slow
 def test_killed_at_every_disk_call_and_run_again_it_is_the_same_run(run, straight, tmp_path):
     """Before every call, and with every file half written."""
-    check_faults(run, straight, tmp_path, [(k, "kill") for k in range(straight[1])] + [(k, "half") for k in straight[3]])
+    check_faults(run, straight, tmp_path, [*((k, "kill") for k in range(straight[1])),
+                                           *((k, "half") for k in straight[3])])
 
 
 @needs_fork
@@ -529,7 +530,8 @@ def test_after_a_bad_gradient_the_optimizer_touches_nothing():
 def test_a_run_that_is_another_one_is_refused_by_name(run, straight):
     before = leaves_of_a_failure(straight[0])
     for flags, parts in (
-            (["--model.depth=3", "--micro=8", "--ema=0.05"], ["model.depth: 1 -> 3", "micro: 4 -> 8", "ema: 0.1 -> 0.05"]),
+            (["--model.depth=3", "--micro=8"], ["model.depth: 1 -> 3", "micro: 4 -> 8"]),
+            (["--ema=0.05"], ["ema: 0.1 -> 0.05"]),
             (["--seed=1", "--batch=16"], ["seed: 0 -> 1", "batch: 8 -> 16", "data fingerprint", "another --out"])):
         ended = run(straight[0], *flags)
         assert ended["codes"] == [2]
@@ -916,7 +918,8 @@ def test_a_measurement_that_a_kill_cut_off_is_made_when_the_run_resumes(tmp_path
     killed = [True]
     monkeypatch.setattr(fid, "Monitor", Monitor)
     monkeypatch.setattr(machine, "matmul_peak", lambda *_: 1.0)
-    flags = [*TINY, "--steps=4", "--save_every=2", "--log_every=2", f"--out={tmp_path}", "--sample_every=0", "--fid_every=2", "--fid_ref=ref.npz"]
+    flags = [*TINY, "--steps=4", "--save_every=2", "--log_every=2", f"--out={tmp_path}", "--fid_every=2",
+             "--fid_ref=ref.npz"]
     with pytest.raises(RuntimeError):
         train.run(flags)
     assert train.run(flags) == 0
