@@ -185,10 +185,6 @@ class Checkpointer:
             with tolerate("weights.safetensors"):
                 write_weights(self.out / "weights.safetensors", net.state_dict(), {**header, "step": str(step)})
 
-    def wait(self) -> int:
-        """Wait until rank 0 has written; return the step of its last checkpoint."""
-        return machine.agree(self.saved, self.place)
-
 
 # ---------------------------------------------------------------- may this run resume?
 

@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
@@ -193,38 +194,27 @@ class RunLog:
     flops: of a training step per image. peak: FLOP/s of all processes together."""
     def __init__(self, out: Path, start: int, cfg: Config, flops: int, peak: float, place: machine.Place) -> None:
         self.out, self.cfg, self.flops, self.peak, self.place = out, cfg, flops, peak, place
-        self.last, self.waited, self.t0 = start, 0.0, time.monotonic()
+        self.last, self.t0, self.seconds = start, time.monotonic(), Counter()
         hidden = place.rank > 0 or not sys.stderr.isatty()
         self.bar = tqdm(total=cfg.steps, initial=start, disable=hidden, unit="step", dynamic_ncols=True)
 
-    def close(self) -> None:
-        """Close the bar."""
-        self.bar.close()
-
     def restart_clock(self) -> None:
         """Start to time the next window of steps."""
-        self.waited, self.t0 = 0.0, time.monotonic()
+        self.t0, self.seconds = time.monotonic(), Counter()
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count the time inside as time spent waiting for data."""
+    def timed(self, part: str) -> Iterator[None]:
+        """Time what is inside: "data", waiting for it, or "aside", which is no training."""
         before = time.monotonic()
         yield
-        self.waited += time.monotonic() - before
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave the time inside out of the training time."""
-        before = time.monotonic()
-        yield
-        self.t0 += time.monotonic() - before
+        self.seconds[part] += time.monotonic() - before
 
     def throughput(self, step: int) -> dict[str, float]:
         """Speed since the last report, the share of time that went into waiting for data, and seconds left."""
-        steps, seconds = step - self.last, time.monotonic() - self.t0
+        steps, seconds = step - self.last, time.monotonic() - self.t0 - self.seconds["aside"]
         rate = self.cfg.batch * steps / seconds
         return {"images_per_second": rate, "tflops": rate * self.flops / 1e12,
-                "share_of_peak": rate * self.flops / self.peak, "waited_for_data": self.waited / seconds,
+                "share_of_peak": rate * self.flops / self.peak, "waited_for_data": self.seconds["data"] / seconds,
                 "memory_gb": machine.memory(self.place.device), "eta_s": (self.cfg.steps - step) * seconds / steps}
 
     def report(self, step: int, line: dict) -> None:

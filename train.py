@@ -8,14 +8,13 @@ step-*/, weights.safetensors. Exit codes: 0 done; 1 crash, try again; 2 somethin
 130, 143 stopped by SIGINT, SIGTERM, and saved.
 Dimensions: B batch, C channels, R resolution, T noise steps.
 """
-import dataclasses
 import io
 import json
 import math
 import os
 import signal
 from contextlib import ExitStack, closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -260,7 +259,7 @@ def main(argv: list[str], stack: ExitStack, status: log.Status) -> None:
     batches = stack.enter_context(closing(data.prefetch(fetch, keys, cfg.workers)))
     peak = machine.matmul_peak(device, net.dtype) * dist.world
     metadata = about_weights(cfg, source)
-    meta = {"config": dataclasses.asdict(cfg), "data": source.fingerprint, "world": dist.world,
+    meta = {"config": asdict(cfg), "data": source.fingerprint, "world": dist.world,
             "threads": torch.get_num_threads(), **machine.versions()}
     checkpoints = checkpoint.Checkpointer(out, net, tensors, start, meta, dist)
     previews = Show(cfg, source, encoder, metadata, dist)
@@ -268,7 +267,8 @@ def main(argv: list[str], stack: ExitStack, status: log.Status) -> None:
         announce(cfg, net, source, dist, peak)
         status.write("running")
     flops = 3 * model.flops(m) if is_main else 0            # an image: a backward pass costs two forward passes
-    run_log = stack.enter_context(closing(RunLog(out, start, cfg, flops, peak, dist)))
+    run_log = RunLog(out, start, cfg, flops, peak, dist)
+    stack.enter_context(run_log.bar)
 
     for step in range(start, cfg.steps + 1):
         last, stop_signal = step == cfg.steps, 0
@@ -291,13 +291,13 @@ def main(argv: list[str], stack: ExitStack, status: log.Status) -> None:
             checkpoints.save(step)
         checkpoints.write_weights(step, average, metadata)
         if step > 0:
-            with run_log.paused():
+            with run_log.timed("aside"):
                 previews(average, step)
         if is_main and step > 0 and ema.due(step, cfg.steps, cfg.snapshots):
             ema.take_snapshot(out, step, emas, metadata)
         if stop_signal or last:
             stop.deaf = True                                # torchrun signals the others as soon as the first has left
-            saved = checkpoints.wait()
+            saved = machine.agree(checkpoints.saved, dist)  # wait until rank 0 has written
         if last:
             break
         if stop_signal:
@@ -308,7 +308,7 @@ def main(argv: list[str], stack: ExitStack, status: log.Status) -> None:
         # ---------------------------------------------------------------- one training step
         set_rates(opt, learning_rate(step, cfg))
         for r in range(rounds):
-            with run_log.waiting():
+            with run_log.timed("data"):
                 batch = next(batches)
             ddp.require_backward_grad_sync = r == rounds - 1
             k = dist.rank + r * dist.world

@@ -160,6 +160,7 @@ def encode_and_die(command, monkeypatch, die_at):
         write(path, content)
     with monkeypatch.context() as m:
         m.setattr(latents.checkpoint, "write_bytes", dying)
+        m.setattr(latents.checkpoint.log, "write_bytes", dying)                 # write_text calls this one
         with pytest.raises(KeyboardInterrupt):
             latents.encode(command)
 

@@ -82,9 +82,9 @@ def test_speeds_are_arithmetic(tmp_path, monkeypatch):
     run_log = log.RunLog(tmp_path, 5, Config(batch=32, steps=40), 6_000, 1e9, ALONE)
     clock[0] += 50
     run_log.restart_clock()
-    with run_log.waiting():
+    with run_log.timed("data"):
         clock[0] += 1
-    with run_log.paused():
+    with run_log.timed("aside"):
         clock[0] += 30
     clock[0] += 3
     found = run_log.throughput(15)
