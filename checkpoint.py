@@ -32,7 +32,7 @@ FORMAT = 1                              # of checkpoints; a newer one is refused
 KEEP = 2                                # checkpoints that stay
 MARGIN = 1.2                            # free disk space that a checkpoint needs, as a multiple of its size
 MAX_LISTED = 16                         # names in an error message
-# What to change after a loss that is not finite.
+# Options that can cure a loss that is not finite.
 CURES = ("lr", "lr_mp", "warmup", "decay", "cooldown", "clip", "dtype")
 TRY = f"change {' or '.join('--' + key for key in CURES)}"
 # What a resumed run may change. `data` is a path: the data themselves are compared by fingerprint.
@@ -165,7 +165,7 @@ def read_state(where: Path, tensors: dict[str, Tensor]) -> None:
 class Checkpointer:
     """Saves the state of a run. Every process calls every method; rank 0 alone writes.
 
-    saved: step of the last checkpoint. meta: what meta.json says besides."""
+    saved: step of the last checkpoint. meta: further fields of meta.json."""
     def __init__(self, out: Path, net: nn.Module, tensors: dict[str, Tensor], saved: int, meta: dict,
                  place: machine.Place) -> None:
         self.out, self.net, self.tensors, self.saved, self.meta, self.place = out, net, tensors, saved, meta, place

@@ -34,9 +34,9 @@ SIZES = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What decides the state dict. Stored in every checkpoint; a run is resumed only with an equal one."""
+    """The options that decide the state dict. Every checkpoint stores them; only an equal model resumes it."""
     arch: str = "mmdit"             # block type, a key of model.ARCHS
-    semantics: str = "text"         # what the picture is of: none, class or text
+    semantics: str = "text"         # content of the images: none, class or text
     classes: int = 0                # number of classes; 0 = take it from the data set
     text_dim: int = 0               # width E of one text token; 0 = take it from the text encoder
     text_length: int = 0            # number of text tokens L; 0 = take it from the text encoder
@@ -48,14 +48,14 @@ class ModelConfig:
     heads: int = 4                  # H
     noise_steps: int = 1000         # T, the number of noise levels
     schedule: str = "scaled_linear" # alpha-bar table: scaled_linear or linear
-    rescale: float = 1.0            # s'/s: sigma is multiplied by it; 2 when the side of the pictures has doubled
-    controls: str = ""              # steered by, joined with +: any of crop, flip, size; empty = none
+    rescale: float = 1.0            # s'/s: sigma is multiplied by it; 2 after the side of the images has doubled
+    controls: str = ""              # control conditioning, joined with +: any of crop, flip, size; empty = none
     control_weight: str = "cosine"  # gamma_c(t) on size: cosine, uniform, linear, step, zero
     control_alpha: float = 8.0      # power of the cosine weight; of step: the sigma below which size acts
     positions: str = "grid"         # grid: 0, 1, 2, ...; resample: a fixed extent, finer; interpolate: a resized table
     base: int = 0                   # patches a side that resample and interpolate start from; 0 = this resolution's
-    prediction: str = "eps"         # what the last layer states: eps, the noise, or v, noise and picture mixed
-    modulation: str = "scale+shift+gate"    # what time and class do to a sub-layer, joined with +: also rotate
+    prediction: str = "eps"         # output of the last layer: eps, the noise, or v, noise and image mixed
+    modulation: str = "scale+shift+gate"    # how time and class act on a sub-layer, joined with +: also rotate
     preserve: str = ""              # mp archs: none, or cosine, weights, stream, heads with +; empty = first three
 
 
@@ -64,13 +64,13 @@ class Config:
     """A run. `model` decides the weights; the rest decides how they are trained and on what."""
     out: str = "out/shapes"         # run folder; the same command again resumes from it
     data: str = "shapes"            # "shapes", or a path: folder of classes or captions, tar shards, latents; coco:PATH
-    augment: str = "crop+flip"      # what varies in how a picture is taken, joined with +: crop, flip, size
+    augment: str = "crop+flip"      # random variation of the images, joined with +: crop, flip, size
     crop: str = "global"            # side of a random crop, of the short side: global .9-1, local .4-.6, mix .4-1
-    objects: int = 2                # shapes only: most objects in a picture
+    objects: int = 2                # shapes only: most objects in an image
     scenes: str = "free"            # shapes only: free, grid (places a patch apart, two sizes), sides (pairs on it)
     seed: int = 0                   # keys every random draw: initial weights, data order, noise, samples
     model: ModelConfig = field(default_factory=ModelConfig)
-    init: str = ""                  # run folder or weights file whose averaged weights to start from; empty = fresh
+    init: str = ""                  # run folder or weights file with the averaged weights to start from; empty = fresh
     encoder: str = "words"          # of captions: words (shapes), or clip:PATH, CLIP weights (text.py says which PATHs)
     padding: str = "zero"           # of short captions: zero, replicate (tokens again) or noisy (with noise on them)
     padding_noise: float = 0.02     # beta of noisy padding, in standard deviations of a caption's tokens
@@ -81,7 +81,7 @@ class Config:
     warmup: int = 100               # steps of linear warm-up
     decay: float = 0.0              # share of the run after which the rate falls as 1/sqrt(step); 0 = never
     cooldown: float = 0.0           # share of the run at its end over which the rate falls linearly to zero
-    muon: float = 0.0               # peak rate of the blocks' matrices, which Muon moves; 0 = AdamW moves them too
+    muon: float = 0.0               # peak rate of Muon for the blocks' weight matrices; 0 = AdamW for everything
     lr_mp: float = 0.0              # peak rate of magnitude-preserving weights; 0 = lr
     normalize: bool = False         # magnitude-preserving weights: rows back to unit magnitude after every step
     beta1: float = 0.9              # AdamW
@@ -102,8 +102,8 @@ class Config:
     sample_every: int = 500         # steps between preview grids; 0 = none
     magnitudes_every: int = 0       # steps between lines with every layer's magnitude; 0 = none
     fid_every: int = 0              # steps between measurements of FID; 0 = none
-    fid_ref: str = ""               # statistics of real pictures for them, made by fid.py ref
-    fid_n: int = 10_000             # pictures in each
+    fid_ref: str = ""               # statistics of real images, made by fid.py ref
+    fid_n: int = 10_000             # images in each
     lam: float = 2.0                # guidance scale of previews, and the default of sample.py
     eta: float = 0.0                # share of fresh noise in a DDIM step, likewise: 0 none, 1 DDPM's
     threads: int = 0                # CPU threads; 0 = all cores, shared by the processes of this machine
@@ -143,7 +143,7 @@ def read_config(argv: list[str]) -> Config:
 
 
 def load(path: str) -> Config:
-    """The `config` that a config file builds. UserError if there is no such file or it builds none."""
+    """Run a config file and return its `config`. UserError if the file is missing or builds none."""
     if not Path(path).is_file():
         here = ", ".join(sorted(p.as_posix() for p in Path("configs").glob("*.py"))) or "none"
         raise UserError(f"no config file {path!r}; configs/ has: {here}")
@@ -157,7 +157,7 @@ def load(path: str) -> Config:
 
 
 def check_types(options: Any) -> Any:
-    """The same dataclass with every int that stands for a float made one; UserError on a value of a wrong type."""
+    """Convert every int in a float field to float; UserError on a value of a wrong type."""
     fixed = {}
     for f in dataclasses.fields(options):
         value = getattr(options, f.name)
@@ -220,7 +220,7 @@ def check_fields(cfg: Config, world: int) -> None:
 
 
 def parse(argv: list[str], options: Any) -> Any:
-    """`options` (a dataclass) with `--key=value` and `--key value` put in, each read as its field's type.
+    """Put `--key=value` and `--key value` into `options` (a dataclass), each read as its field's type.
 
     `--help` prints every field and exits. UserError for an unknown field, a wrong type, a missing value."""
     words, word = list(argv), ""
@@ -246,7 +246,7 @@ def parse(argv: list[str], options: Any) -> Any:
 
 
 def field_type(options: Any, key: str) -> type:
-    """Type of the field `key` ("lr", "model.depth"); UserError with the nearest names if there is none."""
+    """Type of the field `key` ("lr", "model.depth"); UserError with the nearest names for an unknown one."""
     kinds = {name: kind for name, kind, _, _ in fields(options)}
     if key in kinds:
         return kinds[key]
@@ -257,7 +257,7 @@ def field_type(options: Any, key: str) -> type:
 
 
 def read_as(kind: type, key: str, text: str) -> Any:
-    """`text` as a value of `kind`: int takes 2000 and 2e3, bool takes true and false."""
+    """Read `text` as a value of `kind`: int takes 2000 and 2e3, bool takes true and false."""
     try:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
@@ -298,7 +298,7 @@ def _comments(kind: type) -> dict[str, str]:
 
 
 def help_text(options: Any) -> str:
-    """What `--help` prints: one line a field with its type, its present value and its comment."""
+    """The text of `--help`: one line a field with its type, its present value and its comment."""
     rows = [(f"--{key}={kind.__name__}", f"{value!r}", comment) for key, kind, value, comment in fields(options)]
     wide = [max(len(row[k]) for row in rows) for k in (0, 1)]
     head = "options, each with its type, its value if not given, and its meaning"

@@ -151,15 +151,15 @@ class Window:
         """Return means over all processes, the signal that any of them got (0 = none), the first bad step (-1 = none).
 
         Then start the sums again."""
-        asked = torch.tensor([float(stop.signal == s) for s in machine.SIGNALS], device=place.device)
-        shared = machine.add_up(torch.cat([self.loss, self.count, asked]), place)
+        signals = torch.tensor([float(stop.signal == s) for s in machine.SIGNALS], device=place.device)
+        shared = machine.add_up(torch.cat([self.loss, self.count, signals]), place)
         *shared, norm, bad_step = torch.cat([shared, self.norm[None], self.bad_step[None]]).tolist()
-        sums, counts, asked = shared[:QUARTERS], shared[QUARTERS:2 * QUARTERS], shared[2 * QUARTERS:]
+        sums, counts, signals = shared[:QUARTERS], shared[QUARTERS:2 * QUARTERS], shared[2 * QUARTERS:]
         for t in (self.loss, self.count, self.norm):
             t.zero_()
         line = {"loss": sum(sums) / sum(counts), "loss_by_noise": [s / n if n else None for s, n in zip(sums, counts)],
                 "grad_norm": norm / steps}
-        return line, max(s if n else 0 for s, n in zip(machine.SIGNALS, asked)), int(bad_step)
+        return line, max(s if n else 0 for s, n in zip(machine.SIGNALS, signals)), int(bad_step)
 
 
 def append(out: Path, line: dict) -> None:
@@ -204,7 +204,7 @@ class RunLog:
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
-        """Time what is inside: "data", waiting for it, or "aside", which is no training."""
+        """Count the time inside as "data", waiting for it, or as "aside" from training."""
         before = time.monotonic()
         yield
         self.seconds[part] += time.monotonic() - before

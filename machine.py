@@ -94,13 +94,13 @@ def find_device(local_rank: int = 0) -> torch.device:
 
 # ---------------------------------------------------------------- types and speed
 
-def precision(device: torch.device, asked: str) -> torch.dtype:
+def precision(device: torch.device, name: str) -> torch.dtype:
     """The dtype of the tokens; "auto" is bfloat16 where the hardware multiplies it.
 
     With bfloat16, the remaining fp32 products may use fast units too (TF32 on CUDA, oneDNN's kernels on CPU)."""
-    if asked not in DTYPES:
-        raise UserError(f"unknown dtype={asked!r}; there are {', '.join(DTYPES)}")
-    if asked == "float32" or asked == "auto" and not multiplies_bfloat16(device):
+    if name not in DTYPES:
+        raise UserError(f"unknown dtype={name!r}; there are {', '.join(DTYPES)}")
+    if name == "float32" or name == "auto" and not multiplies_bfloat16(device):
         return torch.float32
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else "medium")
     return torch.bfloat16

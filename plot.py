@@ -92,9 +92,9 @@ def _figure() -> Any:
 
 
 def _save(figure: Any, path: Path) -> str:
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=150, format="png")
-    log.write_bytes(path, picture.getvalue())
+    png = io.BytesIO()
+    figure.savefig(png, dpi=150, format="png")
+    log.write_bytes(path, png.getvalue())
     return str(path)
 
 
