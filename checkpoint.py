@@ -1,11 +1,11 @@
-"""The run folder: files that appear whole or not at all, and are checked when they are read.
+"""The run folder: checkpoints and weights that appear whole or not at all and are verified when read.
 
-<out>/step-00012000/state.safetensors   network, averages, optimizer: every tensor that training goes on from
+<out>/step-00012000/state.safetensors   network, averages, optimizer: every tensor of the state
 <out>/step-00012000/meta.json           step, config, versions, data fingerprint, sha256 of the state and of all this
 <out>/weights.safetensors               the averaged network for users, its config as JSON in the header
 
-Everything is written under a temporary name, flushed to the disk and renamed. The name of a checkpoint is its step; the
-last KEEP are kept; a damaged one falls back to the one before. Nothing here runs code from a file or unpickles.
+Files are written under a temporary name, flushed to the disk and renamed. The last KEEP checkpoints stay; a damaged one
+falls back to the one before. Nothing here runs code from a file or unpickles.
 """
 import errno
 import hashlib
@@ -13,78 +13,55 @@ import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
+from filelock import Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from config import UserError
+import log
+import machine
+from config import Config, UserError, differences, from_json
+from log import TEMPORARY, atomic_path, remove, say, sync, tolerate, write_bytes, write_text  # noqa: F401
 
 FORMAT = 1                              # of checkpoints; a newer one is refused
 KEEP = 2                                # checkpoints that stay
-MARGIN = 1.2                            # free disk space wanted, as a multiple of what is to be written
-TEMPORARY = ".tmp"                      # how the name of an unfinished file or folder begins, safetensors' own too
+MARGIN = 1.2                            # free disk space that a checkpoint needs, as a multiple of its size
+MAX_LISTED = 16                         # names in an error message
+# Options that can cure a loss that is not finite.
+CURES = ("lr", "lr_mp", "warmup", "decay", "cooldown", "clip", "dtype")
+TRY = f"change {' or '.join('--' + key for key in CURES)}"
+# What a resumed run may change. `data` is a path: the data themselves are compared by fingerprint.
+MAY_CHANGE = {*CURES, "out", "data", "steps", "workers", "max_bad", "log_every", "save_every", "sample_every", "lam",
+              "eta", "magnitudes_every", "fid_every", "fid_ref", "fid_n", "threads", "compile"}
 
 
-def say(line: str) -> None:
-    """One line to the terminal, past any progress bar."""
-    tqdm.write(line, file=sys.stderr)
-    sys.stderr.flush()
-
-
-@contextmanager
-def tolerate(what: str) -> Iterator[None]:
-    """A disk that refuses `what` is a warning: training goes on without it."""
-    try:
-        yield
-    except (OSError, SafetensorError) as e:
-        say(f"warning: {what} not written: {e}. Training goes on.")
+class Nonfinite(Exception):
+    """The loss, a gradient or a weight is inf or nan."""
 
 
 @contextmanager
 def lock(out: Path) -> Iterator[None]:
-    """Make the run folder and hold it: one run at a time writes to it. The lock goes when the process does."""
+    """Make the run folder, lock it against other runs until this process ends, and remove unfinished files."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        file = open(out / ".lock", "w")
-        (out / f"{TEMPORARY}probe").touch()                 # the lock file may be there and the folder closed
-        (out / f"{TEMPORARY}probe").unlink(missing_ok=True)
+        (out / f"{TEMPORARY}probe").touch()                 # an old lock file says nothing about the folder
+        remove(out / f"{TEMPORARY}probe")
     except OSError as e:
         raise UserError(f"cannot write to the run folder {out}: {e}; choose another --out") from e
-    with file:
+    with ExitStack() as stack:
         try:
-            _lock(file.fileno())
-        except (BlockingIOError, PermissionError) as e:
+            if not stack.enter_context(log.lock_file(out / ".lock")):
+                say(f"note: {out} cannot be locked; let one run at a time write to it.")
+        except Timeout as e:
             raise UserError(f"another run is writing to {out}; wait for it or choose another --out") from e
-        except OSError as e:                                # some network disks have no locks
-            say(f"note: {out} cannot be locked ({e}); let one run at a time write to it.")
         for stale in (*out.glob(f"{TEMPORARY}*"), *out.glob(f"samples/{TEMPORARY}*")):
-            _remove(stale)
+            remove(stale)
         yield
-
-
-def wait_for(file: BinaryIO) -> None:
-    """Wait until no other process holds this open file; it is held until it is closed. Without locks, go on at once."""
-    file.seek(0)
-    with suppress(OSError):
-        _lock(file.fileno(), wait=True)
-
-
-def _lock(handle: int, wait: bool = False) -> None:
-    """BlockingIOError or, on Windows, PermissionError if another process holds the lock and one is not to wait."""
-    try:
-        import fcntl
-    except ImportError:
-        import msvcrt
-        return msvcrt.locking(handle, msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
-    fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
 def steps(out: Path) -> list[int]:
@@ -94,7 +71,7 @@ def steps(out: Path) -> list[int]:
 
 
 def folder(out: Path, step: int) -> Path:
-    """Where the checkpoint of a step is."""
+    """Path of the checkpoint of a step."""
     return out / f"step-{step:08d}"
 
 
@@ -108,28 +85,29 @@ def need_space(out: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def save(out: Path, step: int, tensors: dict[str, Tensor], meta: dict) -> bool:
-    """Write one checkpoint, then drop old ones. False, with a warning, when the disk says no: training can go on."""
+    """Write one checkpoint, then drop old ones. A disk error is a warning and False: training can continue."""
     tmp, final = out / f"{TEMPORARY}-{step:08d}", folder(out, step)
     try:
-        _remove(tmp)
+        remove(tmp)
         need_space(out, tensors)
         tmp.mkdir()
         save_file({k: v.detach().contiguous() for k, v in tensors.items()}, tmp / "state.safetensors")
-        _sync(tmp / "state.safetensors")
+        sync(tmp / "state.safetensors")
         meta = {"format": FORMAT, "step": step, **meta, "sha256": _sha256(tmp / "state.safetensors")}
-        _write(tmp / "meta.json", json.dumps({**meta, "sha256_meta": _sha256_of({}, meta)}, indent=1).encode())
-        _sync(tmp)
+        (tmp / "meta.json").write_bytes(json.dumps({**meta, "sha256_meta": _sha256_of({}, meta)}, indent=1).encode())
+        sync(tmp / "meta.json")
+        sync(tmp)
 
-        _remove(final)
+        remove(final)
         os.rename(tmp, final)
-        _sync(out)
+        sync(out)
     except (OSError, SafetensorError) as e:
-        _remove(tmp)
+        remove(tmp)
         say(f"warning: checkpoint at step {step:,} not written: {e}. Training goes on; last good checkpoint: "
             f"{', '.join(f'step {s:,}' for s in steps(out)[:1]) or 'none'}.")
         return False
-    for newer in [s for s in steps(out) if s > step]:       # damaged, or the run would have begun there
-        _remove(folder(out, newer))
+    for newer in [s for s in steps(out) if s > step]:       # damaged, or the run would have resumed there
+        remove(folder(out, newer))
     prune(out, step)
     return True
 
@@ -137,14 +115,13 @@ def save(out: Path, step: int, tensors: dict[str, Tensor], meta: dict) -> bool:
 def prune(out: Path, step: int) -> None:
     """Drop checkpoints older than the last KEEP up to `step`."""
     for old in [s for s in steps(out) if s <= step][KEEP:]:
-        _remove(folder(out, old))
+        remove(folder(out, old))
 
 
 def newest(out: Path) -> dict | None:
-    """The meta of the newest checkpoint whose hashes are right; None if there is none at all.
+    """Return the meta of the newest undamaged checkpoint, with a warning for each damaged one; None if there is none.
 
-    A damaged one is named and passed over. UserError if there are checkpoints and none can be read, or if only their
-    weights are left: a run never starts afresh over an old one."""
+    UserError if all are damaged, or if only weights are left: a run never starts afresh over an old one."""
     damaged = []
     for step in steps(out):
         try:
@@ -163,7 +140,7 @@ def newest(out: Path) -> dict | None:
 
 
 def read_meta(where: Path) -> dict:
-    """The meta.json of one checkpoint after everything in it has been hashed. ValueError if anything disagrees."""
+    """Read the meta.json of one checkpoint and verify all hashes; ValueError if any disagrees."""
     meta = json.loads((where / "meta.json").read_text(encoding="utf-8"))
     if meta["format"] > FORMAT:
         raise UserError(f"{where} has checkpoint format {meta['format']}, this code reads up to {FORMAT}; update it")
@@ -177,23 +154,79 @@ def read_meta(where: Path) -> dict:
 
 
 def read_state(where: Path, tensors: dict[str, Tensor]) -> None:
-    """Copy the state of a checkpoint into `tensors`. UserError that lists what does not fit, before any is copied."""
+    """Copy the state of a checkpoint into `tensors`. UserError before any copy if names or shapes differ."""
     with safe_open(where / "state.safetensors", "pt") as file:
-        _fit(tensors, {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}, where)
+        _check_keys(tensors, {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}, where)
         with torch.no_grad():
             for k, v in tensors.items():
                 v.copy_(file.get_tensor(k))
 
 
+class Checkpointer:
+    """Saves the state of a run. Every process calls every method; rank 0 alone writes.
+
+    saved: step of the last checkpoint. meta: further fields of meta.json."""
+    def __init__(self, out: Path, net: nn.Module, tensors: dict[str, Tensor], saved: int, meta: dict,
+                 place: machine.Place) -> None:
+        self.out, self.net, self.tensors, self.saved, self.meta, self.place = out, net, tensors, saved, meta, place
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint. RuntimeError if weights differ between processes, Nonfinite for inf or nan in them."""
+        if machine.replicas_differ(self.net, self.place):
+            raise RuntimeError(f"weights differ between processes at step {step:,}; nothing was saved")
+        if broken := not_finite(self.tensors):
+            raise Nonfinite(f"{', '.join(broken[:MAX_LISTED])} are not finite at step {step:,}; nothing was saved")
+        if self.place.rank == 0 and save(self.out, step, self.tensors, self.meta):
+            self.saved = step
+
+    def write_weights(self, step: int, net: nn.Module, header: dict[str, str]) -> None:
+        """Write weights.safetensors if `step` has a checkpoint; a resumed run makes up for a kill between the two."""
+        if self.place.rank == 0 and self.saved == step > 0:
+            with tolerate("weights.safetensors"):
+                write_weights(self.out / "weights.safetensors", net.state_dict(), {**header, "step": str(step)})
+
+
+# ---------------------------------------------------------------- may this run resume?
+
+def check_retry(cfg: Config, out: Path) -> None:
+    """Nonfinite if the last run in `out` ended so and no option that could change this has changed."""
+    last, path = log.read_status(out), out / "config.json"
+    if last.get("state") != "failed:nonfinite" or not path.is_file():
+        return
+    with suppress(UserError):                               # a config of another version
+        old = from_json(path.read_text(encoding="utf-8"))
+        if all(getattr(old, key) == getattr(cfg, key) for key in CURES):
+            raise Nonfinite(f"the last run in {out} was not finite at step {last.get('step')} and nothing relevant has "
+                            f"changed; {TRY}, or delete {out / 'status.json'} to try anyway")
+
+
+def check_resume(cfg: Config, meta: dict, fingerprint: str, out: Path) -> None:
+    """UserError if the checkpoint in `out` belongs to another run than this config and data describe."""
+    old = from_json(json.dumps(meta["config"]))
+    changed = [d for d in differences(old, cfg) if d.split(":")[0] not in MAY_CHANGE]
+    if meta["data"] != fingerprint:
+        changed.append(f"data fingerprint: {meta['data'][:8]} -> {fingerprint[:8]}")
+    if changed:
+        raise UserError(f"cannot resume {out}: {', '.join(changed)}. Choose another --out, or set these back")
+    if meta["step"] > cfg.steps:
+        raise UserError(f"{out} is at step {meta['step']:,} already, past steps={cfg.steps:,}; choose more --steps "
+                        "or another --out")
+    now = {"threads": torch.get_num_threads(), **machine.versions()}
+    if other := [f"{k} {meta.get(k)} -> {v}" for k, v in now.items() if meta.get(k) != v]:
+        say(f"note: {', '.join(other)}; sums may differ in the last bit.")
+
+
+# ---------------------------------------------------------------- weights
+
 def load_strictly(net: nn.Module, tensors: dict[str, Tensor], name: str) -> None:
-    """Load every weight of `net` from `tensors` of the same names; UserError that lists what does not fit."""
-    _fit(net.state_dict(), {k: tuple(v.shape) for k, v in tensors.items()}, name)
+    """Load every weight of `net`; UserError if names or shapes differ or a number is not finite."""
+    _check_keys(net.state_dict(), {k: tuple(v.shape) for k, v in tensors.items()}, name)
     if bad := not_finite(tensors):
         raise UserError(f"{name} holds inf or nan in {', '.join(bad[:5])}")
     net.load_state_dict(tensors)
 
 
-def _fit(want: dict[str, Tensor], found: dict[str, tuple], name: object) -> None:
+def _check_keys(want: dict[str, Tensor], found: dict[str, tuple], name: object) -> None:
     missing, extra = [k for k in want if k not in found], [k for k in found if k not in want]
     shapes = [f"{k} {found[k]} for {tuple(v.shape)}" for k, v in want.items() if k in found and found[k] != v.shape]
     if missing or extra or shapes:
@@ -207,18 +240,16 @@ def not_finite(tensors: dict[str, Tensor]) -> list[str]:
     return [k for k, fine in zip(tensors, good) if not fine]
 
 
-# ---------------------------------------------------------------- weights for users
-
 def write_weights(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-    """A safetensors file with text in its header, among it the sha256 of its tensors and of that text."""
+    """Write a safetensors file with text in its header, which includes the sha256 of the tensors and of that text."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in sorted(tensors.items())}
-    with _whole(path) as tmp:
+    with atomic_path(path) as tmp:
         save_file(tensors, tmp, metadata={**header, "sha256": _sha256_of(tensors, header)})
-        _sync(tmp)
+        sync(tmp)
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header that write_weights wrote; UserError if the file is missing, foreign or damaged."""
+    """Read tensors and header of a file that write_weights wrote; UserError if it is missing, foreign or damaged."""
     header = read_header(path)
     try:
         tensors = load_file(path)
@@ -230,7 +261,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_header(path: Path) -> dict[str, str]:
-    """The text in the header of a file that write_weights wrote, without its tensors. UserError for any other file."""
+    """Read the header of a file that write_weights wrote, without its tensors. UserError for any other file."""
     if not path.is_file():
         raise UserError(f"no weights at {path}; train.py writes weights.safetensors into its run folder at the first "
                         f"checkpoint")
@@ -244,72 +275,13 @@ def read_header(path: Path) -> dict[str, str]:
     return header
 
 
-# ---------------------------------------------------------------- whole or not at all
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, renamed to it if all goes well and removed if not."""
-    tmp = path.with_name(f"{TEMPORARY}-{os.getpid()}-{path.name}")
-    try:
-        yield tmp
-        os.replace(tmp, path)
-        _sync(path.parent)
-    finally:
-        _remove(tmp)                                        # not there any more if all went well
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Replace a file in one step."""
-    with _whole(path) as tmp:
-        _write(tmp, content)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a text file in one step."""
-    write_bytes(path, text.encode())
-
-
-def _remove(path: Path) -> None:
-    """Take away a file or a folder as far as the disk allows."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(OSError):
-            path.unlink()
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or a folder to the disk itself. Windows cannot open folders and does not need it."""
-    if path.is_dir() and os.name == "nt":
-        return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        _full_sync(handle)
-    finally:
-        os.close(handle)
-
-
-def _full_sync(handle: int) -> None:
-    """fsync; on macOS also empty the drive's own cache, which fsync leaves alone there."""
-    os.fsync(handle)
-    if sys.platform == "darwin":
-        import fcntl
-        with suppress(OSError):                             # network disks refuse it
-            fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
-
-
 def _sha256(path: Path) -> str:
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _sha256_of(tensors: dict[str, Tensor], text: dict) -> str:
-    """Of names, shapes, types and bytes of the tensors, and of the text beside them."""
+    """sha256 of the tensors' names, shapes, types and bytes, and of the text beside them."""
     digest = hashlib.sha256(json.dumps(text, sort_keys=True).encode())
     for name in sorted(tensors):
         digest.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}".encode())

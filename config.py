@@ -1,17 +1,18 @@
-"""Every knob, typed. A config file is a short Python module that builds one `Config`; flags override its fields.
+"""Every option, typed. A config file is a short Python module that builds one `Config`; flags override its fields.
 
 python train.py --config=configs/shapes.py --lr=3e-4 --model.depth=12      (or: --lr 3e-4)
 python train.py --help                                                     (every field, its meaning and its default)
 """
 import dataclasses
 import difflib
+import functools
 import hashlib
 import inspect
 import json
 import re
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -33,9 +34,9 @@ SIZES = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What decides the state dict. Stored in every checkpoint; a run is resumed only with an equal one."""
+    """The options that decide the state dict. Every checkpoint stores them; only an equal model resumes it."""
     arch: str = "mmdit"             # block type, a key of model.ARCHS
-    semantics: str = "text"         # what the picture is of: none, class or text
+    semantics: str = "text"         # content of the images: none, class or text
     classes: int = 0                # number of classes; 0 = take it from the data set
     text_dim: int = 0               # width E of one text token; 0 = take it from the text encoder
     text_length: int = 0            # number of text tokens L; 0 = take it from the text encoder
@@ -47,14 +48,14 @@ class ModelConfig:
     heads: int = 4                  # H
     noise_steps: int = 1000         # T, the number of noise levels
     schedule: str = "scaled_linear" # alpha-bar table: scaled_linear or linear
-    rescale: float = 1.0            # s'/s: sigma is multiplied by it; 2 when the side of the pictures has doubled
-    controls: str = ""              # steered by, joined with +: any of crop, flip, size; empty = none
+    rescale: float = 1.0            # s'/s: sigma is multiplied by it; 2 after the side of the images has doubled
+    controls: str = ""              # control conditioning, joined with +: any of crop, flip, size; empty = none
     control_weight: str = "cosine"  # gamma_c(t) on size: cosine, uniform, linear, step, zero
     control_alpha: float = 8.0      # power of the cosine weight; of step: the sigma below which size acts
     positions: str = "grid"         # grid: 0, 1, 2, ...; resample: a fixed extent, finer; interpolate: a resized table
     base: int = 0                   # patches a side that resample and interpolate start from; 0 = this resolution's
-    prediction: str = "eps"         # what the last layer states: eps, the noise, or v, noise and picture mixed
-    modulation: str = "scale+shift+gate"    # what time and class do to a sub-layer, joined with +: also rotate
+    prediction: str = "eps"         # output of the last layer: eps, the noise, or v, noise and image mixed
+    modulation: str = "scale+shift+gate"    # how time and class act on a sub-layer, joined with +: also rotate
     preserve: str = ""              # mp archs: none, or cosine, weights, stream, heads with +; empty = first three
 
 
@@ -63,13 +64,13 @@ class Config:
     """A run. `model` decides the weights; the rest decides how they are trained and on what."""
     out: str = "out/shapes"         # run folder; the same command again resumes from it
     data: str = "shapes"            # "shapes", or a path: folder of classes or captions, tar shards, latents; coco:PATH
-    augment: str = "crop+flip"      # what varies in how a picture is taken, joined with +: crop, flip, size
+    augment: str = "crop+flip"      # random variation of the images, joined with +: crop, flip, size
     crop: str = "global"            # side of a random crop, of the short side: global .9-1, local .4-.6, mix .4-1
-    objects: int = 2                # shapes only: most objects in a picture
+    objects: int = 2                # shapes only: most objects in an image
     scenes: str = "free"            # shapes only: free, grid (places a patch apart, two sizes), sides (pairs on it)
     seed: int = 0                   # keys every random draw: initial weights, data order, noise, samples
     model: ModelConfig = field(default_factory=ModelConfig)
-    init: str = ""                  # run folder or weights file whose averaged weights to start from; empty = fresh
+    init: str = ""                  # run folder or weights file with the averaged weights to start from; empty = fresh
     encoder: str = "words"          # of captions: words (shapes), or clip:PATH, CLIP weights (text.py says which PATHs)
     padding: str = "zero"           # of short captions: zero, replicate (tokens again) or noisy (with noise on them)
     padding_noise: float = 0.02     # beta of noisy padding, in standard deviations of a caption's tokens
@@ -80,7 +81,7 @@ class Config:
     warmup: int = 100               # steps of linear warm-up
     decay: float = 0.0              # share of the run after which the rate falls as 1/sqrt(step); 0 = never
     cooldown: float = 0.0           # share of the run at its end over which the rate falls linearly to zero
-    muon: float = 0.0               # peak rate of the blocks' matrices, which Muon moves; 0 = AdamW moves them too
+    muon: float = 0.0               # peak rate of Muon for the blocks' weight matrices; 0 = AdamW for everything
     lr_mp: float = 0.0              # peak rate of magnitude-preserving weights; 0 = lr
     normalize: bool = False         # magnitude-preserving weights: rows back to unit magnitude after every step
     beta1: float = 0.9              # AdamW
@@ -101,8 +102,8 @@ class Config:
     sample_every: int = 500         # steps between preview grids; 0 = none
     magnitudes_every: int = 0       # steps between lines with every layer's magnitude; 0 = none
     fid_every: int = 0              # steps between measurements of FID; 0 = none
-    fid_ref: str = ""               # statistics of real pictures for them, made by fid.py ref
-    fid_n: int = 10_000             # pictures in each
+    fid_ref: str = ""               # statistics of real images, made by fid.py ref
+    fid_n: int = 10_000             # images in each
     lam: float = 2.0                # guidance scale of previews, and the default of sample.py
     eta: float = 0.0                # share of fresh noise in a DDIM step, likewise: 0 none, 1 DDPM's
     threads: int = 0                # CPU threads; 0 = all cores, shared by the processes of this machine
@@ -130,8 +131,19 @@ def run(main: Callable[[list[str]], int | None], cleanup: Callable[[], None] | N
 
 # ---------------------------------------------------------------- reading
 
+def read_config(argv: list[str]) -> Config:
+    """Read the config of --config=FILE, or the default one, and put the other flags into it."""
+    rest, path, words = [], None, iter(argv)
+    for word in words:
+        if word == "--config" or word.startswith("--config="):
+            path = word.partition("=")[2] or next(words, "")
+        else:
+            rest.append(word)
+    return parse(rest, load(path) if path is not None else Config())
+
+
 def load(path: str) -> Config:
-    """The `config` that a config file builds. UserError if there is no such file or it builds none."""
+    """Run a config file and return its `config`. UserError if the file is missing or builds none."""
     if not Path(path).is_file():
         here = ", ".join(sorted(p.as_posix() for p in Path("configs").glob("*.py"))) or "none"
         raise UserError(f"no config file {path!r}; configs/ has: {here}")
@@ -145,7 +157,7 @@ def load(path: str) -> Config:
 
 
 def check_types(options: Any) -> Any:
-    """The same dataclass with every int that stands for a float made one; UserError on a value of a wrong type."""
+    """Convert every int in a float field to float; UserError on a value of a wrong type."""
     fixed = {}
     for f in dataclasses.fields(options):
         value = getattr(options, f.name)
@@ -176,8 +188,39 @@ def check_ranges(cfg: Config) -> None:
             raise UserError(f"{key}={getattr(cfg, key)} must be between {low} and {high:g}")
 
 
+def check_name(key: str, name: str, known: Iterable[str]) -> None:
+    """UserError for a name that the option `key` does not know."""
+    if name not in known:
+        raise UserError(f"unknown {key}={name!r}; there are {', '.join(known)}")
+
+
+def check_fields(cfg: Config, world: int) -> None:
+    """UserError for numbers out of range and for fields that contradict each other or the number of processes."""
+    check_ranges(cfg)
+    check_name("compile", cfg.compile, ("auto", "on", "off"))
+    if cfg.drop + cfg.drop_controls > 1:
+        raise UserError(f"drop={cfg.drop} and drop_controls={cfg.drop_controls} are shares of one whole; lower one")
+    if bool(cfg.fid_every) != bool(cfg.fid_ref):
+        raise UserError(f"fid_every={cfg.fid_every} and fid_ref={cfg.fid_ref!r} belong together: set both or neither")
+    for key, default in (("encoder", "words"), ("padding", "zero")):
+        if getattr(cfg, key) != default and cfg.model.semantics != "text":
+            raise UserError(f"{key}={getattr(cfg, key)!r} needs captions; model.semantics={cfg.model.semantics!r} has "
+                            "none")
+    if cfg.crop != "global" and "crop" not in cfg.augment.split("+"):
+        enough = "+".join(filter(None, (cfg.augment, "crop")))
+        raise UserError(f"crop={cfg.crop!r} needs random crops; set --augment={enough}")
+    if cfg.batch % cfg.micro:
+        near = max(d for d in range(1, min(cfg.micro, cfg.batch) + 1) if cfg.batch % d == 0)
+        raise UserError(f"batch={cfg.batch} is not a multiple of micro={cfg.micro}; try --micro={near}")
+    n = cfg.batch // cfg.micro
+    if n % world:
+        fit = ", ".join(str(w) for w in range(1, n + 1) if n % w == 0)
+        raise UserError(f"batch={cfg.batch} with micro={cfg.micro} is {n} microbatches, which {world} processes "
+                        f"cannot share; use {fit} processes, or another micro")
+
+
 def parse(argv: list[str], options: Any) -> Any:
-    """`options` (a dataclass) with `--key=value` and `--key value` put in, each read as its field's type.
+    """Put `--key=value` and `--key value` into `options` (a dataclass), each read as its field's type.
 
     `--help` prints every field and exits. UserError for an unknown field, a wrong type, a missing value."""
     words, word = list(argv), ""
@@ -203,7 +246,7 @@ def parse(argv: list[str], options: Any) -> Any:
 
 
 def field_type(options: Any, key: str) -> type:
-    """Type of the field `key` ("lr", "model.depth"); UserError with the nearest names if there is none."""
+    """Type of the field `key` ("lr", "model.depth"); UserError with the nearest names for an unknown one."""
     kinds = {name: kind for name, kind, _, _ in fields(options)}
     if key in kinds:
         return kinds[key]
@@ -214,7 +257,7 @@ def field_type(options: Any, key: str) -> type:
 
 
 def read_as(kind: type, key: str, text: str) -> Any:
-    """`text` as a value of `kind`: int takes 2000 and 2e3, bool takes true and false."""
+    """Read `text` as a value of `kind`: int takes 2000 and 2e3, bool takes true and false."""
     try:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
@@ -237,9 +280,7 @@ def put(options: Any, key: str, value: Any) -> Any:
 
 def fields(options: Any, prefix: str = "") -> list[tuple[str, type, Any, str]]:
     """(key, type, value, comment) of every field, in the order of the source, one level of nesting flattened."""
-    source = "".join(inspect.getsource(c) for c in reversed(type(options).__mro__) if dataclasses.is_dataclass(c))
-    comments = dict(re.findall(r"^    (\w+):[^#\n]*# (.+)$", source, re.M))
-    rows = []
+    rows, comments = [], _comments(type(options))
     for f in dataclasses.fields(options):
         value = getattr(options, f.name)
         if dataclasses.is_dataclass(value):
@@ -249,8 +290,15 @@ def fields(options: Any, prefix: str = "") -> list[tuple[str, type, Any, str]]:
     return rows
 
 
+@functools.cache
+def _comments(kind: type) -> dict[str, str]:
+    """The comment of each field in the source of a dataclass and its bases."""
+    source = "".join(inspect.getsource(c) for c in reversed(kind.__mro__) if dataclasses.is_dataclass(c))
+    return dict(re.findall(r"^    (\w+):[^#\n]*# (.+)$", source, re.M))
+
+
 def help_text(options: Any) -> str:
-    """What `--help` prints: one line a field with its type, its present value and its comment."""
+    """The text of `--help`: one line a field with its type, its present value and its comment."""
     rows = [(f"--{key}={kind.__name__}", f"{value!r}", comment) for key, kind, value, comment in fields(options)]
     wide = [max(len(row[k]) for row in rows) for k in (0, 1)]
     head = "options, each with its type, its value if not given, and its meaning"

@@ -1,6 +1,9 @@
-"""The machine: its device, its processes, its signals, the number type it multiplies fastest, and how fast that is.
+"""Distributed runs: process group, device, compute dtype, collectives, signals.
 
-There is always a process group, of one process if need be, so nothing below `setup` asks whether there is one.
+dist = machine.setup()                          device, rank and number of processes, for python and for torchrun
+with machine.Stop(loud=True) as stop: ...       stop.signal is the number of a SIGINT or SIGTERM, else 0
+
+A process group always exists, of one process if need be, so nothing below `setup` asks for one.
 """
 import faulthandler
 import os
@@ -21,16 +24,21 @@ from torch import Tensor, nn
 
 from config import UserError
 
+try:
+    import resource
+except ImportError:                     # Windows
+    resource = None
+
 TIMEOUT = timedelta(minutes=30)         # a collective that takes longer has hung
-SIGNALS = (signal.SIGINT, signal.SIGTERM)   # what asks a run to save and stop
+SIGNALS = (signal.SIGINT, signal.SIGTERM)   # they make a run save and stop
 DTYPES = ("auto", "float32", "bfloat16")
-FILES = (65_536, 10_240)                # open files to ask for; the second is what macOS grants
-ECHO = 2.0                              # seconds in which a signal is the same one, come by another way
+FILES = (65_536, 10_240)                # open files that a process asks for; macOS grants the second
+ECHO = 2.0                              # seconds within which a signal repeats the one before
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where this process is: its device, and its number among all processes."""
+    """The device of this process, its rank, and the number of processes."""
     device: torch.device
     rank: int
     world: int
@@ -43,27 +51,25 @@ def setup(threads: int = 0) -> Place:
     device = find_device(local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
     if not dist.is_initialized():
         store = dist.HashStore() if world == 1 else None
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world,
+                                timeout=TIMEOUT)
     open_more_files()
     torch.set_num_threads(threads or max(1, cores() // local_world))
-    if hasattr(faulthandler, "register") and sys.__stderr__:    # kill -USR2 prints where every thread is
+    if hasattr(faulthandler, "register") and sys.__stderr__:    # kill -USR2 prints the stack of every thread
         faulthandler.register(signal.SIGUSR2, file=sys.__stderr__, all_threads=True)
     return Place(device, rank, world)
 
 
 def open_more_files() -> None:
-    """Let this process open as many files as the system allows; a data set may lie in thousands, mapped to memory."""
-    try:
-        import resource
-    except ImportError:                                     # Windows counts no files that are mapped
+    """Raise this process's limit of open files: a data set may be thousands of memory-mapped files."""
+    if resource is None:                                    # Windows does not count mapped files
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     for most in FILES:
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        with suppress(ValueError, OSError):                 # macOS has a lower limit than it says
+        with suppress(ValueError, OSError):                 # macOS grants less than it says
             if soft != resource.RLIM_INFINITY and soft < most:
                 return resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
@@ -86,17 +92,18 @@ def find_device(local_rank: int = 0) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def precision(device: torch.device, asked: str) -> torch.dtype:
-    """The type of the tokens: what was asked for, or by "auto" bfloat16 where the hardware multiplies it.
+# ---------------------------------------------------------------- types and speed
 
-    Also lets the remaining fp32 products use the fast units beside (TF32 on CUDA, oneDNN's kernels on CPU)."""
-    if asked not in DTYPES:
-        raise UserError(f"unknown dtype={asked!r}; there are {', '.join(DTYPES)}")
-    types = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    dtype = types.get(asked, torch.bfloat16 if multiplies_bfloat16(device) else torch.float32)
-    if dtype == torch.bfloat16:
-        torch.set_float32_matmul_precision("high" if device.type == "cuda" else "medium")
-    return dtype
+def precision(device: torch.device, name: str) -> torch.dtype:
+    """The dtype of the tokens; "auto" is bfloat16 where the hardware multiplies it.
+
+    With bfloat16, the remaining fp32 products may use fast units too (TF32 on CUDA, oneDNN's kernels on CPU)."""
+    if name not in DTYPES:
+        raise UserError(f"unknown dtype={name!r}; there are {', '.join(DTYPES)}")
+    if name == "float32" or name == "auto" and not multiplies_bfloat16(device):
+        return torch.float32
+    torch.set_float32_matmul_precision("high" if device.type == "cuda" else "medium")
+    return torch.bfloat16
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
@@ -108,7 +115,7 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """FLOP/s of this machine's best matrix product, the roof under which a step runs: largest rate over a few sizes."""
+    """FLOP/s of the fastest matrix product measured on this machine: the bound on the speed of a step."""
     best = 0.0
     for n in (8192, 4096) if device.type == "cuda" else (512, 1024):
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
@@ -123,6 +130,29 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) 
     return best
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished; a CPU always has."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def memory(device: torch.device) -> float:
+    """Peak memory of this process in GB, on the accelerator if there is one; nan on Windows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else float("nan")
+    return peak / (1e9 if sys.platform == "darwin" else 1e6)    # bytes there, kB elsewhere
+
+
+def versions() -> dict[str, str]:
+    """Versions and hardware that decide the last bit of a result."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+            "pillow": PIL.__version__, "device": gpu or f"{platform.system()} {platform.machine()}"}
+
+
+# ---------------------------------------------------------------- several processes
+
 def pinned(batch: dict, place: Place) -> dict:
     """The batch in memory from which a GPU copies while it computes; other devices need none."""
     if place.device.type != "cuda":
@@ -131,7 +161,7 @@ def pinned(batch: dict, place: Place) -> dict:
 
 
 def parallel(net: nn.Module, place: Place) -> nn.Module:
-    """The network whose backward pass averages gradients over processes. MPS is one process and has no collectives."""
+    """Wrap the network so that its backward pass averages gradients over processes. MPS has no collectives."""
     if place.device.type == "mps":
         return net
     ddp = nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
@@ -147,7 +177,7 @@ def add_up(x: Tensor, place: Place) -> Tensor:
 
 
 def agree(number: int, place: Place) -> int:
-    """Rank 0's number, on every process; no process goes on before rank 0 has come here."""
+    """Rank 0's number, on every process; all wait for rank 0 here."""
     if place.world == 1:
         return number
     box = torch.tensor([number], device=place.device)
@@ -156,7 +186,7 @@ def agree(number: int, place: Place) -> int:
 
 
 def replicas_differ(net: nn.Module, place: Place) -> bool:
-    """Whether a bit of the fp32 weights differs between processes, which are to hold the same: sums of all bits."""
+    """Whether the fp32 weights of any two processes differ: compares the sum of each parameter's bits."""
     if place.world == 1:
         return False
     sums = torch.stack([p.detach().view(torch.int32).sum(dtype=torch.int64) for p in net.parameters()])
@@ -165,15 +195,17 @@ def replicas_differ(net: nn.Module, place: Place) -> bool:
     return bool((both[:len(sums)] + both[len(sums):]).any())
 
 
-class Stop:
-    """SIGINT and SIGTERM become a number that the loop reads. A second one, ECHO later, ends the process at once.
+# ---------------------------------------------------------------- signals
 
-    A context: earlier handlers come back at its end. torchrun repeats a Ctrl-C that its processes got already."""
+class Stop:
+    """A context in which SIGINT and SIGTERM only set `signal`. A second one, ECHO later, ends the process at once.
+
+    torchrun repeats a Ctrl-C that its processes got already: such an echo is no second signal."""
     def __init__(self, loud: bool) -> None:
         self.signal, self.since, self.loud, self.deaf = 0, 0.0, loud, False
 
     def __enter__(self) -> "Stop":
-        here = threading.current_thread() is threading.main_thread()    # elsewhere Python has no handlers
+        here = threading.current_thread() is threading.main_thread()    # Python has handlers in this thread only
         self.before = {s: signal.signal(s, self.note) for s in SIGNALS} if here else {}
         return self
 
@@ -182,6 +214,7 @@ class Stop:
             signal.signal(number, handler or signal.SIG_DFL)
 
     def note(self, number: int, frame: object) -> None:
+        """Handle a signal."""
         if self.deaf or self.signal and time.monotonic() - self.since < ECHO:
             return
         if self.signal:
@@ -190,28 +223,3 @@ class Stop:
         if self.loud:
             with suppress(OSError):                         # a closed terminal
                 os.write(2, b"\nstopping at the next line of the log; once more to stop at once\n")
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given; a CPU always has."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
-
-
-def memory(device: torch.device) -> float:
-    """Peak memory of this process in GB: on the accelerator if there is one."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        import resource
-    except ImportError:                                     # Windows has no resource module
-        return float("nan")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e9 if sys.platform == "darwin" else 1e6)    # bytes there, kB elsewhere
-
-
-def versions() -> dict[str, str]:
-    """What else decides the last bit of a result, for the record."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-            "pillow": PIL.__version__, "device": gpu or f"{platform.system()} {platform.machine()}"}

@@ -1,7 +1,9 @@
-"""How large things are on their way through a network: magnitude of every layer's output and of every weight.
+"""Magnitudes of a network: of every layer's output and of every weight.
 
-A measurement is one forward pass of its own, without gradients, so the steps of a run neither wait for it nor change.
-Dimensions: N tokens of all pictures, D width.
+found = measure(net, partial(net, x, i, cond))          found["activations"]["blocks.0"], found["weights"]["gain"]
+
+A measurement is a forward pass of its own, without gradients: it does not change the steps of a run.
+Dimensions: N tokens of all images, D width.
 """
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +18,7 @@ def magnitude_of_tokens(x: Tensor) -> Tensor:
 
 
 def layers(net: nn.Module) -> dict[str, nn.Module]:
-    """What is measured, by depth: the embedded patches, then of each block its parts and the block itself."""
+    """The measured layers by depth: the patch embedding, then the parts of each block and the block itself."""
     found = {"x_embedder": net.x_embedder}
     for k, block in enumerate(net.blocks):
         found |= {f"blocks.{k}.{name}": part for name, part in block.named_children()}
@@ -26,11 +28,10 @@ def layers(net: nn.Module) -> dict[str, nn.Module]:
 
 @torch.no_grad()
 def measure(net: nn.Module, forward: Callable[[], object]) -> dict[str, dict[str, float]]:
-    """One line's worth of magnitudes of a network with `x_embedder` and `blocks`, by name of the layer or the weight.
+    """Measure a network with `x_embedder` and `blocks`; `forward` runs it once. Compiled blocks run uncompiled.
 
-    activations: M of the first output (all outputs, if they have names) of every layer that `forward`, a call that
-    runs the network once, comes through; weights: RMS of every matrix, absolute value of every scalar. Of a compiled
-    block the plain code runs, this once."""
+    activations, by layer: M of the first output, or of all outputs that have names. weights, by name: RMS of every
+    matrix, absolute value of every scalar."""
     seen: dict[str, Tensor] = {}
 
     def note(name: str, layer: nn.Module, args: tuple, out: Tensor | tuple | dict) -> None:

@@ -1,4 +1,4 @@
-"""Libraries that can be used and are not needed: imported where they are used, with pip's line if they are missing."""
+"""Optional dependencies, imported where they are used; an error names the pip line for a missing one."""
 import importlib
 from contextlib import suppress
 from typing import Any
@@ -9,9 +9,9 @@ from config import UserError
 
 
 def library(name: str, need: str, package: str = "", part: str = "") -> Any:
-    """The module `name`, or a part of it, of a package that may be called otherwise. UserError if it is not there.
+    """Import the module `name`, or a part of it. UserError with the pip line if it is missing.
 
-    need: what the error says does not go without it."""
+    need: what needs it, for the error. package: pip's name for it, if another."""
     mend_torchvision()
     try:
         module = importlib.import_module(name)
@@ -21,10 +21,10 @@ def library(name: str, need: str, package: str = "", part: str = "") -> Any:
 
 
 def mend_torchvision() -> None:
-    """Let torchvision be imported, as diffusers and open_clip do, where it was built for CUDA and torch was not.
+    """Make a torchvision built for CUDA importable beside a CPU build of torch: diffusers and open_clip import it.
 
-    There it stops over two operators that nobody defined. With their names defined it imports; nothing calls them."""
-    with suppress(ImportError):                             # not installed, nothing to mend
+    It stops at two operators that nobody defined. Defining their names is enough; nothing calls them."""
+    with suppress(ImportError):                             # not installed
         try:
             importlib.import_module("torchvision")
         except RuntimeError as e:

@@ -1,30 +1,28 @@
-"""What a run has logged, as pictures: its loss, and the magnitudes of its layers.
+"""Plots of log.jsonl: the loss of a run, and the magnitudes of its layers.
 
 python plot.py --out=out/shapes         writes out/shapes/loss.png and, if --magnitudes_every was set, magnitudes.png
 """
 import io
 import math
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import checkpoint
 import log
-from config import UserError, parse
+from config import UserError, parse, run
 
 NAMES = ("cleanest quarter of the noise range", "second", "third", "noisiest quarter")
-CURVES = 12                             # most measurements that are drawn, spread over the run
+CURVES = 12                             # most measurements in a plot, spread over the run
 
 
 def plot(out: str | Path) -> str:
-    """Draw <out>/loss.png: loss by step, mean and by quarter of the noise range. Its path, or why there is none."""
+    """Write <out>/loss.png: loss by step, mean and by quarter of the noise range. Returns its path, or why not."""
     lines, path = [line for line in log.read(Path(out)) if "loss" in line], Path(out) / "loss.png"
     if (figure := _figure()) is None:
-        return "not drawn; it needs matplotlib: pip install matplotlib"
+        return "not plotted; it needs matplotlib: pip install matplotlib"
     if not lines:
-        return f"not drawn; {out}/log.jsonl has no lines yet"
+        return f"not plotted; {out}/log.jsonl has no lines yet"
     axes, steps = figure.subplots(), [line["step"] for line in lines]
     for k, name in enumerate(NAMES):
         quarter = [line["loss_by_noise"][k] for line in lines]
@@ -38,14 +36,14 @@ def plot(out: str | Path) -> str:
 
 
 def plot_magnitudes(out: str | Path) -> str:
-    """Draw <out>/magnitudes.png: magnitude by depth, one curve a step. Its path, or why there is none.
+    """Write <out>/magnitudes.png: magnitude by depth, one curve a step. Returns its path, or why not.
 
-    Left the trunk after each block, 0 being the embedded patches; right the RMS of all weights of each block."""
+    Left the tokens after each block, 0 the embedded patches; right the RMS of all weights of each block."""
     lines, path = [line for line in log.read(Path(out)) if "activations" in line], Path(out) / "magnitudes.png"
     if (figure := _figure()) is None:
-        return "not drawn; it needs matplotlib: pip install matplotlib"
+        return "not plotted; it needs matplotlib: pip install matplotlib"
     if not lines:
-        return f"not drawn; {out}/log.jsonl has no magnitudes, which train.py writes with --magnitudes_every=500"
+        return f"not plotted; {out}/log.jsonl has no magnitudes, which train.py writes with --magnitudes_every=500"
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     left, right = figure.subplots(1, 2)
@@ -94,9 +92,9 @@ def _figure() -> Any:
 
 
 def _save(figure: Any, path: Path) -> str:
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=150, format="png")
-    checkpoint.write_bytes(path, picture.getvalue())
+    png = io.BytesIO()
+    figure.savefig(png, dpi=150, format="png")
+    log.write_bytes(path, png.getvalue())
     return str(path)
 
 
@@ -116,8 +114,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as e:
-        checkpoint.say(f"error: {e}.")
-        sys.exit(2)
+    run(main)

@@ -3,59 +3,145 @@
 python train.py --config=configs/shapes.py                          one process, same code path as
 torchrun --nproc_per_node=8 train.py --config=configs/shapes.py [--lr=3e-4 --model.depth=12]
 
-The same command again resumes. Output: <out>/config.json, log.jsonl, status.json, loss.png, samples/*.png, step-*/,
-weights.safetensors. Exit codes: 0 done; 1 crash, try again; 2 something for you to change; 3 not finite; 130, 143
-stopped by SIGINT, SIGTERM, and saved.
+Run the same command again to resume. Output: <out>/config.json, log.jsonl, status.json, loss.png, samples/*.png,
+step-*/, weights.safetensors. Exit codes: 0 done; 1 crash, try again; 2 something for you to change; 3 not finite;
+130, 143 stopped by SIGINT, SIGTERM, and saved.
 Dimensions: B batch, C channels, R resolution, T noise steps.
 """
-import dataclasses
+import io
+import json
 import math
 import os
 import signal
-import sys
-import time
-from collections.abc import Callable
 from contextlib import ExitStack, closing
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+import cached
 import checkpoint
+import config
 import data
 import ema
+import latents
 import log
 import machine
 import magnitudes
 import model
-import skipped
-from conditioning import Condition, from_batch, pad_text
-from config import Config, UserError, fields, seed64, to_json
-from log import Window
+import sample
+import wishes
+from autoencoder import decoder_of
+from checkpoint import TRY, Nonfinite, check_resume, check_retry
+from conditioning import PADDINGS, Condition, from_batch, pad_text
+from config import Config, UserError, check_fields, check_name, fields, read_config, seed64, to_json
+from log import RunLog, Window, say
 from optim import keep_rows, learning_rate, optimizer, renormalize_, set_rates, tangent_
 from plot import plot
-from preflight import TRY, Nonfinite, check, check_resume, check_retry, complete, read_config
 from schedule import add_noise, alpha_bar_table, loss_weights
-from show import Show, about_weights
 from transfer import start_from
 
-NAMED = 16                              # samples that an error names
+PREVIEWS = 16                           # images on a page of previews
+PREVIEW_STEPS = 20                      # their sampling steps
+CONTROL_ROWS = 1000                     # control values kept with the weights, for sampling from their distribution
+READ = 50                               # images that are read at a time to find these
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop: the signal, and what became of it."""
+    """A signal has stopped the run: the signal, and what was saved."""
+
+
+# ---------------------------------------------------------------- before the first step
+
+def check(cfg: Config, world: int) -> None:
+    """UserError for a config that cannot run, before anything is opened or built."""
+    check_fields(cfg, world)
+    check_name("dtype", cfg.dtype, machine.DTYPES)
+    check_name("padding", cfg.padding, PADDINGS)
+    m, open_ended = cfg.model, ("classes", "text_dim", "text_length")       # 0 = the data decide
+    model.check(replace(m, **{key: getattr(m, key) or 1 for key in open_ended}))
+
+
+def complete(cfg: Config, source: data.Source, encoder: data.TextEncoder | None) -> Config:
+    """Fill in what only the data set knows: number of classes, shape of an encoded caption."""
+    m = cfg.model
+    if m.semantics == "class":
+        if m.classes not in (0, len(source.classes)):
+            raise UserError(f"{cfg.data} has {len(source.classes)} classes, but model.classes={m.classes}")
+        m = replace(m, classes=len(source.classes))
+    if m.semantics == "text":
+        data.check_words(source, encoder, cfg)
+        m = replace(m, text_dim=encoder.dim, text_length=encoder.length)
+    model.check(m)
+    return replace(cfg, model=m)
+
+
+def begin(cfg: Config, dist: machine.Place, source: data.Source, tensors: dict[str, Tensor], stack: ExitStack,
+          status: log.Status) -> int:
+    """Return the step of the newest good checkpoint after copying its state into `tensors`, or 0.
+
+    Rank 0 locks the folder and decides for all. UserError or Nonfinite on every rank if the run must not start."""
+    out, step, refused = Path(cfg.out), 0, None
+    if dist.rank == 0:
+        try:
+            stack.enter_context(checkpoint.lock(out))
+            check_retry(cfg, out)
+            status.out = out
+            if meta := checkpoint.newest(out):
+                check_resume(cfg, meta, source.fingerprint, out)
+                step = meta["step"]
+                checkpoint.prune(out, step)                 # a kill may have come before that
+                say(f"resuming {out} from step {step:,} on {dist.world} processes (was {meta['world']}).")
+            checkpoint.need_space(out, tensors)
+            log.rewind(out, step)
+            ema.rewind(out, step)
+            log.write_text(out / "config.json", to_json(cfg))
+        except (UserError, Nonfinite) as e:
+            refused = e
+        except OSError as e:
+            refused = UserError(f"cannot write to {out}: {e.strerror or e}")
+    step = machine.agree(-1 if refused else step, dist)
+    if step < 0:
+        raise refused or UserError("rank 0 does not start; its message says why")
+    if step:
+        checkpoint.read_state(checkpoint.folder(out, step), tensors)
+    status.out, status.step = out, step
+    return step
+
+
+def state(net: nn.Module, emas: dict[float, ema.PowerEMA], opt: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Every tensor of a run's state by name; its own average, the first of `emas`, is "ema"."""
+    tensors = {f"net.{k}": v for k, v in net.state_dict().items()}
+    for n, (std, average) in enumerate(emas.items()):
+        tensors |= {f"ema{std if n else ''}.{k}": v for k, v in average.net.state_dict().items()}
+    return tensors | {f"opt.{name}.{k}": v for name, p in net.named_parameters() for k, v in opt.state[p].items()}
+
+
+def about_weights(cfg: Config, source: data.Source) -> dict[str, str]:
+    """The header of weights files: config, class names, null class, distribution of controls, scaling of latents."""
+    about = {"config": to_json(cfg), "classes": json.dumps(source.classes), "null_class": str(len(source.classes)),
+             "ema": f"{cfg.ema:g}"}
+    if controls := model.control_names(cfg.model):
+        rows = data.index_and_epoch(np.arange(min(CONTROL_ROWS, len(source))), len(source), cfg.seed)[0]
+        parts = [data.records(source, part, [0] * len(part)) for part in np.array_split(rows, -(-len(rows) // READ))]
+        about["controls"] = json.dumps({k: torch.cat([part[k] for part in parts]).tolist() for k in controls})
+    if isinstance(source, data.Latents):
+        about["latents"] = json.dumps(cached.header(source.meta))
+        about |= {"encoder": json.dumps(source.encoder)} if source.encoder else {}
+    return about
 
 
 # ---------------------------------------------------------------- one step
 
 def denoising_loss(net: nn.Module, x0: Tensor, cond: Condition, g: torch.Generator, alpha_bar: Tensor,
                    cfg: Config) -> tuple[Tensor, Tensor]:
-    """[DDPM] eq. 14: |eps_hat(x_t, i, cond) - eps|^2 with i uniform, of every picture, and i. (B,), (B,)
+    """[DDPM] eq. 14: |eps_hat(x_t, i, cond) - eps|^2 of every image with i uniform, and i. (B,), (B,)
 
     Equal to the denoising error |x0_hat - x0|^2 weighted by 1/sigma^2 ([COND] app. A). For guidance a share cfg.drop
-    has neither semantics nor controls, a share cfg.drop_controls no controls ([COND] sec. 2.4). All draws are g's."""
+    has neither semantics nor controls, a share cfg.drop_controls no controls ([COND] sec. 2.4). g draws all numbers."""
     B = len(x0)
     i = torch.randint(len(alpha_bar), (B,), generator=g, device=x0.device)
     eps = torch.randn(x0.shape, generator=g, device=x0.device)
@@ -65,201 +151,168 @@ def denoising_loss(net: nn.Module, x0: Tensor, cond: Condition, g: torch.Generat
     return (eps_hat - eps).square().flatten(1).mean(1), i
 
 
-# ---------------------------------------------------------------- now and then
+def inputs(batch: data.Batch, step: int, m: int, cfg: Config,
+           device: torch.device) -> tuple[Tensor, Condition, torch.Generator]:
+    """Images, their condition and the noise generator of microbatch m, on the device."""
+    g = torch.Generator(device).manual_seed(seed64(cfg.seed, "noise", step, m))
+    cond = from_batch(batch, cfg.model.semantics, model.control_names(cfg.model)).to(device)
+    if cond.text is not None:
+        lengths = batch["lengths"].to(device, non_blocking=True)
+        cond = replace(cond, text=pad_text(cond.text, lengths, cfg.padding, cfg.padding_noise, g))
+    return batch["image"].to(device, non_blocking=True), cond, g
 
-def state(net: nn.Module, kept: dict[float, ema.PowerEMA], opt: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Every tensor that the run goes on from, by name; the run's own average, the first of `kept`, is "ema"."""
-    tensors = {f"net.{k}": v for k, v in net.state_dict().items()}
-    for n, (std, average) in enumerate(kept.items()):
-        tensors |= {f"ema{std if n else ''}.{k}": v for k, v in average.net.state_dict().items()}
-    return tensors | {f"opt.{name}.{k}": v for name, p in net.named_parameters() for k, v in opt.state[p].items()}
+
+# ---------------------------------------------------------------- previews
+
+class Show:
+    """Previews from fixed noise and FID during training: call it with the averaged network at every step.
+
+    Every process makes one before the first step, so that a missing decoder or metric stops the run there. Rank 0
+    generates the previews, all measure FID."""
+    def __init__(self, cfg: Config, source: data.Source, encoder: data.TextEncoder | None, about: dict[str, str],
+                 dist: machine.Place) -> None:
+        self.cfg, self.names, self.dist, self.monitor = cfg, source.classes, dist, None
+        if cfg.sample_every and dist.rank == 0:
+            self.decode = decoder_of(about, "", cfg.model.channels, dist.device)[0]
+            self.batch = data.fetch(source, encoder, cfg.seed, PREVIEWS, PREVIEWS, 0, 0)
+            if isinstance(source, data.Latents):
+                latents.write_panel(source, self.decode, dist.device, Path(cfg.out) / "samples/round-trip.png")
+        if cfg.fid_every:
+            import fid                                      # few runs need it and all that it imports
+            options = fid.Options(out=cfg.out, ref=cfg.fid_ref, n=cfg.fid_n, batch=cfg.micro)
+            self.monitor = fid.Monitor(options, cfg, about, dist)
+            measured = [line["step"] for line in log.read(Path(cfg.out)) if "evaluation_s" in line]
+            self.measured = machine.agree(max(measured, default=0), dist)       # a resumed run has these in its log
+
+    def __call__(self, net: nn.Module, step: int) -> None:
+        cfg, last = self.cfg, step == self.cfg.steps
+        if self.dist.rank == 0 and cfg.sample_every and (step % cfg.sample_every == 0 or last):
+            self.page(net, Path(cfg.out) / f"samples/step-{step:08d}.png")
+        if self.monitor and step > self.measured and (step % cfg.fid_every == 0 or last):
+            self.monitor(net, step)
+
+    def page(self, net: nn.Module, path: Path) -> None:
+        """Write one PNG of the same prompts and noise as every time, unless it exists."""
+        if path.exists():
+            return
+        batch, cfg = self.batch, self.cfg
+        cond = from_batch(batch, cfg.model.semantics, model.control_names(cfg.model))
+        if cond.text is not None:
+            cond = replace(cond, text=wishes.pad(cond.text, batch["lengths"], cfg, range(PREVIEWS), 0))
+        options = sample.Options(steps=min(PREVIEW_STEPS, cfg.model.noise_steps))
+        images = sample.draw(net, cfg, cond, range(PREVIEWS), options, self.dist.device)
+        png = io.BytesIO()
+        data.grid(self.decode(images).cpu(), 4, data.titles(batch, self.names)).save(png, "png")
+        with log.tolerate(str(path)):
+            path.parent.mkdir(exist_ok=True)
+            log.write_bytes(path, png.getvalue())
 
 
-def announce(cfg: Config, net: nn.Module, source: data.Source, place: machine.Place, peak: float) -> None:
-    """The resolved config and how the work is split, once, before the first step."""
-    checkpoint.say("\n".join(f"{key} = {value!r}" for key, _, value, _ in fields(cfg)))
+# ---------------------------------------------------------------- the run
+
+def announce(cfg: Config, net: nn.Module, source: data.Source, dist: machine.Place, peak: float) -> None:
+    """Print the whole config, the size of the model and how the processes share the work."""
+    say("\n".join(f"{key} = {value!r}" for key, _, value, _ in fields(cfg)))
     count, n = sum(p.numel() for p in net.parameters()), cfg.batch // cfg.micro
-    checkpoint.say(f"{count:,} parameters; {place.world} x {place.device} in {str(net.dtype)[6:]}, {peak / 1e12:.2f} "
-                   f"TFLOP/s matmul peak; batch {cfg.batch} = {n} x {cfg.micro}, {n // place.world} each; "
-                   f"{len(source):,} images of {cfg.data}")
+    say(f"{count:,} parameters; {dist.world} x {dist.device} in {str(net.dtype)[6:]}, {peak / 1e12:.2f} TFLOP/s matmul "
+        f"peak; batch {cfg.batch} = {n} x {cfg.micro}, {n // dist.world} each; {len(source):,} images of {cfg.data}")
 
 
-@torch.no_grad()
-def diagnose(net: nn.Module, fetch: Callable, inputs: Callable, alpha_bar: Tensor, cfg: Config, step: int) -> str:
-    """What was not finite at `step`, found by doing it again: no update has touched the weights since.
-
-    Names the samples with a bad loss in the first microbatch that has any, and each block's root mean square on it."""
-    found: dict[str, Tensor] = {}
-    def note(k: int, module: nn.Module, args: tuple, out: tuple) -> None:
-        found[f"block {k}"] = out[0].float().square().mean().sqrt()
-    hooks = [block.register_forward_hook(partial(note, k)) for k, block in enumerate(net.blocks)]
-    with torch.compiler.set_stance("force_eager"):          # a compiled block calls no hooks
-        for m in range(cfg.batch // cfg.micro):
-            batch = fetch(step, m)
-            loss, _ = denoising_loss(net, *inputs(batch, step, m), alpha_bar, cfg)
-            bad = batch["index"][~loss.isfinite().cpu()].tolist()
-            if bad:
-                break
-    for hook in hooks:
-        hook.remove()
-    what = f"the loss of samples {bad[:NAMED]}" if bad else "the gradient, though no loss,"
-    return (f"{what} is not finite at step {step + 1:,}; magnitudes: "
-            f"{', '.join(f'{k} {v:.3g}' for k, v in found.items())}. The last checkpoint is kept; {TRY}")
-
-
-def look(net: nn.Module, fetch: Callable, inputs: Callable, alpha_bar: Tensor, cfg: Config, since: int,
-         step: int) -> dict:
-    """Magnitudes for a line of the log: at the first one after every cfg.magnitudes_every steps, else {}."""
-    if not cfg.magnitudes_every or step // cfg.magnitudes_every == since // cfg.magnitudes_every:
-        return {}
-    batch = inputs(fetch(step - 1, 0), step - 1, 0)
-    return magnitudes.measure(net, partial(denoising_loss, net, *batch, alpha_bar, cfg))
-
-
-def fit_to_save(net: nn.Module, tensors: dict[str, Tensor], step: int, place: machine.Place) -> None:
-    """RuntimeError if weights differ between processes, Nonfinite if anything of the state is not finite."""
-    if machine.replicas_differ(net, place):
-        raise RuntimeError(f"weights differ between processes at step {step:,}; nothing was saved")
-    if broken := checkpoint.not_finite(tensors):
-        raise Nonfinite(f"{', '.join(broken[:NAMED])} are not finite at step {step:,}; nothing was saved")
-
-
-def begin(cfg: Config, place: machine.Place, source: data.Source, tensors: dict[str, Tensor], held: ExitStack,
-          status: log.Status) -> int:
-    """The step to go on from: that of the newest good checkpoint, whose tensors are put back, or 0.
-
-    Rank 0 locks the folder and decides for all. UserError or Nonfinite, on all, for a run that is not to go on."""
-    out, step, refused = Path(cfg.out), 0, None
-    if place.rank == 0:
-        try:
-            held.enter_context(checkpoint.lock(out))
-            check_retry(cfg, out)
-            status.out = out
-            if meta := checkpoint.newest(out):
-                check_resume(cfg, meta, source.fingerprint, out)
-                step = meta["step"]
-                checkpoint.prune(out, step)                 # the kill may have come before that
-                checkpoint.say(f"resuming {out} from step {step:,} on {place.world} processes (was {meta['world']}).")
-            checkpoint.need_space(out, tensors)
-            log.rewind(out, step)
-            ema.rewind(out, step)
-            checkpoint.write_text(out / "config.json", to_json(cfg))
-        except (UserError, Nonfinite) as e:
-            refused = e
-        except OSError as e:
-            refused = UserError(f"cannot write to {out}: {e.strerror or e}")
-    step = machine.agree(-1 if refused else step, place)
-    if step < 0:
-        raise refused or UserError("rank 0 does not start; its message says why")
-    if step:
-        checkpoint.read_state(checkpoint.folder(out, step), tensors)
-    status.out, status.step = out, step
-    return step
-
-
-def main(argv: list[str], held: ExitStack, status: log.Status) -> None:
+def main(argv: list[str], stack: ExitStack, status: log.Status) -> None:
     cfg = read_config(argv)
     check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
-    place = machine.setup(cfg.threads)
+    dist = machine.setup(cfg.threads)
+    is_main, device, out = dist.rank == 0, dist.device, Path(cfg.out)
     source = data.open_source(cfg)
-    encoder = data.text_encoder(cfg, source.encoder, place.device)
+    encoder = data.text_encoder(cfg, source.encoder, device)
     cfg = complete(cfg, source, encoder)
-    out, user_file, chief = Path(cfg.out), Path(cfg.out) / "weights.safetensors", place.rank == 0
     m = cfg.model
-    alpha_bar = alpha_bar_table(m.schedule, m.noise_steps, m.rescale).float().to(place.device)
+    alpha_bar = alpha_bar_table(m.schedule, m.noise_steps, m.rescale).float().to(device)
     weight = loss_weights(alpha_bar, cfg.noise_weight)
-    controls, semantics = model.control_names(m), m.semantics
-    stop, window = held.enter_context(machine.Stop(loud=chief)), Window(place.device)
+    stop, window = stack.enter_context(machine.Stop(loud=is_main)), Window(device)
 
     # net: the weights; average: their average; ddp: what is called. The order of these lines keeps every name in a
-    # checkpoint free of prefixes: net, average, optimizer, resume, compile, parallel.
+    # checkpoint free of prefixes: net, averages, optimizer, resume, compile, DDP.
     torch.manual_seed(seed64(cfg.seed, "weights"))
-    net = model.build(cfg.model).to(place.device)
-    net.dtype = machine.precision(place.device, cfg.dtype)
-    if cfg.init and not any(out.glob("step-*")):            # a run that goes on has weights of its own
+    net = model.build(m).to(device)
+    net.dtype = machine.precision(device, cfg.dtype)
+    if cfg.init and not any(out.glob("step-*")):            # a resumed run has weights of its own
         report = start_from(cfg.init, net, cfg, source)
-        if chief:
-            checkpoint.say(report)
-    kept = ema.averages(net, cfg.ema, cfg.snapshots)
-    average, rows = kept[cfg.ema].net, keep_rows(net, cfg)
+        if is_main:
+            say(report)
+    emas = ema.averages(net, cfg.ema, cfg.snapshots)
+    average, rows = emas[cfg.ema].net, keep_rows(net, cfg)
     opt = optimizer(net, cfg, window)
-    tensors = state(net, kept, opt)
-    start = saved = begin(cfg, place, source, tensors, held, status)
-    skipped.follow(source, out)
-    if cfg.compile == "on" or cfg.compile == "auto" and place.device.type == "cuda":
+    tensors = state(net, emas, opt)
+    start = begin(cfg, dist, source, tensors, stack, status)
+    log.follow(source, out)
+    if cfg.compile == "on" or cfg.compile == "auto" and device.type == "cuda":
         for block in net.blocks:
             block.compile(fullgraph=True)
-    ddp = machine.parallel(net, place)
+    ddp = machine.parallel(net, dist)
 
     def fetch(step: int, m: int) -> data.Batch:
-        return machine.pinned(data.fetch(source, encoder, cfg.seed, cfg.batch, cfg.micro, step, m), place)
+        return machine.pinned(data.fetch(source, encoder, cfg.seed, cfg.batch, cfg.micro, step, m), dist)
 
-    def inputs(batch: data.Batch, step: int, m: int) -> tuple[Tensor, Condition, torch.Generator]:
-        g = torch.Generator(place.device).manual_seed(seed64(cfg.seed, "noise", step, m))
-        cond = from_batch(batch, semantics, controls).to(place.device)
-        if cond.text is not None:
-            lengths = batch["lengths"].to(place.device, non_blocking=True)
-            cond = dataclasses.replace(cond, text=pad_text(cond.text, lengths, cfg.padding, cfg.padding_noise, g))
-        return batch["image"].to(place.device, non_blocking=True), cond, g
-
-    n, rounds = cfg.batch // cfg.micro, cfg.batch // cfg.micro // place.world
-    keys = ((step, m) for step in range(start, cfg.steps) for m in range(place.rank, n, place.world))
-    batches = held.enter_context(closing(data.prefetch(fetch, keys, cfg.workers)))
-    peak = machine.matmul_peak(place.device, net.dtype) * place.world
-    meta = {"config": dataclasses.asdict(cfg), "data": source.fingerprint, "world": place.world,
+    n, rounds = cfg.batch // cfg.micro, cfg.batch // cfg.micro // dist.world
+    keys = ((step, m) for step in range(start, cfg.steps) for m in range(dist.rank, n, dist.world))
+    batches = stack.enter_context(closing(data.prefetch(fetch, keys, cfg.workers)))
+    peak = machine.matmul_peak(device, net.dtype) * dist.world
+    metadata = about_weights(cfg, source)
+    meta = {"config": asdict(cfg), "data": source.fingerprint, "world": dist.world,
             "threads": torch.get_num_threads(), **machine.versions()}
-    about = about_weights(cfg, source)
-    show = Show(cfg, source, encoder, about, place)
-    if chief:
-        announce(cfg, net, source, place, peak)
+    checkpoints = checkpoint.Checkpointer(out, net, tensors, start, meta, dist)
+    previews = Show(cfg, source, encoder, metadata, dist)
+    if is_main:
+        announce(cfg, net, source, dist, peak)
         status.write("running")
-    quiet, since, begun = not chief or not sys.stderr.isatty(), start, time.monotonic()
-    bar = held.enter_context(tqdm(total=cfg.steps, initial=start, disable=quiet, unit="step", dynamic_ncols=True))
+    flops = 3 * model.flops(m) if is_main else 0            # an image: a backward pass costs two forward passes
+    run_log = RunLog(out, start, cfg, flops, peak, dist)
+    stack.enter_context(run_log.bar)
 
     for step in range(start, cfg.steps + 1):
-        last, asked = step == cfg.steps, 0
+        last, stop_signal = step == cfg.steps, 0
         saving = step > start and (step % cfg.save_every == 0 or last)
-        if step > start and (step % cfg.log_every == 0 or saving):
-            line, asked, bad = window.read(step - since, stop, place)
+        logging = saving or step > start and step % cfg.log_every == 0
+        if logging:
+            since = run_log.last
+            line, stop_signal, bad = window.read(step - since, stop, dist)
             if bad >= 0:
                 status.step = bad + 1
-                raise Nonfinite(diagnose(net, fetch, inputs, alpha_bar, cfg, bad))
-            line |= {"lr": opt.param_groups[0]["lr"]}
-            line |= log.speeds(step - since, time.monotonic() - begun, waited, cfg.steps - step, cfg, peak, place)
-            if chief:
-                line |= look(net, fetch, inputs, alpha_bar, cfg, since, step)
-                log.report(out, {"step": step, **line}, cfg.steps, bar)
-            status.step = since = step
-        if saving or asked:
-            fit_to_save(net, tensors, step, place)
-            if chief and checkpoint.save(out, step, tensors, meta):
-                saved = step
-        if chief and saved == step > 0:                     # on resuming too: the kill may have come just before this
-            with checkpoint.tolerate("weights.safetensors"):
-                checkpoint.write_weights(user_file, average.state_dict(), {**about, "step": str(step)})
+                raise Nonfinite(f"the gradient is not finite at step {bad + 1:,}; the last checkpoint is of step "
+                                f"{checkpoints.saved:,}; {TRY}")
+            line |= {"lr": opt.param_groups[0]["lr"], **run_log.throughput(step)}
+            if is_main and cfg.magnitudes_every and step // cfg.magnitudes_every > since // cfg.magnitudes_every:
+                batch = inputs(fetch(step - 1, 0), step - 1, 0, cfg, device)
+                line |= magnitudes.measure(net, partial(denoising_loss, net, *batch, alpha_bar, cfg))
+            run_log.report(step, line)
+            status.step = step
+        if saving or stop_signal:
+            checkpoints.save(step)
+        checkpoints.write_weights(step, average, metadata)
         if step > 0:
-            before = time.monotonic()
-            show(average, step)
-            begun += time.monotonic() - before              # is not training
-        if chief and step > 0 and ema.due(step, cfg.steps, cfg.snapshots):
-            ema.take_snapshot(out, step, kept, about)
-        if asked or last:
+            with run_log.timed("aside"):
+                previews(average, step)
+        if is_main and step > 0 and ema.due(step, cfg.steps, cfg.snapshots):
+            ema.take_snapshot(out, step, emas, metadata)
+        if stop_signal or last:
             stop.deaf = True                                # torchrun signals the others as soon as the first has left
-            saved = machine.agree(saved, place)             # wait until rank 0 has written
+            saved = machine.agree(checkpoints.saved, dist)  # wait until rank 0 has written
         if last:
             break
-        if asked:
-            raise Stopped(asked, f"at step {step:,}; checkpoint saved at step {saved:,}; the same command goes on")
-        if since == step:
-            begun, waited = time.monotonic(), 0.0
+        if stop_signal:
+            raise Stopped(stop_signal, f"at step {step:,}; checkpoint saved at step {saved:,}; the same command goes "
+                                       "on")
+        if logging or step == start:
+            run_log.restart_clock()
         # ---------------------------------------------------------------- one training step
         set_rates(opt, learning_rate(step, cfg))
         for r in range(rounds):
-            before = time.monotonic()
-            batch = next(batches)
-            waited += time.monotonic() - before
+            with run_log.timed("data"):
+                batch = next(batches)
             ddp.require_backward_grad_sync = r == rounds - 1
-            loss, i = denoising_loss(ddp, *inputs(batch, step, place.rank + r * place.world), alpha_bar, cfg)
+            k = dist.rank + r * dist.world
+            loss, i = denoising_loss(ddp, *inputs(batch, step, k, cfg, device), alpha_bar, cfg)
             ((weight[i] * loss).mean() / rounds).backward()
             window.add(loss, i, len(alpha_bar))
         tangent_(rows)
@@ -267,22 +320,22 @@ def main(argv: list[str], held: ExitStack, status: log.Status) -> None:
         opt.step()
         renormalize_(rows, window.bad)
         opt.zero_grad(set_to_none=True)
-        ema.update(kept, net, step + 1)
-        bar.update()
-    if chief and saved < cfg.steps:
-        raise UserError(f"all {cfg.steps:,} steps are done but {out} does not take the last checkpoint; make room, and "
-                        f"the same command goes on from step {saved:,}")
-    if chief:
+        ema.update(emas, net, step + 1)
+        run_log.bar.update()
+    if is_main:
+        if saved < cfg.steps:
+            raise UserError(f"all {cfg.steps:,} steps are done but {out} does not take the last checkpoint; make room, "
+                            f"and the same command goes on from step {saved:,}")
         status.write("done")
-        checkpoint.say(f"done: {cfg.steps:,} steps in {out}; loss curve: {plot(out)}")
+        say(f"done: {cfg.steps:,} steps in {out}; loss curve: {plot(out)}")
 
 
 def run(argv: list[str]) -> int:
-    """main, with every expected ending turned into status.json, one line and an exit code."""
+    """Call main; turn every expected ending into status.json, one line and an exit code."""
     status, rank = log.Status(), int(os.environ.get("RANK", 0))
-    with ExitStack() as held:
+    with ExitStack() as stack:
         try:
-            main(argv, held, status)
+            main(argv, stack, status)
             return 0
         except UserError as e:
             ending = ("failed:user", 2, f"error: {e}.")
@@ -300,12 +353,9 @@ def run(argv: list[str]) -> int:
         if rank == 0 or ending[0] == "failed:user":
             status.write(*ending)
     if rank == 0 or ending[0] == "failed:user" and (status.out or os.environ.get("LOCAL_RANK") == "0"):
-        checkpoint.say(ending[2] if rank == 0 else f"rank {rank}: {ending[2]}")
+        say(ending[2] if rank == 0 else f"rank {rank}: {ending[2]}")
     return ending[1]
 
 
 if __name__ == "__main__":
-    code = run(sys.argv[1:])
-    if code in (0, 130, 143):                               # every process came to the same end
-        machine.leave()
-    sys.exit(code)
+    config.run(run, cleanup=machine.leave)

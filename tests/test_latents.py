@@ -191,6 +191,7 @@ def encode_and_die(command, monkeypatch, die_at):
         write(path, content)
     with monkeypatch.context() as m:
         m.setattr(latents.checkpoint, "write_bytes", dying)
+        m.setattr(latents.checkpoint.log, "write_bytes", dying)                 # write_text calls this one
         try:
             latents.encode(command)
         except KeyboardInterrupt:

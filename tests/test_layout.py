@@ -15,23 +15,23 @@ from torch.distributed.run import get_args_parser
 from config import Config, UserError, load, parse
 
 ROOT = Path(__file__).parent.parent
-FILE, FUNCTION, MAIN = 600, 60, 120     # most lines of a file, of a function, of train.main
+FILE, FUNCTION, MAIN = 600, 60, 110     # most lines of a file, of a function, of train.main
 COLUMNS = 120                           # most characters of a line
 
 # room -> the rooms that it may import; a new file is a new line here
 MAY_IMPORT = {
     "config": "", "schedule": "", "mp_layers": "", "wording": "", "pictures": "", "magnitudes": "",
     "conditioning": "mp_layers",
-    "checkpoint": "config", "machine": "config", "captions": "config", "tokens": "config",
+    "checkpoint": "config log machine", "machine": "config", "captions": "config", "tokens": "config",
     "cached_latents": "config", "cached": "cached_latents",
-    "log": "checkpoint config machine model", "plot": "checkpoint config log", "ema": "checkpoint config",
+    "log": "config machine", "plot": "config log", "ema": "checkpoint config",
     "scenes": "captions config", "shapes": "captions config scenes", "text": "captions config outside tokens",
     "folders": "config pictures wording", "shards": "checkpoint config folders pictures wording",
     "coco": "config folders wording",
     "data": "cached captions coco config folders pictures shapes shards text tokens",
     "outside": "config",
     "latents": "cached_latents checkpoint config data machine outside skipped", "autoencoder": "latents",
-    "skipped": "checkpoint",
+    "skipped": "log",
     "unet": "config conditioning", "mdt": "config conditioning", "uvit": "config conditioning",
     "blocks": "conditioning mp_layers", "mp_blocks": "blocks conditioning mp_layers",
     "trunk": "blocks conditioning config mp_blocks mp_layers schedule",
@@ -41,8 +41,7 @@ MAY_IMPORT = {
     "optim": "conditioning config log machine mp_layers muon",
     "wishes": "coco conditioning config data model wording",
     "sample": "autoencoder checkpoint conditioning config data machine model official schedule wishes",
-    "show": "autoencoder cached checkpoint conditioning config data fid latents log machine model sample wishes",
-    "preflight": "checkpoint conditioning config data log machine model sample schedule transfer",
+    "show": "train", "preflight": "checkpoint config train",
     "distances": "machine", "inception": "checkpoint config machine", "fid_check": "config distances inception",
     "fid_files": "checkpoint config distances folders pictures sample",
     "perceptual": "autoencoder checkpoint config fid_files inception machine model outside sample text wishes",
@@ -54,7 +53,7 @@ MAY_IMPORT = {
     "bench_data": "config data outside", "peers": "conditioning config model outside sample schedule",
     "train": "*", "bench": "* train", "claims": "* train",
 }
-OUTSIDE = {"torch", "numpy", "PIL", "tqdm", "safetensors"}      # what may be imported at the top of a file
+OUTSIDE = {"torch", "numpy", "PIL", "tqdm", "safetensors", "filelock"}      # what may be imported at the top of a file
 TORCH_ONLY = {"schedule", "conditioning", "mp_layers"}
 
 ROOMS = {path.stem: path for path in sorted(ROOT.glob("*.py")) if path.stem != "conftest"}

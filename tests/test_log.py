@@ -1,17 +1,23 @@
-"""What a run says about itself: the arithmetic of a window, the lines that survive, and the picture of the loss."""
+"""The log: the arithmetic of a window, the lines and statuses that survive, skipped files, and the plot of the loss."""
+import errno
+import json
 import os
 import sys
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
+import cached
+import data
 import log
 import machine
-import model
 import plot
-from config import Config, ModelConfig
+from config import Config, UserError
+from log import SKIPPED, Skipped, follow
 
 CPU = torch.device("cpu")
 ALONE = machine.Place(CPU, 0, 1)
@@ -70,12 +76,20 @@ def test_a_window_tells_which_signal_came(number):
     assert window.read(1, SimpleNamespace(signal=number), ALONE)[1] == number
 
 
-def test_speeds_are_arithmetic():
-    cfg = Config(batch=32, model=ModelConfig(semantics="none", width=16, heads=2))
-    found = log.speeds(10, 4.0, 1.0, 25, cfg, 1e9, ALONE)
-    flops = 80 * 3 * model.flops(cfg.model)
+def test_speeds_are_arithmetic(tmp_path, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    run_log = log.RunLog(tmp_path, 5, Config(batch=32, steps=40), 6_000, 1e9, ALONE)
+    clock[0] += 50
+    run_log.restart_clock()
+    with run_log.timed("data"):
+        clock[0] += 1
+    with run_log.timed("aside"):
+        clock[0] += 30
+    clock[0] += 3
+    found = run_log.throughput(15)
     assert found["images_per_second"] == 80 and found["waited_for_data"] == 0.25 and found["eta_s"] == 10
-    assert found["tflops"] == pytest.approx(flops / 1e12) and found["share_of_peak"] == pytest.approx(flops / 1e9)
+    assert found["tflops"] == pytest.approx(480e3 / 1e12) and found["share_of_peak"] == pytest.approx(480e3 / 1e9)
 
 
 # ---------------------------------------------------------------- log.jsonl
@@ -133,13 +147,18 @@ def test_a_disk_that_takes_half_a_line_gets_none_of_it(tmp_path, monkeypatch):
     assert (tmp_path / "log.jsonl").read_bytes() == before
 
 
-def test_a_line_for_people(tmp_path, capfd):
-    bar = SimpleNamespace(disable=True, set_postfix_str=lambda text: None)
-    log.report(tmp_path, line(1200), 5000, bar)
+def test_a_line_for_people_and_for_the_file_on_rank_0_alone(tmp_path, capfd):
+    entry = line(1200)
+    for place in (machine.Place(CPU, 1, 2), ALONE):
+        run_log = log.RunLog(tmp_path, 0, Config(steps=5000), 1, 1.0, place)
+        run_log.report(entry.pop("step", 1200), entry)
+        assert run_log.last == 1200
     assert capfd.readouterr().err == "step 1,200/5,000  loss 0.5000  12 images/s, 25% of peak  2:05 left\n"
-    bar.disable = False
-    log.report(tmp_path, line(1210), 5000, bar)
-    assert capfd.readouterr().err == "" and len(log.read(tmp_path)) == 2
+    run_log.bar.disable = False
+    run_log.bar.set_postfix_str = lambda text: None
+    run_log.report(1210, entry)
+    run_log.bar.disable = True
+    assert capfd.readouterr().err == "" and log.read(tmp_path) == [line(1200), line(1210)]
 
 
 # ---------------------------------------------------------------- status.json
@@ -168,6 +187,114 @@ def test_a_crash_hides_no_other_reason(tmp_path):
 def test_a_status_that_cannot_be_read_is_none(text, tmp_path):
     (tmp_path / "status.json").write_text(text)
     assert log.read_status(tmp_path) == {}
+
+
+# ---------------------------------------------------------------- skipped.jsonl
+
+def skipped(out):
+    return [tuple(json.loads(line).values()) for line in (out / SKIPPED).read_text(encoding="utf-8").splitlines()]
+
+
+def folder(root, count, **bad):
+    """Class folder c with `count` pictures, and files with other content."""
+    (root / "c").mkdir(parents=True)
+    for k in range(count):
+        Image.new("RGB", (20, 16), (k, 0, 0)).save(root / "c" / f"{k}.png")
+    for name, content in bad.items():
+        (root / "c" / f"{name}.png").write_bytes(content)
+    return root
+
+
+def test_a_file_is_named_once_with_the_reason_whoever_meets_it(tmp_path):
+    one, two = Skipped(tmp_path), Skipped(tmp_path)
+    one.note({})
+    assert not (tmp_path / SKIPPED).exists()
+    one.note({"a": "cut", "b\nc \ud83d": "empty"})
+    two.note({"a": "met again", "d": "cut"})
+    one.note({"d": "met again"})
+    Skipped(tmp_path).note({"a": "the run goes on"})
+    assert skipped(tmp_path) == [("a", "cut"), ("b\nc \ud83d", "empty"), ("d", "cut")]
+
+
+def test_many_that_write_at_once_lose_nothing_and_repeat_nothing(tmp_path):
+    def work(k):
+        mine = Skipped(tmp_path)                            # as a process of its own has: another open file
+        for j in range(8):
+            mine.note({f"{(j + k) % 8}.png": f"by {k}"})
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(3)]
+    [t.start() for t in threads], [t.join() for t in threads]
+    assert sorted(name for name, _ in skipped(tmp_path)) == sorted(f"{k}.png" for k in range(8))
+
+
+def test_one_waits_while_another_reads_and_writes(tmp_path):
+    class Slow(Skipped):
+        def catch_up(self):
+            super().catch_up()
+            time.sleep(0.02)
+
+    threads = [threading.Thread(target=Slow(tmp_path).note, args=({"a": "cut"},)) for _ in range(3)]
+    [t.start() for t in threads], [t.join() for t in threads]
+    assert skipped(tmp_path) == [("a", "cut")]
+
+
+def test_half_a_line_is_taken_away_and_what_is_of_another_hand_stays(tmp_path):
+    Skipped(tmp_path).note({"a": "cut"})
+    with open(tmp_path / SKIPPED, "ab") as file:
+        file.write(b'7\n{"reason": 1}\n\xff\n{"name": "b", "rea')
+    Skipped(tmp_path).note({"b": "cut"})
+    content = (tmp_path / SKIPPED).read_bytes().splitlines()
+    assert content[1:4] == [b"7", b'{"reason": 1}', b"\xff"] and json.loads(content[4])["name"] == "b"
+    assert len(content) == 5
+
+
+def test_a_name_that_is_known_opens_nothing(tmp_path, monkeypatch):
+    mine = Skipped(tmp_path)
+    mine.note({"a": "cut"})
+    (tmp_path / SKIPPED).unlink()
+    mine.note({"a": "cut"}), mine.note({})
+    assert not (tmp_path / SKIPPED).exists()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), PermissionError("read-only")])
+def test_a_disk_that_refuses_is_a_warning_and_the_file_is_named_later(tmp_path, monkeypatch, capfd, error):
+    mine, real = Skipped(tmp_path), open
+
+    def refuse(*_, **__):
+        raise error
+    monkeypatch.setitem(vars(log), "open", refuse)
+    mine.note({"a": "cut"})
+    assert "warning: skipped.jsonl not written" in capfd.readouterr().err
+    monkeypatch.setitem(vars(log), "open", real)
+    mine.note({"a": "cut"})
+    assert skipped(tmp_path) == [("a", "cut")]
+
+
+def test_a_source_names_what_it_has_passed_over_and_will(tmp_path):
+    source = data.ImageFolder(folder(tmp_path / "set", 9, empty=b"", html=b"<html>"), 16, max_bad=0.5)
+    follow(source, tmp_path)
+    assert skipped(tmp_path) == [("c/empty.png", "empty file or link to nothing")]
+    for epoch in range(3):
+        data.records(source, range(len(source)), [epoch] * len(source))
+    assert skipped(tmp_path)[1:] == [("c/html.png", "not a JPEG, PNG or WebP image")]
+
+
+def test_the_messages_lead_to_the_file(tmp_path, capsys):
+    source = data.ImageFolder(folder(tmp_path / "set", 1, **{f"bad{k:02}": b"x" for k in range(30)}), 16, max_bad=0.9)
+    follow(source, tmp_path)
+    with pytest.raises(UserError, match=f"28 of 31 images .*all are in .*{SKIPPED}.*--max_bad=0.9"):
+        for k in range(len(source)):
+            source.note_bad(source.name(k), "x")
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"all are in {tmp_path / SKIPPED}")
+    assert len(skipped(tmp_path)) == 28
+
+
+def test_latents_that_are_not_finite_are_named_too(tmp_path):
+    source = cached.Latents.__new__(cached.Latents)
+    source.bad, source.lock, source.max_bad, source.meta = {}, threading.Lock(), 1.0, {"n": 9}
+    follow(source, tmp_path)
+    source.note_bad(5), source.note_bad(5)
+    assert skipped(tmp_path) == [("latent 5", "not finite")]
 
 
 # ---------------------------------------------------------------- loss.png
