@@ -15,18 +15,18 @@ from torch.distributed.run import get_args_parser
 from config import Config, UserError, load, parse
 
 ROOT = Path(__file__).parent.parent
-FILE, FUNCTION, MAIN = 400, 60, 120     # most lines of a file, of a function, of train.main
+FILE, FUNCTION, MAIN = 600, 60, 120     # most lines of a file, of a function, of train.main
 COLUMNS = 120                           # most characters of a line
 
 # room -> the rooms that it may import; a new file is a new line here
 MAY_IMPORT = {
-    "config": "", "schedule": "", "mp_layers": "", "wording": "", "pictures": "", "magnitudes": "",
+    "config": "", "schedule": "", "mp_layers": "", "wording": "images", "pictures": "images", "magnitudes": "",
     "conditioning": "mp_layers",
     "checkpoint": "config", "machine": "config", "captions": "config", "tokens": "config", "cached": "config tokens",
     "log": "checkpoint config machine model", "plot": "checkpoint config log", "ema": "checkpoint config",
     "scenes": "captions config", "shapes": "captions config scenes", "text": "captions config outside tokens",
-    "folders": "config pictures wording", "shards": "checkpoint config folders pictures wording",
-    "coco": "config folders wording",
+    "images": "config", "folders": "config images", "shards": "checkpoint config images",
+    "coco": "config images",
     "data": "cached captions coco config folders pictures shapes shards text tokens",
     "outside": "config",
     "autoencoder": "cached config outside",
