@@ -25,7 +25,7 @@ SPLITS = {"train", "val", "valid", "validation", "test"}                # names 
 
 
 class ImageFolder(Pictures):
-    """A folder of class folders with JPEG, PNG and WebP files at any depth, classes in sorted order.
+    """A folder of class folders, which hold JPEG, PNG and WebP files at any depth. Classes are sorted by name.
 
     classes     off: no labels, and class folders are optional. The other arguments are those of Pictures"""
     def __init__(self, path: str | Path, resolution: int, seed: int = 0, flip: bool = True, max_bad: float = 0.01,
@@ -135,7 +135,7 @@ class Names(Sequence[str]):
     def __init__(self, names: Iterable[str]) -> None:
         self.letters, self.ends = bytearray(), array("q", [0])
         for name in names:
-            self.letters += name.encode("utf-8", "surrogatepass")       # os.walk names other bytes by surrogates
+            self.letters += name.encode("utf-8", "surrogatepass")       # surrogates stand for other bytes
             self.ends.append(len(self.letters))
 
     def __len__(self) -> int:
