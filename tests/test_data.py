@@ -4,7 +4,7 @@ import io
 import json
 import os
 import re
-import subprocess
+import runpy
 import sys
 import threading
 import time
@@ -58,7 +58,7 @@ def same(a, b):
 
 # ---------------------------------------------------------------- the sample stream
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(n=st.integers(1, 3000), seed=st.integers(0, 2 ** 40), epoch=st.integers(0, 10 ** 6))
 def test_each_epoch_is_a_permutation(n, seed, epoch):
     index, epochs = data.index_and_epoch(epoch * n + np.arange(n), n, seed)
@@ -250,11 +250,11 @@ def test_what_is_missing_is_said(tmp_path):
     picture = next(flat.iterdir())
     for name, match in (("nowhere", "no folder .*nowhere.*looked at"), ("file", "no folder .*file"),
                         ("empty", r"no images in .*\.jpg \.jpeg \.png \.webp"),
-                        ("flat", "no class folder: its 3 images")):
+                        ("flat", "no class folder: put its 3 images")):
         with pytest.raises(UserError, match=match):
             data.ImageFolder(tmp_path / name, 16)
-    captioned = "captions beside its 3 images, .*--model.semantics=text --model.arch=mmdit --encoder=clip:PATH"
-    for name, said in (("readme.txt", "no class folder: its 3"), ("other.jsonl", "no class folder: its 3"),
+    captioned = "captions beside its 3 images.*--model.semantics=text --model.arch=mmdit --encoder=clip:PATH"
+    for name, said in (("readme.txt", "no class folder: put its 3"), ("other.jsonl", "no class folder: put its 3"),
                        (f"{picture.stem}.txt", captioned), ("metadata.jsonl", captioned)):
         (flat / name).write_text("{}", encoding="utf-8")
         with pytest.raises(UserError, match=said):
@@ -274,7 +274,7 @@ def test_images_outside_class_folders_are_left_out_aloud(tmp_path, capsys):
 
 def test_parts_of_a_data_set_are_no_classes(tmp_path):
     tree(tmp_path, {"train/ant": 2, "train/bee": 1, "val/ant": 1})
-    with pytest.raises(UserError, match="train, val, which are parts .*--data=.*/train$"):
+    with pytest.raises(UserError, match="train, val, which are splits.*--data=.*/train$"):
         data.ImageFolder(tmp_path, 16)
     assert data.ImageFolder(tmp_path / "train", 16).classes == ["ant", "bee"]
     assert len(data.ImageFolder(tmp_path, 16, classes=False)) == 4
@@ -284,7 +284,7 @@ def test_only_the_first_unreadable_files_are_named(tmp_path, capsys):
     root = tree(tmp_path / "set", {"a": 1}, **{f"a__bad{k:02}_jpg": b"" for k in range(30)})
     assert len(data.ImageFolder(root, 16, max_bad=1.0).bad) == 30
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 21 and lines[-1].endswith("no more of these are named")
+    assert len(lines) == 21 and lines[-1].endswith("the next ones are not named")
 
 
 # ---------------------------------------------------------------- folders of millions
@@ -307,6 +307,7 @@ def test_a_file_costs_one_look(tmp_path, monkeypatch):
     assert len(data.ImageFolder(tmp_path / "set", 16)) == 60 and len(looked) < 10
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.text(st.characters(codec=None), max_size=9)))
 def test_names_are_those_that_were_given(texts):
     names = folders.Names(texts)
@@ -333,8 +334,8 @@ def test_the_fingerprint_of_a_folder_is_the_same_for_ever(tmp_path):
 
 
 def test_fourteen_million_names_fit_into_memory(tmp_path, monkeypatch):
-    """A thousandth of ImageNet-22k: bytes a file while it is opened, and afterwards."""
-    n = 14_200
+    """4,000 names for the 14 million of ImageNet-22k: bytes a file while it is opened, and afterwards."""
+    n = 4_000
     monkeypatch.setattr(folders, "walk", lambda root, suffixes: (
         (f"n{k // 650:08}/n{k // 650:08}_{k}.JPEG", 1000 + k) for k in range(n)))
     data.ImageFolder(tmp_path, 16)
@@ -342,7 +343,7 @@ def test_fourteen_million_names_fit_into_memory(tmp_path, monkeypatch):
     source = data.ImageFolder(tmp_path, 16)
     stays, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert len(source) == n and source.labels[n - 1] == len(source.classes) - 1 == 21
+    assert len(source) == n and source.labels[n - 1] == len(source.classes) - 1 == 6
     assert stays / n < 55 and peak / n < 80, (stays / n, peak / n)
 
 
@@ -609,14 +610,18 @@ def test_check_opens_flat_folders_and_refuses_what_is_no_picture(tmp_path, monke
         data.check("shapes", 16)
 
 
-@pytest.mark.slow
-def test_check_names_what_it_finds_and_draws_it(tmp_path):
+def test_the_command_names_what_it_finds_and_draws_it(tmp_path, monkeypatch, capsys):
     root = tree(tmp_path / "set", {"ant": 3, "bee": 4}, ant__broken_jpg=b"x", size=(50, 40))
-    call = [sys.executable, str(Path(data.__file__)), "--check", str(root), "--resolution=45"]
-    done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    codes = []
+    for place in (str(root), "nowhere"):
+        monkeypatch.setattr(sys, "argv", ["data.py", "--check", place, "--resolution=45"])
+        try:
+            runpy.run_path(data.__file__, run_name="__main__")
+        except SystemExit as e:
+            codes.append(e.code or 0)
+    out, err = capsys.readouterr()
     for part in ("4  ant", "4  bee", "8 images, 1 broken", "40 to 40 pixels, 7 of them below 45"):
-        assert part in done.stdout
-    assert "ant/broken.jpg" in done.stderr and Image.open(tmp_path / "check.png").width > 500
-    done = subprocess.run(call[:3] + ["nowhere"], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith("error: no folder 'nowhere'")
+        assert part in out
+    assert "ant/broken.jpg" in err and Image.open(tmp_path / "check.png").width > 500
+    assert codes in ([2], [0, 2]) and "error: no folder 'nowhere'" in err

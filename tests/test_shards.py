@@ -4,10 +4,10 @@ import itertools
 import json
 import os
 import pickle
-import subprocess
 import sys
 import tarfile
 import threading
+import tracemalloc
 from functools import partial
 from pathlib import Path
 
@@ -69,11 +69,9 @@ def test_what_a_pattern_stands_for():
     assert shards.expand("{8..11}") == ["8", "9", "10", "11"] and shards.expand("plain.tar") == ["plain.tar"]
     assert shards.expand("{a,b}/{1..2}x") == ["a/1x", "a/2x", "b/1x", "b/2x"]
     assert shards.expand("{0..0}{,z}") == ["0", "0z"]
-    for wrong, match in (("{3..1}", "rising"), ("{a..c}", "rising"), ("{1}", "neither"), ("{}", "neither"),
-                         ("{1..2", "unbalanced"), ("1..2}", "unbalanced"), ("{{1..2}}", "unbalanced"),
-                         ("{0..9999999}", "rising"), ("{0..9999}{0..9999}", "more than 1,000,000"),
-                         ("{²..3}", "rising")):
-        with pytest.raises(UserError, match=match):
+    for wrong in ("{3..1}", "{a..c}", "{1}", "{}", "{1..2", "1..2}", "{{1..2}}", "{0..9999999}", "{0..999999999999999}",
+                  "{0..9999}{0..9999}", "{²..3}"):
+        with pytest.raises(UserError, match="cannot expand .*rising range such as .*at most 1,000,000 names"):
             shards.expand(wrong)
 
 
@@ -81,7 +79,7 @@ PLAIN = st.text("abc/.0-", max_size=4)
 RANGES = st.tuples(st.integers(0, 60), st.integers(0, 6), st.integers(0, 4))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.one_of(PLAIN, RANGES, st.lists(PLAIN, min_size=2, max_size=4)), max_size=4))
 def test_patterns_are_the_product_of_their_parts(parts):
     text, choices = "", []
@@ -99,7 +97,7 @@ def test_patterns_are_the_product_of_their_parts(parts):
     assert shards.expand(text) == ["".join(p) for p in itertools.product(*choices)]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.text("{}.,0a9", max_size=14))
 def test_any_pattern_is_names_or_an_error(pattern):
     try:
@@ -152,7 +150,7 @@ def test_an_index_points_at_what_was_written(tmp_path_factory, rows, format):
     assert got == want and ignored == others
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(cut=st.integers(0, 20_000))
 def test_a_cut_tar_is_an_error_wherever_it_is_cut(tmp_path_factory, cut):
     path = tmp_path_factory.mktemp("t") / "x.tar"
@@ -164,7 +162,7 @@ def test_a_cut_tar_is_an_error_wherever_it_is_cut(tmp_path_factory, cut):
         shards.index(path)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(which=st.integers(0, 17), bit=st.integers(0, 512 * 8 - 1))
 def test_a_flipped_bit_of_a_header_is_an_error_or_changes_nothing(tmp_path_factory, which, bit):
     path = tmp_path_factory.mktemp("t") / "x.tar"
@@ -202,7 +200,7 @@ def test_the_index_is_kept_and_made_again_when_the_tar_or_it_has_changed(tmp_pat
 def test_an_index_that_cannot_be_kept_is_a_warning(tmp_path, capsys):
     root = write_shards(tmp_path / "set", [3])
     (root / ".index").write_text("in the way")
-    assert len(data.TarShards(root, 8)) == 3 and "made again next time" in capsys.readouterr().err
+    assert len(data.TarShards(root, 8)) == 3 and "the index of 00000.tar not written" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- the source
@@ -307,12 +305,16 @@ def test_a_tar_that_changes_under_a_run_is_a_bad_sample(tmp_path):
         [source.record(k, 0) for k in range(4)]
 
 
-@pytest.mark.slow
-def test_a_hundred_thousand_entries(tmp_path):
-    head = [tarfile.TarInfo(f"{k:09}.{suffix}").tobuf() for k in range(50_000) for suffix in ("jpg", "txt")]
+def test_many_members_take_little_memory(tmp_path):
+    n = 1500
+    head = [tarfile.TarInfo(f"{k:09}.{suffix}").tobuf() for k in range(n) for suffix in ("jpg", "txt")]
     (tmp_path / "x.tar").write_bytes(b"".join(head) + bytes(1024))
+    tracemalloc.start()
     table, others = shards.index(tmp_path / "x.tar")
-    assert table.shape == (50_000, 6) and others == 0 and (table[:, 2] == table[:, 0] + 1).all()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert table.shape == (n, 6) and others == 0 and (table[:, 2] == table[:, 0] + 1).all()
+    assert peak < 1000 * n                                      # a TarInfo takes more than this, and a sample has two
 
 
 # ---------------------------------------------------------------- COCO
@@ -334,10 +336,10 @@ def write_coco(root, n=5, **changes):
 def test_coco_gives_an_image_one_caption_by_seed(tmp_path):
     root = write_coco(tmp_path / "coco", 40)
     (root / "annotations" / "captions_train2014.json").write_text("{}")
-    picks = {seed: [data.CocoCaptions(root, 8, seed).record(k, epoch)["caption"] for k in range(40)]
-             for seed, epoch in ((0, 0), (1, 0), (0, 5))[:2]}
-    again = [data.CocoCaptions(root / "annotations" / "captions_val2014.json", 8, 0).record(k, 5)["caption"]
-             for k in range(40)]
+    file = root / "annotations" / "captions_val2014.json"
+    picks = {seed: [source.load(k, 0)[1]["caption"] for k in range(40)]
+             for seed in (0, 1) for source in [data.CocoCaptions(root, 8, seed)]}
+    again = [source.load(k, 5)[1]["caption"] for source in [data.CocoCaptions(file, 8, 0)] for k in range(40)]
     assert picks[0] == again != picks[1]
     assert [c.split(" text ")[0] for c in picks[0]] == [f"image {10 * k}" for k in range(40)]
     counts = np.bincount([int(c[-1]) for c in picks[0] + picks[1]], minlength=3)
