@@ -44,7 +44,7 @@ OURS = {r"pos_embed\.proj": "x_embedder.proj", r"proj_out_1": "final_layer.adaLN
 
 def load_official_dit(path: str | Path, heads: int = 0) -> tuple[nn.Module, ModelConfig]:
     """[DiT]: build the network of published weights, strictly by name; also return its config. heads: read_official."""
-    import model                        # which imports this file
+    import model                        # here, as model.py still imports this file
     state, cfg = read_official(path, heads)
     net = model.build(cfg)
     checkpoint.load_strictly(net, state, str(path))

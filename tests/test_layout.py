@@ -22,7 +22,7 @@ COLUMNS = 120                           # most characters of a line
 MAY_IMPORT = {
     "config": "", "schedule": "", "mp_layers": "", "wording": "", "pictures": "", "magnitudes": "",
     "conditioning": "mp_layers",
-    "checkpoint": "config", "machine": "config", "captions": "config", "tokens": "config",
+    "checkpoint": "config", "machine": "config", "captions": "config", "tokens": "text",
     "cached_latents": "config", "cached": "cached_latents",
     "log": "checkpoint config machine model", "plot": "checkpoint config log", "ema": "checkpoint config",
     "scenes": "captions config", "shapes": "captions config scenes", "text": "captions config outside tokens",
@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "unet": "config conditioning", "mdt": "config conditioning", "uvit": "config conditioning",
     "blocks": "conditioning mp_layers", "mp_blocks": "blocks conditioning mp_layers",
     "trunk": "blocks conditioning config mp_blocks mp_layers schedule",
-    "official": "checkpoint conditioning config",
+    "official": "checkpoint conditioning config model",
     "model": "blocks checkpoint conditioning config mp_blocks mp_layers official schedule trunk",
     "transfer": "checkpoint config model", "muon": "",
     "optim": "conditioning config log machine mp_layers muon",
