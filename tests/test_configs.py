@@ -177,8 +177,7 @@ def test_the_weights_of_32_px_all_go_into_the_model_of_64_px(tmp_path):
     report = start_from(str(tmp_path), net, b)
     assert all(torch.equal(v, weights[k]) for k, v in net.state_dict().items())
     assert "fresh" not in report and "left out" not in report and "note" not in report
-    assert "8 x 8, resampled on extent 28 -> 16 x 16, resampled on extent 28" in report
-    assert "sigma times 1 -> sigma times 2" in report
+    assert "resolution: 32 -> 64" in report and ": 1.0 -> 2.0" in report        # sigma grows with the side
 
 
 def test_the_text_run_can_start_from_the_classes_of_imagenet_but_for_what_reads_the_caption(tmp_path):

@@ -16,7 +16,7 @@ import cached_latents
 import data
 import latents
 import show
-import tokens
+import text
 from cached_latents import Latents, open_latents, pack
 from config import Config, ModelConfig, UserError
 from wishes import Options, Wishes
@@ -37,10 +37,10 @@ class Encoder:
             words = caption.split()
             keys = [int.from_bytes(hashlib.sha256(w.encode()).digest()[:6], "big") for w in words]
             rows = [torch.randn(E, generator=torch.Generator().manual_seed(key)) for key in keys]
-            yield (torch.stack(rows) * self.scale if rows else torch.zeros(0, E)), torch.zeros(3)
+            yield torch.stack(rows) * self.scale if rows else torch.zeros(0, E)
 
     def encode(self, captions):
-        return tokens.padded([t for t, _ in self.each(captions)], L, E)
+        return text.padded(list(self.each(captions)), L, E)
 
     def describe(self):
         return {"name": self.name, "layer": "last", "dim": E, "length": L,
@@ -86,7 +86,7 @@ def config(root, **other):
 def tower(monkeypatch):
     """What is loaded in place of CLIP's tower, once it is."""
     loaded = []
-    monkeypatch.setattr(data, "open_clip_text", lambda path, device: loaded.append(Encoder(f"clip:{path}"))
+    monkeypatch.setattr(text, "CLIPText", lambda path, device: loaded.append(Encoder(f"clip:{path}"))
                         or loaded[-1])
     return loaded
 
@@ -146,7 +146,7 @@ def test_a_missing_file_of_tokens_is_made_again_from_the_captions(place, tmp_pat
 def test_training_with_the_same_encoder_loads_no_tower(place, tower):
     cfg = config(place)
     source = data.open_source(cfg)
-    encoder = data.text_encoder(cfg, source.encoder)
+    encoder = text.make_encoder(cfg, source.encoder)
     assert (encoder.dim, encoder.length) == (E, L)
     batch = data.fetch(source, encoder, 0, 6, 6, 3, 0)
     assert torch.equal(batch["text"], Encoder().encode(batch["caption"])[0].half().float()) and not tower
@@ -160,17 +160,17 @@ def test_training_with_the_same_encoder_loads_no_tower(place, tower):
 def test_another_encoder_is_refused_by_name(place, monkeypatch):
     cfg, stored = config(place), open_latents(config(place)).encoder
     with pytest.raises(UserError, match="encoder='words'.*of 'clip:here'; say --encoder=clip:here"):
-        data.text_encoder(replace(cfg, encoder="words"), stored)
+        text.make_encoder(replace(cfg, encoder="words"), stored)
     for weights, error in (("w", False), ("other", True)):
-        monkeypatch.setattr(data, "open_clip_text", lambda path, device: Encoder(f"clip:{path}", weights))
+        monkeypatch.setattr(text, "CLIPText", lambda path, device: Encoder(f"clip:{path}", weights))
         moved = replace(cfg, encoder="clip:moved")
         if not error:
-            assert data.text_encoder(moved, stored).name == "clip:moved"
+            assert text.make_encoder(moved, stored).name == "clip:moved"
             continue
         with pytest.raises(UserError, match="encoder='clip:moved' has sha256 .*of 'clip:here'.*--encoder=clip:here"):
-            data.text_encoder(moved, stored)
+            text.make_encoder(moved, stored)
         with pytest.raises(UserError, match="encoder='clip:here' has sha256 .*of 'clip:here'"):
-            data.text_encoder(cfg, stored).encode(["a dog"])         # the same path, and something else is there now
+            text.make_encoder(cfg, stored).encode(["a dog"])         # the same path, and something else is there now
 
 
 def test_without_text_no_tokens_are_read(place):
@@ -183,15 +183,15 @@ def test_latents_without_tokens_are_as_they_were(tmp_path, tower):
     cfg = config(write(tmp_path / "set", None))
     source = data.open_source(cfg)
     assert source.encoder is None and "text" not in source.record(0, 0) and "encoder" not in source.meta
-    encoder = data.text_encoder(cfg, source.encoder)
+    encoder = text.make_encoder(cfg, source.encoder)
     assert data.fetch(source, encoder, 0, 6, 6, 0, 0)["text"].shape == (6, L, E) and len(tower) == 1
 
 
 def test_the_tower_runs_where_the_run_does_if_that_is_cuda(monkeypatch):
     asked = []
-    monkeypatch.setattr(data, "open_clip_text", lambda path, device: asked.append((path, device)))
+    monkeypatch.setattr(text, "CLIPText", lambda path, device: asked.append((path, device)) or Encoder())
     for device in ("cpu", "mps", torch.device("cuda", 3)):
-        data.text_encoder(Config(encoder="clip:x", model=MODEL), None, device)
+        text.make_encoder(Config(encoder="clip:x", model=MODEL), None, device)
     assert asked == [("x", "cpu"), ("x", "cpu"), ("x", torch.device("cuda", 3))]
 
 
@@ -213,7 +213,7 @@ def test_drawing_reads_what_is_stored_and_checks_the_tower_for_what_is_not(place
     assert torch.equal(condition.text, Encoder().encode(titles)[0].half().float())
     condition, titles = Wishes(Options(prompt="a dog; cat"), cfg, about)(np.arange(2))
     assert torch.equal(condition.text, Encoder().encode(["a dog", "cat"])[0]) and len(tower) == 1
-    monkeypatch.setattr(data, "open_clip_text", lambda path, device: Encoder(weights="other"))
+    monkeypatch.setattr(text, "CLIPText", lambda path, device: Encoder(weights="other"))
     with pytest.raises(UserError, match="stored tokens are of 'clip:here'"):
         Wishes(Options(prompt="a dog"), cfg, about)
 

@@ -1,26 +1,38 @@
 """The CLIP text encoder: the real tokenizer, towers of random weights beside open_clip's own model, what is refused.
 
-No two sizes are equal: B 6, L 77, E 64, P 40, heads 4 of 16, 3 layers.
+No two sizes are equal: B 6, L 77, E 64, P 40, heads 4 of 16, 2 layers.
 """
+import hashlib
 import json
 import os
 import pickle
 import sys
+from copy import copy as shallow
+from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import text
-from config import UserError
+from config import Config, ModelConfig, UserError
 from outside import library
-from text import CACHE, CLIPText
+from text import CACHE, CLIPText, StoredText, WordVectors, make_encoder
 
 open_clip = library("open_clip", "CLIP", "open_clip_torch")
-TEXT = dict(context_length=77, vocab_size=49408, width=64, heads=4, layers=3)
+TEXT = dict(context_length=77, vocab_size=49408, width=64, heads=4, layers=2)
 VISION = dict(image_size=8, layers=1, width=32, patch_size=4, head_width=16)
 CAPTIONS = ["a small red ring left of a large blue square on grey", "dog", "Ein Bär: naïve 猫 🐈 & co.", "", "dog",
             "9 lives"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_tokenizer():
+    """Reading the vocabulary takes longer than any tower here, so that all encoders share one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(open_clip, "SimpleTokenizer", cache(open_clip.SimpleTokenizer))
+        yield
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["gelu", "quickgelu"])
@@ -61,22 +73,21 @@ def plain(tmp_path_factory):
     return write(tmp_path_factory.mktemp("plain"), make(False), False)
 
 
-def hidden(model, captions, drop=0):
-    """open_clip's own forward on full rows of 77 numbers, without the last `drop` blocks, after the final norm."""
+def hidden(model, captions):
+    """open_clip's own forward on full rows of 77 numbers, after the final norm."""
     ids = open_clip.tokenize(captions)
     x = model.token_embedding(ids) + model.positional_embedding
-    for block in model.transformer.resblocks[:len(model.transformer.resblocks) - drop]:
+    for block in model.transformer.resblocks:
         x = block(x, attn_mask=model.attn_mask)
     return model.ln_final(x), (ids == 49407).int().argmax(1) + 1
 
 
 # ---------------------------------------------------------------- parity
 
-@pytest.mark.parametrize("layer, drop", [("last", 0), ("penultimate", 1)])
-def test_tokens_are_those_of_open_clip_up_to_the_end_mark_and_zero_after_it(clip, layer, drop):
+def test_tokens_are_those_of_open_clip_up_to_the_end_mark_and_zero_after_it(clip):
     model, folder, _ = clip
-    tokens, lengths = CLIPText(str(folder), layer).encode(CAPTIONS)
-    want, n = hidden(model, CAPTIONS, drop)
+    tokens, lengths = CLIPText(str(folder)).encode(CAPTIONS)
+    want, n = hidden(model, CAPTIONS)
     assert tokens.shape == (6, 77, 64) and tokens.dtype == torch.float32 and lengths.dtype == torch.int64
     assert lengths.tolist() == [0 if c == "" else k for c, k in zip(CAPTIONS, n.tolist())]
     for row, (got, k) in enumerate(zip(tokens, lengths)):
@@ -85,24 +96,10 @@ def test_tokens_are_those_of_open_clip_up_to_the_end_mark_and_zero_after_it(clip
     assert tokens[0, :lengths[0]].std() > 0.5                   # the comparison is of something
 
 
-def test_pooled_is_what_open_clip_calls_the_text_feature(clip):
-    model, folder, _ = clip
-    want = model.encode_text(open_clip.tokenize(CAPTIONS))
-    for layer in text.LAYERS:                                   # the layer is of tokens only
-        got = CLIPText(str(folder), layer).pooled(CAPTIONS)
-        assert got.shape == (6, 40) and not got[3].any()
-        assert torch.allclose(got[[0, 1, 2, 4, 5]], want[[0, 1, 2, 4, 5]], atol=1e-5 * want.abs().max().item())
-
-
 def test_the_two_activations_differ_far_beyond_the_tolerance(plain):
     one = CLIPText(str(plain)).encode(CAPTIONS)[0]
     two = CLIPText(f"openai:{plain}").encode(CAPTIONS)[0]
     assert (one - two).abs().max() > 1e-2
-
-
-def test_last_and_penultimate_differ(plain):
-    last, before = (CLIPText(str(plain), layer).encode(["dog"])[0] for layer in text.LAYERS)
-    assert (last - before).abs().max() > 0.1
 
 
 # ---------------------------------------------------------------- which activation
@@ -116,7 +113,7 @@ def test_a_config_beside_the_weights_decides_the_activation_and_it_is_said(clip,
     name = "QuickGELU" if quick else "GELU"
     assert activation(CLIPText(str(folder))) == name
     assert activation(CLIPText(str(folder / "open_clip_model.safetensors"))) == name
-    assert capsys.readouterr().err.count(f"3 layers of width 64, {name} (by open_clip_config.json)") == 2
+    assert capsys.readouterr().err.count(f"2 layers of width 64, {name} (by open_clip_config.json)") == 2
 
 
 def test_openai_before_a_path_asks_for_quickgelu(plain, capsys):
@@ -127,9 +124,9 @@ def test_openai_before_a_path_asks_for_quickgelu(plain, capsys):
 def test_weights_without_a_config_are_vit_l_14_with_gelu_and_the_other_way_is_named(plain, tmp_path):
     file = tmp_path / "weights.safetensors"
     file.write_bytes(b"")
-    _, cfg, why = text.find(str(file), open_clip)
+    _, cfg, why = text.find_clip(str(file), text.MODEL, open_clip)
     assert cfg["text_cfg"]["width"] == 768 and not cfg.get("quick_gelu") and f"openai:{file}" in why
-    assert text.find(f"openai:{file}", open_clip)[1]["quick_gelu"]
+    assert text.find_clip(f"openai:{file}", text.MODEL, open_clip)[1]["quick_gelu"]
 
 
 @pytest.mark.parametrize("tag, quick", [("openai", True), ("laion2b_s32b_b82k", False),
@@ -137,29 +134,19 @@ def test_weights_without_a_config_are_vit_l_14_with_gelu_and_the_other_way_is_na
 def test_a_tag_brings_its_activation(tag, quick, monkeypatch):
     asked = []
     monkeypatch.setattr(open_clip, "download_pretrained", lambda known: asked.append(known) or "cached.safetensors")
-    file, cfg, why = text.find(tag, open_clip)
+    file, cfg, why = text.find_clip(tag, text.MODEL, open_clip)
     assert str(file) == "cached.safetensors" and cfg["quick_gelu"] is quick and tag in why
     assert asked == [open_clip.get_pretrained_cfg("ViT-L-14", tag)]
 
 
 # ---------------------------------------------------------------- the tower
 
-def test_vit_l_14_has_the_published_shapes_and_only_its_text_half():
-    tower = text.build_tower(open_clip.get_model_config("ViT-L-14"), open_clip)
-    assert all(p.is_meta for p in tower.parameters())
-    block = 12 * 768 ** 2 + 13 * 768
-    assert sum(p.numel() for p in tower.parameters()) == (49408 + 77) * 768 + 12 * block + 2 * 768 + 768 * 768
-    assert tower.context_length == 77 and tower.width == 768 and tower.output_dim == 768
-    assert not [k for k in tower.state_dict() if k.startswith(text.NOT_TEXT)]
-
-
 def test_it_is_frozen_in_evaluation_mode_and_without_the_vision_tower(plain):
     encoder = CLIPText(str(plain))
     assert (encoder.name, encoder.dim, encoder.length) == (f"clip:{plain}", 64, 77)
     assert not encoder.tower.training and not any(p.requires_grad for p in encoder.tower.parameters())
     assert not any(p.is_meta for p in [*encoder.tower.parameters(), *encoder.tower.buffers()])
-    keys = text.read(plain / "open_clip_model.safetensors").keys()
-    assert keys == encoder.tower.state_dict().keys() and not any("visual" in k for k in keys)
+    assert not any(k.startswith(("visual", "logit")) for k in encoder.tower.state_dict())
     tokens, _ = encoder.encode(["dog"])
     assert not tokens.requires_grad and not tokens.is_inference()
     torch.nn.Linear(64, 3)(tokens).sum().backward()             # a trained layer may stand on the tokens
@@ -172,11 +159,10 @@ def test_loading_draws_no_random_numbers(plain):
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("change", [lambda v: v.half(), lambda v: v.bfloat16()], ids=["half", "bfloat16"])
-def test_weights_of_half_width_become_fp32(tmp_path, change):
+def test_weights_of_half_width_become_fp32(tmp_path):
     model = make(False)
     folder = write(tmp_path / "half", model, False)
-    save_file({k: change(v).contiguous() for k, v in model.state_dict().items()},
+    save_file({k: v.half().contiguous() for k, v in model.state_dict().items()},
               folder / "open_clip_model.safetensors")
     encoder = CLIPText(str(folder))
     assert {p.dtype for p in encoder.tower.parameters()} == {torch.float32}
@@ -184,7 +170,7 @@ def test_weights_of_half_width_become_fp32(tmp_path, change):
 
 
 @pytest.mark.parametrize("name, wrap", [
-    ("open_clip_pytorch_model.bin", lambda s: s), ("epoch_7.pt", lambda s: s),
+    ("open_clip_pytorch_model.bin", lambda s: s),
     ("epoch_7.pt", lambda s: {"epoch": 7, "state_dict": {f"module.{k}": v for k, v in s.items()}})])
 def test_other_kinds_of_file_give_the_same_tokens(plain, tmp_path, name, wrap):
     folder = write(tmp_path / "other", make(False), False, "unread.pt")
@@ -200,9 +186,9 @@ def test_the_empty_caption_is_the_null_condition_and_needs_no_tower(plain, monke
     monkeypatch.setattr(encoder, "run", None)
     for blank in ("", "  \n"):
         tokens, lengths = encoder.encode([blank, blank])
-        assert not tokens.any() and lengths.tolist() == [0, 0] and not encoder.pooled([blank]).any()
+        assert not tokens.any() and lengths.tolist() == [0, 0]
     tokens, lengths = encoder.encode([])
-    assert tokens.shape == (0, 77, 64) and lengths.shape == (0,) and encoder.pooled([]).shape == (0, 40)
+    assert tokens.shape == (0, 77, 64) and lengths.shape == (0,)
 
 
 def test_lengths_count_both_marks_and_every_piece_of_a_word(plain):
@@ -231,7 +217,7 @@ def test_a_long_caption_is_cut_at_77_with_one_warning(clip, capsys):
     capsys.readouterr()
     tokens, lengths = encoder.encode([long, long])
     encoder.cache.clear()
-    encoder.pooled([long])
+    encoder.encode([long])
     out, err = capsys.readouterr()
     assert out == "" and err.count("warning: 16 of 91 tokens cut from the end of 'a dog and") == err.count("\n") == 1
     assert lengths.tolist() == [77, 77]
@@ -255,9 +241,9 @@ def test_warnings_stop_after_some(plain, capsys, monkeypatch):
 
 def test_each_is_a_function_of_its_captions_and_agrees_with_encode(plain):
     encoder = CLIPText(str(plain))
-    first = [tokens for tokens, _ in encoder.each(CAPTIONS)]
+    first = list(encoder.each(CAPTIONS))
     encoder.encode(["cat", "dog"])
-    assert all(torch.equal(tokens, again) for tokens, (again, _) in zip(first, encoder.each(CAPTIONS), strict=True))
+    assert all(torch.equal(tokens, again) for tokens, again in zip(first, encoder.each(CAPTIONS), strict=True))
     tokens, lengths = encoder.encode(CAPTIONS)
     assert lengths.tolist() == [len(t) for t in first] and first[3].shape == (0, 64)
     assert all(torch.allclose(row[:len(t)], t, atol=1e-5) for row, t in zip(tokens, first))
@@ -271,10 +257,16 @@ def test_an_encoder_is_described_by_all_that_decides_its_tokens(plain, tmp_path)
     other.ln_final.bias[3] += 1e-3
     copy, changed = write(tmp_path / "copy", make(False), False), write(tmp_path / "changed", other, False)
     vocabulary = CLIPText(str(plain))
+    vocabulary.words = shallow(vocabulary.words)
     vocabulary.words.encoder = {**vocabulary.words.encoder, "dog": 7}
-    differ = [CLIPText(str(plain), "penultimate"), CLIPText(f"openai:{plain}"), CLIPText(str(changed)), vocabulary]
-    assert CLIPText(str(copy)).describe()["sha256"] == about["sha256"]
-    assert len({about["sha256"], *(encoder.describe()["sha256"] for encoder in differ)}) == 5
+    differ = [CLIPText(f"openai:{plain}"), CLIPText(str(changed)), vocabulary]
+    again = CLIPText(str(copy))
+    digest = hashlib.sha256(f"GELU last {json.dumps(again.words.encoder)}".encode())     # as in files of stored tokens
+    for name, v in sorted(make(False).state_dict().items()):
+        if not name.startswith(("visual.", "logit_scale")):
+            digest.update(f"{name} {tuple(v.shape)}".encode() + v.numpy().tobytes())
+    assert again.describe()["sha256"] == about["sha256"] == digest.hexdigest()
+    assert len({about["sha256"], *(encoder.describe()["sha256"] for encoder in differ)}) == 4
 
 
 # ---------------------------------------------------------------- cache
@@ -294,7 +286,7 @@ def test_the_tower_runs_once_on_what_is_new(plain, monkeypatch):
     again = encoder.encode(list(reversed(CAPTIONS)))[0].flip(0)
     assert torch.equal(first, again) and passes == [4]
     encoder.encode(["cat", *CAPTIONS])
-    encoder.pooled(["cat"])
+    encoder.encode(["cat"])
     assert passes == [4, 1]
 
 
@@ -321,18 +313,33 @@ def test_the_cache_is_bounded_and_drops_what_was_asked_for_longest_ago(plain, mo
 def test_a_caller_cannot_write_into_the_cache(plain):
     encoder = CLIPText(str(plain))
     encoder.encode(["dog", "a dog and a cat"])[0].zero_()
-    encoder.pooled(["dog"]).zero_()
-    assert encoder.encode(["dog"])[0].any() and encoder.pooled(["dog"]).any()
-    kept, vector = encoder.cache["dog"]
-    assert kept.untyped_storage().nbytes() == 4 * kept.numel() and vector.untyped_storage().nbytes() == 4 * 40
+    assert encoder.encode(["dog"])[0].any()
+    kept = encoder.cache["dog"]
+    assert kept.untyped_storage().nbytes() == 4 * kept.numel()
+
+
+# ---------------------------------------------------------------- by name
+
+def test_the_option_names_the_encoder(plain):
+    model = ModelConfig(semantics="text")
+    assert make_encoder(Config(model=ModelConfig(semantics="none"))) is None
+    for length, L in ((0, WordVectors().length), (7, 7)):
+        words = make_encoder(Config(model=replace(model, text_length=length)))
+        assert isinstance(words, WordVectors) and words.length == L
+        with pytest.raises(UserError, match="'words', but the stored tokens are of 'clip:a'; say --encoder=clip:a"):
+            make_encoder(Config(model=replace(model, text_length=length)), {"name": "clip:a"})
+    for length in (0, 77):
+        cfg = Config(encoder=f"clip:{plain}", model=replace(model, text_length=length))
+        assert make_encoder(cfg).length == 77
+        assert isinstance(make_encoder(cfg, {"name": cfg.encoder, "dim": 64, "length": 77}), StoredText)
+    with pytest.raises(UserError, match="text_length=20, but encoder='clip:x' has 77"):
+        make_encoder(Config(encoder="clip:x", model=replace(model, text_length=20)))
+    for wrong in ("", "clip", "clip:", "words:", "words:x", "t5:x"):
+        with pytest.raises(UserError, match=f"unknown encoder='{wrong}'; there are words and clip:PATH"):
+            make_encoder(Config(encoder=wrong))
 
 
 # ---------------------------------------------------------------- what is refused
-
-def test_an_unknown_layer_is_named_with_those_there_are(plain):
-    with pytest.raises(UserError, match="'first'.*last, penultimate"):
-        CLIPText(str(plain), "first")
-
 
 def test_without_open_clip_the_pip_line_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "open_clip", None)                     # as if it were not installed
@@ -361,24 +368,17 @@ def test_a_folder_without_weights_says_which_files(tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda s: s.pop("ln_final.bias"), "1 tensors missing: ln_final.bias"),
-    (lambda s: s.update({"transformer.extra": torch.ones(2)}), "1 tensors not of a text tower: transformer.extra"),
-    (lambda s: s.update({"text_projection": torch.ones(64, 39)}), "1 tensors of another shape: text_projection")],
+    (lambda s: s.pop("ln_final.bias"), "Missing key.*ln_final.bias"),
+    (lambda s: s.update({"transformer.extra": torch.ones(2)}), "Unexpected key.*transformer.extra"),
+    (lambda s: s.update({"text_projection": torch.ones(64, 39)}), "size mismatch for text_projection")],
     ids=["missing", "unexpected", "shape"])
-def test_text_weights_are_loaded_strictly(plain, tmp_path, change, message):
+def test_weights_are_loaded_strictly(tmp_path, change, message):
     folder = write(tmp_path / "odd", make(False), False, "unread.pt")
     state = {k: v.contiguous() for k, v in make(False).state_dict().items()}
     change(state)
     save_file(state, folder / "open_clip_model.safetensors")
     with pytest.raises(UserError, match=message):
         CLIPText(str(folder))
-
-
-def test_another_model_s_vision_tower_is_not_looked_at(plain, tmp_path):
-    folder = write(tmp_path / "odd", make(False), False)
-    state = {k: v for k, v in text.read(folder / "open_clip_model.safetensors").items()}
-    save_file(state | {"visual.other": torch.ones(3)}, folder / "open_clip_model.safetensors")
-    assert torch.equal(CLIPText(str(folder)).encode(["dog"])[0], CLIPText(str(plain)).encode(["dog"])[0])
 
 
 class Trap:
@@ -391,25 +391,25 @@ class Trap:
 
 
 def test_files_that_are_not_weights_are_refused_and_run_no_code(tmp_path):
-    trap, mark = tmp_path / "trap.pt", tmp_path / "ran"
+    trap, mark = write(tmp_path / "c", make(False), False, "trap.pt") / "trap.pt", tmp_path / "ran"
     trap.write_bytes(pickle.dumps({"ln_final.bias": Trap(mark)}, protocol=2))
-    torch.save({"ln_final.bias": Trap(mark)}, tmp_path / "zip.bin")
-    (tmp_path / "garbage.safetensors").write_bytes(b"garbage")
-    (tmp_path / "garbage.pt").write_bytes(b"garbage")
-    (tmp_path / "empty.bin").write_bytes(b"")
-    torch.save(torch.ones(3), tmp_path / "tensor.pt")
+    torch.save({"ln_final.bias": Trap(mark)}, trap.parent / "zip.bin")
+    (trap.parent / "garbage.safetensors").write_bytes(b"garbage")
+    (trap.parent / "garbage.pt").write_bytes(b"garbage")
+    (trap.parent / "empty.bin").write_bytes(b"")
+    torch.save(torch.ones(3), trap.parent / "tensor.pt")
     for name in ("trap.pt", "zip.bin", "garbage.safetensors", "garbage.pt", "empty.bin", "tensor.pt"):
-        with pytest.raises(UserError, match=f"{name} is not a file of weights and nothing else"):
-            text.read(tmp_path / name)
+        with pytest.raises(UserError, match=f"{name} is not the state dict of an open_clip model and nothing else"):
+            text.load_clip(str(trap.parent / name))
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"model_cfg": {"embed_dim": 4}}'])
-def test_a_config_that_is_none_is_named(plain, tmp_path, content):
+def test_a_config_that_is_none_is_named(tmp_path):
     folder = write(tmp_path / "odd", make(False), False)
-    (folder / text.CONFIG).write_text(content)
-    with pytest.raises(UserError, match="open_clip_config.json is not a config that open_clip wrote"):
-        CLIPText(str(folder))
+    for content in ("", "[]", "{}", '{"model_cfg": {"embed_dim": 4}}'):
+        (folder / text.CONFIG).write_text(content)
+        with pytest.raises(UserError, match="open_clip_config.json is not a config that open_clip wrote"):
+            CLIPText(str(folder))
 
 
 def test_a_tower_that_is_not_plain_is_refused(plain, tmp_path):
