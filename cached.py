@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config import Config, UserError, seed64
+from config import Config, UserError
+from rng import seed64
 from tokens import ENCODER, padded
 
 META, ORIGINALS = "meta.json", "originals.npy"

@@ -10,8 +10,9 @@ import json
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from config import UserError, seed64
+from config import UserError
 from folders import CROPS, Pictures
+from rng import seed64
 from wording import BadCaption, choose, clean, decode
 
 PREFERRED = "captions_val2014.json"     # what papers evaluate on

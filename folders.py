@@ -23,8 +23,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from config import UserError, seed64
+from config import UserError
 from pictures import BadImage, open_image
+from rng import seed64
 from wording import BadCaption, choose, decode, metadata
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")

@@ -32,11 +32,12 @@ import magnitudes
 import model
 import skipped
 from conditioning import Condition, from_batch, pad_text
-from config import Config, UserError, fields, seed64, to_json
+from config import Config, UserError, fields, to_json
 from log import Window
 from optim import keep_rows, learning_rate, optimizer, renormalize_, set_rates, tangent_
 from plot import plot
 from preflight import TRY, Nonfinite, check, check_resume, check_retry, complete, read_config
+from rng import seed64
 from schedule import add_noise, alpha_bar_table, loss_weights
 from show import Show, about_weights
 from transfer import start_from
