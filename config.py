@@ -235,9 +235,7 @@ def put(options: Any, key: str, value: Any) -> Any:
 # ---------------------------------------------------------------- showing
 
 def fields(options: Any, prefix: str = "") -> list[tuple[str, type, Any, str]]:
-    """(key, type, value, comment) of every field, in the order of the source, one level of nesting flattened.
-
-    The comment is the one beside the field, or its metadata["help"] where a table writes it."""
+    """(key, type, value, comment) of every field, in the order of the source, one level of nesting flattened."""
     source = "".join(inspect.getsource(c) for c in reversed(type(options).__mro__) if dataclasses.is_dataclass(c))
     comments = dict(re.findall(r"^    (\w+):[^#\n]*# (.+)$", source, re.M))
     rows = []
