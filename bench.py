@@ -125,7 +125,7 @@ def make_inputs(cfg: Config, B: int, device: torch.device) -> Inputs:
     m, g = cfg.model, torch.Generator(device).manual_seed(cfg.seed)
     normal = lambda *shape: torch.randn(shape, generator=g, device=device)
     whole = lambda high: torch.randint(high, (B,), generator=g, device=device)
-    controls = {c: normal(B, n).abs().squeeze(1) for c, n in CONTROLS.items() if c in model.control_names(m)}
+    controls = {c: normal(B, row.width).abs().squeeze(1) for c, row in CONTROLS.items() if c in model.control_names(m)}
     cond = Condition(label=whole(m.classes) if m.semantics == "class" else None,
                      text=normal(B, m.text_length, m.text_dim) if m.semantics == "text" else None,
                      steered=torch.ones(B, device=device) if controls else None, **controls)

@@ -28,7 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config import Config, UserError, seed64
+from config import Config, UserError
+from rng import seed64
 
 META, ORIGINALS = "meta.json", "originals.npy"
 FORMAT = 1                              # of these folders; a newer one is an error

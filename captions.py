@@ -21,7 +21,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from config import UserError, seed64
+from config import UserError
+from rng import seed64
 
 SHAPES = ("circle", "square", "triangle", "ring", "cross", "star", "diamond", "heart")
 COLORS = {"red": (225, 25, 35), "orange": (255, 140, 0), "yellow": (250, 240, 50), "green": (20, 165, 45),

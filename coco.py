@@ -11,8 +11,9 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from config import UserError, seed64
+from config import UserError
 from images import Pictures, choose, clean, decode
+from rng import seed64
 
 PREFERRED = "captions_val2014.json"     # papers evaluate on it
 

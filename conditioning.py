@@ -1,15 +1,19 @@
-"""Everything that steers: time, class, text, control. One typed value, `Condition`, and what turns it into vectors.
+"""Conditioning: one typed value, `Condition`, and the modules that embed time, class, text and controls.
 
-Semantics say what the picture is of: a class (`label`) or a caption (`text`). Controls say how it was taken: where it
-was cropped, whether it was mirrored, how large the original was. A sample without semantics or controls, for training
-and for guidance, is made by `Condition.drop` and nowhere else.
+cond = make_condition(batch, "text", ("size",), "noisy", 0.02, generator)      from tokens, lengths and controls
+cond.drop(semantics=mask)                       without class or caption where the mask is true
+
+Semantics say what an image shows: a class (`label`) or a caption (`text`). Controls say how it was taken: where it was
+cropped, whether it was mirrored, how large the original was. Only `Condition.drop` removes either, in training and in
+guidance.
 Dimensions: B batch, L context tokens, n tokens of one caption, E width of a text token, D width, h x w image tokens,
 T noise levels.
 """
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,19 +21,26 @@ from torch import Tensor, nn
 
 from mp_layers import FULL, MPMLP, MPEmbedding, MPFourier, normalize
 
-NULL_LABEL = -1                         # stands for "no class"; the embedding maps it to the last row of its table
+NULL_LABEL = -1                         # "no class"; the embedding maps it to the last row of its table
 TIME_FEATURES = 256                     # width of the sinusoid that an MLP turns into the time vector, [DiT]
 BANDWIDTH = 3.0                         # of MPFourier over t in [0, 1]: as much as [EDM2]'s 1 over ln(sigma)/4
+PADDINGS = ("zero", "replicate", "noisy")       # how the positions after a short caption are filled
 
 
-CONTROLS = {"crop": 2, "flip": 1, "size": 2}    # numbers a control has: (top, left), 0 or 1, (h, w)
-LOW_LEVEL = ("size",)                   # controls that change detail only, weighted by gamma_c(t)
-PADDINGS = ("zero", "replicate", "noisy")       # what stands after the end of a short caption
+class Control(NamedTuple):
+    """A row of CONTROLS: the field of Condition by that name has `width` numbers an image.
+
+    group: "high" controls composition at every noise level; "low" controls detail alone, weighted by gamma_c(t)."""
+    width: int
+    group: str
+
+
+CONTROLS = {"crop": Control(2, "high"), "flip": Control(1, "high"), "size": Control(2, "low")}
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What a batch of B pictures is conditioned on; fields that the model does not use are None.
+    """The condition of B images; fields that the model does not use are None.
 
     label (B,) int64, -1 = none; text (B, L, E) float, zeros = none; crop (B, 2) top and left, in pixels of the resized
     original; flip (B,) 0 or 1; size (B, 2) height and width of the original in pixels; steered (B,) 1, or 0 = no
@@ -42,7 +53,7 @@ class Condition:
     steered: Tensor | None = None
 
     def map(self, f: Callable[[Tensor], Tensor]) -> "Condition":
-        """The same condition with f applied to every tensor that is there."""
+        """The same condition with f applied to every tensor in it."""
         return replace(self, **{k.name: f(v) for k in fields(self) if (v := getattr(self, k.name)) is not None})
 
     def to(self, device: torch.device) -> "Condition":
@@ -62,16 +73,28 @@ def _blank(v: Tensor | None, where: Tensor | bool, empty: float) -> Tensor | Non
 
 
 def concatenate(conditions: list[Condition]) -> Condition:
-    """Conditions of B1, B2, ... pictures as one of B1 + B2 + ..., in order."""
+    """Conditions of B1, B2, ... images as one of B1 + B2 + ..., in order."""
     parts = {k.name: [getattr(c, k.name) for c in conditions] for k in fields(Condition)}
     return Condition(**{k: torch.cat(v) for k, v in parts.items() if v[0] is not None})
 
 
-def from_batch(batch: dict, semantics: str, controls: tuple[str, ...]) -> Condition:
-    """The condition of a data batch: only what a model with these semantics and controls reads."""
-    names = {"class": ("label",), "text": ("text",), "none": ()}[semantics] + controls
-    steered = torch.ones(len(batch["image"])) if controls else None
-    return Condition(steered=steered, **{k: batch[k] for k in names})
+def make_condition(batch: Mapping[str, Tensor], semantics: str, controls: Sequence[str], padding: str = "zero",
+                   padding_noise: float = 0.0, generator: torch.Generator | Sequence[torch.Generator] | None = None,
+                   device: torch.device | None = None) -> Condition:
+    """The condition of B images: what a model with these semantics and controls reads of `batch`, moved to `device`.
+
+    batch has label (B,) for a class; text (B, L, E) and, to pad it, lengths (B,) for captions; and a tensor for each
+    control. It may have more. The arguments from padding to generator are pad_text's."""
+    names = (*{"class": ("label",), "text": ("text",), "none": ()}[semantics], *controls)
+    steered = torch.ones(len(batch[controls[0]])) if controls else None
+    cond = Condition(steered=steered, **{k: batch[k] for k in names}).to(device)
+    if semantics != "text" or padding == "zero":
+        return cond
+    lengths = batch["lengths"].to(device, non_blocking=True)
+    return replace(cond, text=pad_text(cond.text, lengths, padding, padding_noise, generator))
+
+
+from_batch = make_condition             # by the name that calls without padding have
 
 
 def guide(eps_cs: Tensor, eps_s: Tensor, eps_null: Tensor, lam: float, beta: float) -> Tensor:
@@ -211,10 +234,10 @@ def replicate_pad(tokens: Tensor, lengths: Tensor, length: int = 77, beta: float
                   generator: torch.Generator | None = None) -> Tensor:
     """[COND] sec. 2.1, eq. 7: phi[j mod n] + beta sqrt(m-1) sigma_ch eps, m = ceil(length / n). (B, length, E) fp32
 
-    tokens (B, any, E), of which the first n = lengths (B,) count. The n tokens of a caption are repeated to the end;
-    noise then falls on every position, the first n too. sigma_ch (E,) is their population standard deviation. A caption
-    that fills all positions gets no noise (m = 1), nor does one of a single token (sigma_ch = 0). n = 0, the null
-    condition, stays all zeros. beta = 0 repeats without noise; ValueError for noise without a generator."""
+    The first n = lengths (B,) of tokens (B, any, E) count. They are repeated to the end; noise then falls on every
+    position, the first n too. sigma_ch (E,) is their population standard deviation. A caption that fills all positions
+    gets no noise (m = 1), nor does a single token (sigma_ch = 0). n = 0, the null condition, stays all zeros. beta = 0
+    repeats without noise; ValueError for noise without a generator."""
     if beta and generator is None:
         raise ValueError(f"noise on repeated tokens (beta={beta}) needs a generator")
     tokens = tokens.float()
@@ -234,15 +257,21 @@ def replicate_pad(tokens: Tensor, lengths: Tensor, length: int = 77, beta: float
 
 
 def pad_text(tokens: Tensor, lengths: Tensor, mode: str, beta: float = 0.02,
-             generator: torch.Generator | None = None) -> Tensor:
-    """[COND] table 3: captions (B, L, E), zeros after their ends, with those ends filled as `mode`, one of PADDINGS.
+             generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
+    """[COND] table 3: fill the positions after short captions (B, L, E), which hold zeros, by one of PADDINGS.
 
-    zero leaves them, replicate repeats a caption's tokens, noisy adds noise of beta as well. ValueError for another."""
+    zero leaves them, replicate repeats a caption's tokens, noisy adds noise of beta as well. The noise comes from one
+    generator for all, or from one for each caption. ValueError for an unknown mode."""
     if mode not in PADDINGS:
         raise ValueError(f"unknown padding {mode!r}; there are {', '.join(PADDINGS)}")
     if mode == "zero":
         return tokens
-    return replicate_pad(tokens, lengths, tokens.shape[1], beta if mode == "noisy" else 0.0, generator)
+    if mode == "replicate":
+        return replicate_pad(tokens, lengths, tokens.shape[1], 0.0)
+    if isinstance(generator, Sequence):
+        return torch.cat([replicate_pad(tokens[b:b + 1], lengths[b:b + 1], tokens.shape[1], beta, g)
+                          for b, g in enumerate(generator)])
+    return replicate_pad(tokens, lengths, tokens.shape[1], beta, generator)
 
 
 # ---------------------------------------------------------------- control
@@ -250,9 +279,9 @@ def pad_text(tokens: Tensor, lengths: Tensor, mode: str, beta: float = 0.02,
 def control_weight(t: Tensor, kind: str = "cosine", alpha: float = 8.0, sigma: Tensor | None = None) -> Tensor:
     """[COND] table A4: gamma_c(t) = [1 - cos(pi (1-t)^alpha)] / 2, computed as sin^2(pi (1-t)^alpha / 2). t in [0, 1]
 
-    Zero at t = 1 (noise), one at t = 0: detail is steered only once the composition stands. The other kinds of table
-    A6: uniform 1; linear 1-t; zero 0; step 1 where sigma(t) <= alpha, of the paper 1 or 2. Only step reads sigma (T,),
-    the table before any rescale, so that gamma stays a function of the index; ValueError without it."""
+    Zero at t = 1 (noise), one at t = 0: size acts on detail once the composition stands. The other kinds of table A6:
+    uniform 1; linear 1-t; zero 0; step 1 where sigma(t) <= alpha, in the paper 1 or 2. Only step reads sigma (T,), the
+    table before any rescale, which keeps gamma a function of the index; ValueError without it."""
     if kind not in CONTROL_WEIGHTS:
         raise ValueError(f"unknown control weight {kind!r}; there are {', '.join(CONTROL_WEIGHTS)}")
     return CONTROL_WEIGHTS[kind](t, alpha, sigma)
@@ -284,10 +313,9 @@ class ControlEmbedding(nn.Module):
     def __init__(self, controls: tuple[str, ...], D: int, kind: str, alpha: float, sigma: Tensor | None = None) -> None:
         super().__init__()
         self.register_buffer("sigma", sigma, persistent=False)                  # (T,)
-        self.high = [c for c in controls if c not in LOW_LEVEL]
-        self.low = [c for c in controls if c in LOW_LEVEL]
+        self.high, self.low = ([c for c in controls if CONTROLS[c].group == group] for group in ("high", "low"))
         self.kind, self.alpha = kind, alpha
-        self.mlps = nn.ModuleDict({name: self.mlp(TIME_FEATURES * sum(CONTROLS[c] for c in group), D)
+        self.mlps = nn.ModuleDict({name: self.mlp(TIME_FEATURES * sum(CONTROLS[c].width for c in group), D)
                                    for name, group in (("high", self.high), ("low", self.low)) if group})
 
     def forward(self, cond: Condition, t: Tensor) -> Tensor:
@@ -300,7 +328,7 @@ class ControlEmbedding(nn.Module):
         return cond.steered[:, None] * c_emb
 
     def features(self, cond: Condition, group: list[str]) -> Tensor:
-        values = [getattr(cond, c).reshape(-1, CONTROLS[c]) for c in group]
+        values = [getattr(cond, c).reshape(-1, CONTROLS[c].width) for c in group]
         scalars = torch.cat(values, dim=1)                                      # (B, K)
         return timestep_embedding(scalars.flatten(), TIME_FEATURES).unflatten(0, scalars.shape).flatten(1)
 

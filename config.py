@@ -6,7 +6,6 @@ python train.py --help                                                     (ever
 import dataclasses
 import difflib
 import functools
-import hashlib
 import inspect
 import json
 import re
@@ -286,7 +285,7 @@ def fields(options: Any, prefix: str = "") -> list[tuple[str, type, Any, str]]:
         if dataclasses.is_dataclass(value):
             rows += fields(value, prefix + f.name + ".")
         else:
-            rows.append((prefix + f.name, f.type, value, comments.get(f.name, "")))
+            rows.append((prefix + f.name, f.type, value, f.metadata.get("help") or comments.get(f.name, "")))
     return rows
 
 
@@ -323,11 +322,6 @@ def differences(a: Any, b: Any) -> list[str]:
     """"key: old -> new" for every field in which two configs differ."""
     pairs = ((key, old, new) for (key, _, old, _), (_, _, new, _) in zip(fields(a), fields(b)))
     return [f"{key}: {old!r} -> {new!r}" for key, old, new in pairs if old != new]
-
-
-def seed64(*key: Any) -> int:
-    """A 63-bit seed from any printable key: the same in every process, on every machine, for ever."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
 
 
 def _article(kind: type) -> str:

@@ -1,8 +1,9 @@
-"""Images with their metadata, and which of them a training step sees.
+"""Data: what a record is, which records a training step sees, and the table of sources.
 
-    python data.py --check PATH     decode it: what it holds, what is broken, what the network will see
+    python data.py --check PATH     decodes it and says what it holds, what is broken, what the network will see
+    python data.py --check shapes   the same for the captioned shapes
 
-PATH is what --data takes: a folder of class folders or of captioned pictures (folders.py), tar shards (shards.py), or
+PATH is what --data takes: a folder of class folders or of captioned images (folders.py), tar shards (shards.py), or
 coco:PATH (coco.py). --data also takes shapes (shapes.py) and cached latents (cached.py).
 
 A source has len() and `records(indices, epochs) -> Batch` or `record(index, epoch) -> Record`, one row of it.
@@ -11,18 +12,16 @@ A Batch is a dict; label and caption are in it if the source has them, text and 
     size (B, 2) float32: height, width of the original in pixels
     crop (B, 2) float32: top, left in pixels of the original scaled like the crop, before mirroring
     flip (B,) float32: 1 where the image is mirrored
-    text (B, L, E) float32: tokens of the caption, of which the first lengths (B,) int64 count
-A source has `classes` (names; [] if none), `channels`, `controls` (those of size, crop, flip that vary), `fingerprint`
-(sha256 of what decides its content), `encoder` (whose tokens it has stored, and brings as text; None if none) and
-`bad` ({name: reason} of what it passed over). Sample and augmentation are pure functions of (seed, step, position in
-the global batch): no order is stored and no random state exists.
+    text (B, L, E) float32: tokens of the caption; the first lengths (B,) int64 count
+A source has `classes` (names; [] if none), `channels`, `controls` (the keys of CONTROLS that vary), `fingerprint`
+(sha256 of what decides its content), `encoder` (names the one that made its stored text; None if it stores none) and
+`bad` ({name: reason} of unusable samples). Sample and augmentation are pure functions of (seed, step, position in the
+global batch): no order is stored and no random state exists.
 
 Dimensions: B batch, C channels, R resolution, H height, W width, L text tokens, E width of a text token.
 """
-import math
 import os
 import posixpath
-import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,23 +29,27 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from cached import Latents, is_latents, open_latents  # noqa: F401  (data.Latents is a public name)
 from coco import CocoCaptions
-from config import Config, ModelConfig, UserError, parse, seed64
+from conditioning import CONTROLS
+from config import Config, ModelConfig, UserError, parse, run
 from folders import BAD, CROPS, METADATA, SUFFIXES, Captions, ImageFolder, Pictures, find_files
 from pictures import grid
+from rng import permute, seed64
 from shapes import Shapes, WordVectors
 from shards import TarShards, is_shards
 from tokens import StoredText, check_same
 
 Record, Batch = dict[str, Any], dict[str, Any]
 Source, TextEncoder = Any, Any          # contracts, stated above and at text_encoder
+SHOWN = 16                              # records in check.png
 
 
 # ---------------------------------------------------------------- which sample a step sees
@@ -64,61 +67,31 @@ def index_and_epoch(positions: np.ndarray, n: int, seed: int) -> tuple[np.ndarra
     return permute(offset, n, keys[which]), epoch
 
 
-def permute(x: np.ndarray, n: int, key: np.ndarray, rounds: int = 8) -> np.ndarray:
-    """Where the permutation of range(n) named by `key` (uint64, shape of x) sends each x. n <= 2**31.
-
-    A Feistel network on 2h bits permutes range(4**h) whatever its rounds do; results >= n go in again."""
-    h = np.uint64(max(1, math.ceil((n - 1).bit_length() / 2)))
-    low = np.uint64((1 << int(h)) - 1)
-    x, todo = x.astype(np.uint64), np.ones(x.shape, dtype=bool)
-    while todo.any():
-        left, right, k = x[todo] >> h, x[todo] & low, key[todo]
-        for r in range(rounds):
-            left, right = right, left ^ (_mix(right + _mix(k + np.uint64(r))) & low)
-        x[todo] = left << h | right
-        todo = x >= n
-    return x.astype(np.int64)
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """The output function of SplitMix64 on a uint64 array: every input bit reaches every output bit."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    return x ^ x >> np.uint64(31)
-
-
 # ---------------------------------------------------------------- sources
 
-def kind(where: str) -> str:
-    """What a value of --data is, a key of KINDS. One more kind of data is a line here and one there."""
-    if where == "shapes" or where.startswith("coco:"):
-        return where.partition(":")[0]
-    if is_latents(Path(where).expanduser()):
-        return "latents"
-    return "tars" if is_shards(where) else "folder"
-
-
 def open_source(cfg: Config, split: str = "train") -> Source:
-    """The source of `cfg.data`; UserError where it lacks what the model needs. Only shapes have splits."""
+    """The source of `cfg.data`; UserError if it lacks what the model needs. Only shapes have splits."""
     want, varied = cfg.model, cfg.augment.split("+")
-    if unknown := [a for a in varied if a not in ("", "crop", "flip", "size")]:
-        raise UserError(f"augment={cfg.augment!r} names {unknown[0]!r}; there are crop, flip, size")
+    if unknown := [a for a in varied if a and a not in CONTROLS]:
+        raise UserError(f"augment={cfg.augment!r} names {unknown[0]!r}; there are {', '.join(CONTROLS)}")
     if cfg.crop not in CROPS:
         raise UserError(f"unknown crop={cfg.crop!r}; there are {', '.join(CROPS)}")
-    source = KINDS[kind(cfg.data)](cfg, split)
+    row = SOURCES[kind(cfg.data)]
+    if want.semantics == "class" and not row.classes:
+        raise UserError(f"{cfg.data!r} has captions and no classes; use --model.semantics=text, or none")
+    source = row.open(cfg, split)
 
     if want.channels != source.channels:
         raise UserError(f"--model.channels={want.channels}, but {cfg.data!r} has images of {source.channels}")
     if lacking := [c for c in want.controls.split("+") if c and c not in source.controls]:
-        enough = "+".join(c for c in ("crop", "flip", "size") if c in varied or c in lacking)
+        enough = "+".join(c for c in CONTROLS if c in varied or c in lacking)
         raise UserError(f"model.controls={want.controls!r}, but {cfg.data!r} does not vary {' and '.join(lacking)} "
                         f"with augment={cfg.augment!r}; it would with --augment={enough}")
     return source
 
 
 def open_shapes(cfg: Config, split: str) -> Source:
-    """Captioned shapes. A global crop is as wide as the picture and moves over a wider canvas, so it cuts too."""
+    """Captioned shapes. A global crop is as wide as the image and moves over a wider canvas, so it cuts too."""
     varied = cfg.augment.split("+")
     vary = [name in varied for name in ("size", "crop", "flip")]
     side = (1.0, 1.0) if cfg.crop == "global" else CROPS[cfg.crop]
@@ -129,35 +102,43 @@ def open_shapes(cfg: Config, split: str) -> Source:
 
 
 def open_folder(cfg: Config, split: str) -> Source:
-    """A folder: with captions for text, of class folders for class, of pictures for none."""
+    """A folder: with captions for text, of class folders for class, of images for none."""
     if cfg.model.semantics == "text":
         return Captions(cfg.data, *framing(cfg))
     return ImageFolder(cfg.data, *framing(cfg), cfg.model.semantics == "class")
 
 
-def open_captioned(cfg: Config, split: str) -> Source:
-    """Tar shards, or COCO; they have no classes."""
-    if cfg.model.semantics == "class":
-        raise UserError(f"{cfg.data!r} has captions and no classes; use --model.semantics=text, or none")
-    if kind(cfg.data) == "coco":
-        return CocoCaptions(cfg.data.removeprefix("coco:"), *framing(cfg))
-    return TarShards(cfg.data, *framing(cfg), cfg.model.semantics == "text")
-
-
-def open_cached(cfg: Config, split: str) -> Source:
-    """Cached latents: what can vary was decided when they were encoded."""
-    return open_latents(cfg)
-
-
 def framing(cfg: Config) -> tuple:
-    """resolution, seed, flip, max_bad, crop and side, as every source of picture files takes them."""
+    """resolution, seed, flip, max_bad, crop and side, as every source of image files takes them."""
     varied = cfg.augment.split("+")
     crop = "random" if "crop" in varied else "center"
     return cfg.model.resolution, cfg.seed, "flip" in varied, cfg.max_bad, crop, CROPS[cfg.crop]
 
 
-KINDS = {"shapes": open_shapes, "folder": open_folder, "tars": open_captioned, "coco": open_captioned,
-         "latents": open_cached}
+class SourceType(NamedTuple):
+    """A row of SOURCES: `takes(where)` recognises its values of --data, `open(cfg, split)` makes the source.
+
+    classes: whether such a source can have them."""
+    takes: Callable[[str], bool]
+    open: Callable[[Config, str], Source]
+    classes: bool = True
+
+
+SOURCES = {                             # the first that takes a value of --data opens it
+    "shapes": SourceType(lambda where: where == "shapes", open_shapes),
+    "coco": SourceType(lambda where: where.startswith("coco:"),
+                       lambda cfg, split: CocoCaptions(cfg.data.removeprefix("coco:"), *framing(cfg)), classes=False),
+    "latents": SourceType(lambda where: is_latents(Path(where).expanduser()), lambda cfg, split: open_latents(cfg)),
+    "tars": SourceType(is_shards, lambda cfg, split: TarShards(cfg.data, *framing(cfg), cfg.model.semantics == "text"),
+                       classes=False),
+    "folder": SourceType(lambda where: True, open_folder),
+}
+KINDS = {name: source.open for name, source in SOURCES.items()}
+
+
+def kind(where: str) -> str:
+    """The key of SOURCES that takes this value of --data."""
+    return next(name for name, source in SOURCES.items() if source.takes(where))
 
 
 def check_words(source: Source, encoder: TextEncoder | None, cfg: Config, most: int = 100) -> None:
@@ -220,17 +201,17 @@ def records(source: Source, indices: Sequence[int], epochs: Sequence[int]) -> Ba
 
 
 def around(source: Source, indices: Sequence[int]) -> Batch:
-    """These samples, counted round and round: what to draw where nothing is asked for."""
+    """The Batch of these samples; an index past the end starts again at the first."""
     return records(source, np.asarray(indices) % len(source), np.zeros(len(indices), int))
 
 
 def captions(source: Source, indices: Sequence[int]) -> list[str]:
-    """The captions of `around`."""
+    """The captions of these samples, counted as `around` counts them."""
     return around(source, indices)["caption"]
 
 
 def with_text(batch: Batch, encoder: TextEncoder | None) -> Batch:
-    """The batch with text and lengths of its captions, if it has not brought them and there is an encoder."""
+    """The batch with text and lengths of its captions, unless it has them or there is no encoder."""
     if encoder is None or "caption" not in batch or "text" in batch:
         return batch
     text, lengths = encoder.encode(batch["caption"])
@@ -240,8 +221,8 @@ def with_text(batch: Batch, encoder: TextEncoder | None) -> Batch:
 def collate(rows: list[Record]) -> Batch:
     """The Batch with these rows."""
     column = {key: [row[key] for row in rows] for key in rows[0]}
-    kinds = {"label": np.int64, "index": np.int64, "size": np.float32, "crop": np.float32, "flip": np.float32}
-    batch = {key: torch.from_numpy(np.array(column[key], kinds[key])) for key in kinds if key in column}
+    types = {"label": np.int64, "index": np.int64} | dict.fromkeys(CONTROLS, np.float32)
+    batch = {key: torch.from_numpy(np.array(column[key], types[key])) for key in types if key in column}
     batch["image"] = torch.from_numpy(np.stack([image.numpy() for image in column["image"]]))   # (B, C, R, R)
     return batch | ({"caption": column["caption"]} if "caption" in column else {})
 
@@ -252,9 +233,9 @@ def fetch(source: Source, encoder: Any, seed: int, batch: int, micro: int, step:
 
 
 def prefetch(fetch_fn: Callable, keys: Iterable[tuple], workers: int, depth: int = 2) -> Iterator[Any]:
-    """fetch_fn(*key) of every key, in order; `workers` threads are up to workers * depth ahead, 0 = none.
+    """fetch_fn(*key) of every key, in order; `workers` threads work up to workers * depth keys ahead, 0 = none.
 
-    An exception is raised at its key. Closing the generator cancels what has not begun, leaves no thread."""
+    An exception is raised at its key. Closing the generator cancels what has not begun and leaves no thread."""
     if workers == 0:
         yield from (fetch_fn(*key) for key in keys)
         return
@@ -272,8 +253,13 @@ def prefetch(fetch_fn: Callable, keys: Iterable[tuple], workers: int, depth: int
 
 # ---------------------------------------------------------------- looking
 
+def to_uint8(x: Tensor) -> np.ndarray:
+    """[-1, 1] -> 0 .. 255, rounded to nearest. (B, C, H, W) -> (B, H, W, C)"""
+    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
 def titles(batch: Batch, classes: Sequence[str] = ()) -> list[str]:
-    """What each image is of: its caption, or its class by name or number, or nothing."""
+    """A title for each image: its caption, or its class by name or number, or nothing."""
     labels = [classes[k] if classes else f"class {k}" for k in batch.get("label", torch.tensor([])).tolist()]
     return batch.get("caption") or labels or [""] * len(batch["image"])
 
@@ -281,16 +267,27 @@ def titles(batch: Batch, classes: Sequence[str] = ()) -> list[str]:
 @dataclass(frozen=True)
 class Options:
     """What to check."""
-    check: str = "."            # what --data would be: a folder, tar shards, coco:PATH
+    check: str = "."            # what --data would be: a folder, tar shards, coco:PATH, shapes
     resolution: int = 64        # R, side of the squares that the network will see
-    most: int = 0               # pictures to decode, spread over all; 0 = every one
+    most: int = 0               # images to decode, spread over all; 0 = every one
 
 
 def check(where: str, R: int, most: int = 0) -> None:
-    """Decodes files, prints classes, sizes, captions and what is broken, draws 16 records with their controls."""
+    """Print what the image files hold and which are broken, and write 16 records with their controls to check.png."""
     source = open_for_check(where, R)
+    if isinstance(source, Pictures):
+        check_files(source, R, most)
+    shown = fetch(source, None, 0, SHOWN, SHOWN, 0, 0)
+    controls = zip(titles(shown, source.classes), *(shown[key].tolist() for key in ("size", "crop", "flip")))
+    texts = [f"{name}\nsize {h:.0f}, {w:.0f}\ncrop {top:.1f}, {left:.1f}\nflip {flip:.0f}"
+             for name, (h, w), (top, left), flip in controls]
+    grid(shown["image"], 8, texts).save("check.png")
+    print(f"{SHOWN} of them are in check.png")
 
-    def look(i):
+
+def check_files(source: Pictures, R: int, most: int) -> None:
+    """Decode `most` files, or all for 0, and print classes, sizes, lengths of captions and every broken file."""
+    def decode(i: int) -> tuple[int, str | None] | None:
         try:
             row = source.render(i, 0)
             return min(row["size"]), row.get("caption")
@@ -298,50 +295,43 @@ def check(where: str, R: int, most: int = 0) -> None:
             source.note_bad(source.name(i), str(e))
 
     n = len(source)
-    asked = range(n) if most <= 0 else [k * n // min(most, n) for k in range(min(most, n))]
-    every = prefetch(look, ((i,) for i in asked), workers=os.cpu_count() or 1)
-    seen = [row for row in tqdm(every, total=len(asked), desc="decoding", unit="image") if row]
+    indices = range(n) if most <= 0 else [k * n // min(most, n) for k in range(min(most, n))]
+    every = prefetch(decode, ((i,) for i in indices), workers=os.cpu_count() or 1)
+    good = [row for row in tqdm(every, total=len(indices), desc="decoding", unit="image") if row]
     for label, count in sorted(Counter(source.labels).items()):
         print(f"{count:>9,}  {source.classes[label]}")
     for name, reason in sorted(source.bad.items()):
         print(f"broken: {name!r}: {reason}")
     for reason, count in Counter(reason.split(":")[0] for reason in source.bad.values()).most_common(10):
         print(f"{count:>9,}  broken: {reason}")
-    sides = [side for side, _ in seen] or [0]
-    part = "" if len(asked) == n else f"{len(asked):,} of them decoded, "
+    sides = [side for side, _ in good] or [0]
+    part = "" if len(indices) == n else f"{len(indices):,} of them decoded, "
     print(f"{source.files:,} images, {part}{len(source.bad)} broken; short side {min(sides)} to {max(sides)} "
           f"pixels, {sum(side < R for side in sides):,} of them below {R}")
-    if words := sorted(len(text.split()) for _, text in seen if text is not None):
+    if words := sorted(len(text.split()) for _, text in good if text is not None):
         print(f"captions of {words[0]} to {words[-1]} words, half of them up to {words[len(words) // 2]}; "
               f"{words.count(0):,} empty, {sum(count > 75 for count in words):,} certainly too long for 77 tokens")
 
-    shown = fetch(source, None, 0, 16, 16, 0, 0)
-    controls = zip(titles(shown, source.classes), *(shown[key].tolist() for key in ("size", "crop", "flip")))
-    texts = [f"{name}\nsize {h:.0f}, {w:.0f}\ncrop {top:.1f}, {left:.1f}\nflip {flip:.0f}"
-             for name, (h, w), (top, left), flip in controls]
-    grid(shown["image"], 8, texts).save("check.png")
-    print("16 of them are in check.png")
 
-
-def open_for_check(where: str, R: int) -> Pictures:
-    """The source of picture files at this place, with captions or classes if it has them, whatever is broken."""
-    what, root = kind(where), Path(where).expanduser()
-    if other := {"shapes": "python shapes.py", "latents": "python latents.py check"}.get(what):
-        raise UserError(f"{where!r} holds no picture files; {other} shows it")
-    semantics = "text"
+def open_for_check(where: str, R: int) -> Source:
+    """The source of images at this place, with captions or classes if it has them, whatever is broken."""
+    what, root, semantics = kind(where), Path(where).expanduser(), "text"
+    if what == "latents":
+        raise UserError(f"{where!r} holds no image files; python latents.py check shows it")
     if what == "folder":
         texts = find_files(root, (".txt", ".jsonl"))
         images = {posixpath.splitext(name)[0] for name in find_files(root, SUFFIXES)}
         captioned = any(Path(name).name == METADATA or posixpath.splitext(name)[0] in images for name in texts)
         nested = any("/" in name for name in images)
         semantics = "text" if captioned else "class" if nested else "none"
-    return KINDS[what](Config(data=where, max_bad=1.0, model=ModelConfig(semantics=semantics, resolution=R)), "train")
+    model = ModelConfig(semantics=semantics, resolution=R)
+    return SOURCES[what].open(Config(data=where, max_bad=1.0, augment="+".join(CONTROLS), model=model), "train")
+
+
+def main(argv: list[str]) -> None:
+    o = parse(argv, Options())
+    check(o.check, o.resolution, o.most)
 
 
 if __name__ == "__main__":
-    try:
-        options = parse(sys.argv[1:], Options())
-        check(options.check, options.resolution, options.most)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

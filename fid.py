@@ -223,7 +223,8 @@ def export(o: Options, drawn: Drawn, about: dict, place: machine.Place) -> Stack
         raise UserError(f"arr0={o.arr0!r} wants a name that ends in .npz, in a folder that is there")
     key = hashlib.sha256(json.dumps(about | {"n": o.n, "batch": o.batch}).encode()).hexdigest()[:8]
     part = path.with_name(f"{path.stem}-{key}.part")        # unfinished pictures of exactly these options
-    images = sample.draw_all(o, drawn.net, drawn.cfg, drawn.wishes, place, part, drawn.decoder)
+    run = sample.Run(o, drawn.net, drawn.cfg, {}, drawn.wishes, drawn.decoder, place.device)
+    images = sample.draw_all(run, place, part)
     if place.rank == 0:
         sample.write_npz(path, images)
     del images

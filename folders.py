@@ -17,8 +17,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from config import UserError, seed64
+from config import UserError
 from images import BAD, CROPS, SUFFIXES, BadCaption, Pictures, choose, decode, metadata  # noqa: F401
+from rng import seed64
 
 METADATA = "metadata.jsonl"
 SPLITS = {"train", "val", "valid", "validation", "test"}                # names of folders that are no classes

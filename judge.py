@@ -28,10 +28,11 @@ import data
 import machine
 import model
 from captions import BACKGROUNDS, COLORS, RELATIONS, SHAPES, describe
-from config import Config, UserError, parse, seed64
+from config import Config, UserError, parse
 from distances import FeatureStats, frechet_distance
 from fid_files import open_pictures
 from perceptual import Mean, mean_over, mean_pair_distance, size_groups
+from rng import seed64
 from sample import settled
 from scenes import LARGE, NATIVE, SMALL, canvas, render
 from shapes import ANSWERS, VERSION, Shapes, score

@@ -13,7 +13,7 @@ from torch import nn
 
 import checkpoint
 from blocks import ungated
-from conditioning import CONTROL_WEIGHTS, CONTROLS, LOW_LEVEL
+from conditioning import CONTROL_WEIGHTS, CONTROLS
 from config import SIZES, Config, ModelConfig, UserError, from_json
 from mp_layers import FULL, LAYOUT
 from official import read_official
@@ -142,7 +142,8 @@ def flops(cfg: ModelConfig, h: int | None = None, w: int | None = None) -> int:
     mac += sum(LAYOUT[part] for part in ungated(modulation_parts(cfg))) * D * D // 2
     if cfg.arch not in ("dit", "mpdit"):
         mac += {"none": 0, "class": 2 * D * D, "text": L * D * (cfg.text_dim + one + D)}[cfg.semantics]
-    groups = [sum(CONTROLS[c] for c in control_names(cfg) if (c in LOW_LEVEL) == low) for low in (False, True)]
+    rows = [CONTROLS[c] for c in control_names(cfg)]
+    groups = [sum(row.width for row in rows if row.group == group) for group in ("high", "low")]
     return 2 * (mac + sum(256 * n * D + D * D for n in groups if n))
 
 

@@ -1,49 +1,55 @@
-"""From noise to pictures: samplers as functions of any callable, guidance, and the command line.
+"""Sampling: samplers as functions of any callable, guidance, the condition of every image, and the command line.
 
 python sample.py --out=out/shapes --prompt="a red ring left of a blue square" --n=16
 python sample.py --out=out/shapes32 --size=96,96 --crop=0,0 --flip=0 --lam=3 --beta=1.4
-python sample.py --out=out/cc12m --prompts=captions.txt --n=5000        (line k belongs to picture k)
+python sample.py --out=out/cc12m --prompts=captions.txt --n=5000        (line k is the prompt of image k)
 python sample.py --weights=DiT-XL-2-256x256.pt --autoencoder=stabilityai/sd-vae-ft-ema --label=207 --out=out/dit
-torchrun --nproc_per_node=8 -- sample.py --out=out/imagenet --n=50000          (run again to go on after a stop)
+torchrun --nproc_per_node=8 -- sample.py --out=out/imagenet --n=50000          (resumes when run again after a stop)
 
-Writes <out>/samples/<name>.npz (arr_0, uint8, for evaluators), <name>.txt (what each picture was to be, a line each),
-<name>.json (all options) and, for a few pictures, a grid <name>.png. Everything about the model is read from the run
-folder. Dimensions: B batch, C channels, h x w pixels, T noise steps.
+Writes <out>/samples/<name>.npz (arr_0, uint8, for evaluators), <name>.txt (the prompt or class of each image, one a
+line), <name>.json (all options) and, for a few images, a grid <name>.png. The run folder says everything about the
+model. To add a sampler, write a function and a row of SAMPLERS.
+Dimensions: B batch, C channels, h x w pixels, T noise steps, L tokens of a caption, E their width.
 """
+import difflib
 import hashlib
 import io
 import json
 import math
 import os
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import checkpoint
+import coco
 import data
 import machine
 import model
 import official
 from autoencoder import decoder_of
-from conditioning import Condition, concatenate, guide
-from config import Config, UserError, parse, seed64
+from conditioning import CONTROLS, Condition, concatenate, guide, make_condition, pad_text
+from config import Config, UserError, parse, run
+from data import to_uint8
+from rng import keyed_noise, seed64
+from rng import keyed_noise as noise_for  # noqa: F401  (claims.py and the notebooks import it from here)
 from schedule import alpha_bar_table, ddim_indices, to_sigma
-from wishes import Options, Wishes, numbers
+from wording import BadCaption, choose, clean, decode
 
 Denoise = Callable[[Tensor, Tensor], Tensor]        # (x (B, C, h, w), i (B,)) -> eps like x
 
-GRID = 64                                           # up to this many pictures also become one PNG
+GRID = 64                                           # up to this many images also become one PNG
 
 
 # ---------------------------------------------------------------- samplers
 
-def ddim(denoise: Denoise, noise: Tensor, alpha_bar: Tensor, steps: int, eta: float = 0.0, spacing: str = "trailing",
+def ddim(denoise: Denoise, noise: Tensor, alpha_bar: Tensor, steps: int, spacing: str = "trailing", eta: float = 0.0,
          draw: Callable[[int], Tensor] | None = None) -> Tensor:
     """[DDIM] eq. 12, 16: x0 = (x - sqrt(1-a) eps) / sqrt(a), x' = sqrt(a') x0 + sqrt(1-a'-s^2) eps + s z.
 
@@ -85,14 +91,22 @@ def heun(denoise: Denoise, noise: Tensor, alpha_bar: Tensor, steps: int, spacing
     return z
 
 
-SPACING = {"ddim": "trailing", "heun": "linspace"}      # of each sampler, if none is asked for
+class Sampler(NamedTuple):
+    """A row of SAMPLERS: run(denoise, noise, alpha_bar, steps, spacing), then eta and draw if it adds fresh noise."""
+    run: Callable[..., Tensor]
+    spacing: str                        # of its noise levels, unless --spacing says otherwise
+    fresh: bool = False                 # adds noise at every step
+
+
+SAMPLERS = {"ddim": Sampler(ddim, "trailing", fresh=True), "heun": Sampler(heun, "linspace")}
+SPACING = {name: sampler.spacing for name, sampler in SAMPLERS.items()}
 
 
 def guided(net: Denoise, cond: Condition, lam: float, beta: float = 1.0,
            interval: tuple[int, int] | None = None) -> Denoise:
-    """[COND] eq. 2 closed over a network: only the passes whose weight is not zero, all in one batch.
+    """[COND] eq. 2 closed over a network: only the passes with a weight other than zero, all in one batch.
 
-    lam 1 is no guidance, beta 1 guides on semantics alone. A condition without controls has no use for beta.
+    lam 1 is no guidance, beta 1 guides on semantics alone; a condition without controls ignores beta.
     interval: the lowest and the highest noise index that are guided, [INT]; beyond them eps(c, s) alone."""
     beta = beta if cond.steered is not None else 1.0
     weights = {"cs": lam * beta, "s": lam * (1 - beta), "null": 1 - lam}
@@ -109,37 +123,70 @@ def guided(net: Denoise, cond: Condition, lam: float, beta: float = 1.0,
     return denoise
 
 
-# ---------------------------------------------------------------- pictures of a run
+# ---------------------------------------------------------------- options
 
-def noise_for(indices: Sequence[int], shape: tuple[int, ...], seed: int, purpose: str = "sample") -> Tensor:
-    """Standard normal noise keyed by (seed, purpose, index) for each picture. (B, *shape) on the CPU"""
-    keys = [seed64(seed, purpose, int(k)) for k in indices]
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(key)) for key in keys])
+@dataclass(frozen=True)
+class Options:
+    """What to draw."""
+    out: str = "out/demo"           # run folder, as given to train.py
+    file: str = "weights.safetensors"   # in the run folder: the weights to draw with; ema.py makes others
+    weights: str = ""               # published DiT in place of a run: .pt file or diffusers folder; out is for images
+    autoencoder: str = ""           # decodes latents: folder or hub name; empty = the one that made the run's latents
+    prompt: str = ""                # caption; several are separated by ";"; empty = captions of the data set
+    prompts: str = ""               # file of captions, one a line, each for one image; or COCO's captions json
+    label: str = ""                 # class, by name or number; several are separated by ";"; empty = all in turn
+    n: int = 16                     # number of images
+    steps: int = 50                 # sampling steps
+    sampler: str = field(default=next(iter(SAMPLERS)), metadata={"help": " or ".join(SAMPLERS)})
+    spacing: str = ""               # noise levels visited: trailing, leading, linspace; empty = the sampler's own
+    eta: float = -1.0               # fresh noise a step, if the sampler takes it: 0 none, 1 DDPM's; -1 = the run's
+    lam: float = -1.0               # guidance scale lambda, 1 = none; -1 = the run's
+    beta: float = 1.0               # share of lambda that goes to the controls too: 0 none, 1 all, above 1 exaggerates
+    interval: str = ""              # LOW,HIGH: guide only where sigma lies between these; empty = everywhere
+    size: str = ""                  # H,W of the original, for detail; empty = of training samples, like crop and flip
+    crop: str = ""                  # TOP,LEFT corner of the crop; 0,0 cuts nothing off
+    flip: str = ""                  # 0 as the caption says, 1 mirrored
+    resolution: str = ""            # H,W of the images (or latents); empty = as in training
+    seed: int = 0                   # keys the noise; image k is the same for every n and batch
+    batch: int = 64                 # images at a time
+    name: str = ""                  # of the files in <out>/samples; empty = made from the options
+    dtype: str = "auto"             # auto, float32 or bfloat16
+    threads: int = 0                # CPU threads; 0 = all
 
 
-def draw(net: Denoise, cfg: Config, cond: Condition, indices: Sequence[int], o: Options,
-         device: torch.device) -> Tensor:
-    """Pictures (or latents) number `indices` under `cond`, one row each. (B, C, h, w), about [-1, 1]"""
-    shape = (cfg.model.channels, *side(o, cfg))
-    alpha_bar = alpha_bar_table(cfg.model.schedule, cfg.model.noise_steps, cfg.model.rescale)
-    o = settled(o, cfg)
-    denoise = guided(net, cond.to(device), o.lam, o.beta, guided_indices(o, alpha_bar))
-    noise, spacing = noise_for(indices, shape, o.seed).to(device), o.spacing or SPACING[o.sampler]
-    with torch.inference_mode():
-        if o.sampler == "heun":
-            return heun(denoise, noise, alpha_bar, o.steps, spacing)
-        fresh = lambda k: noise_for(indices, shape, o.seed, f"step {k}").to(device)
-        return ddim(denoise, noise, alpha_bar, o.steps, o.eta, spacing, fresh)
+def check(o: Options, cfg: Config) -> Options:
+    """The options with the run's defaults filled in. UserError, before anything is drawn, if they cannot be met."""
+    if o.sampler not in SAMPLERS:
+        raise UserError(f"unknown sampler={o.sampler!r}; there are {', '.join(SAMPLERS)}")
+    sampler, m = SAMPLERS[o.sampler], cfg.model
+    if o.eta != -1 and not 0 <= o.eta <= sampler.fresh:
+        fresh = ", ".join(name for name, row in SAMPLERS.items() if row.fresh)
+        raise UserError(f"eta={o.eta} must lie between 0, no fresh noise, and 1, DDPM's, or be -1, the run's own; only "
+                        f"{fresh} may have fresh noise, got sampler={o.sampler!r}")
+    if min(o.n, o.batch, o.steps) < 1 or o.steps > m.noise_steps:
+        raise UserError(f"n={o.n}, batch={o.batch} and steps={o.steps} must be at least 1, steps at most "
+                        f"{m.noise_steps}")
+    if o.beta != 1 and not model.control_names(m):
+        raise UserError(f"beta={o.beta} needs a model with controls; {o.out} has none")
+    guided_indices(o, alpha_bar_table(m.schedule, m.noise_steps, m.rescale))
+    side(o, cfg)
+    if Path(o.name).name != o.name:
+        raise UserError(f"name={o.name!r} is a file name without folders; files go to {o.out}/samples")
+    try:
+        ddim_indices(m.noise_steps, o.steps, o.spacing or sampler.spacing)
+    except ValueError as e:
+        raise UserError(str(e)) from e
+    return settled(o, cfg)
 
 
 def settled(o: Options, cfg: Config) -> Options:
-    """The options with the run's own guidance scale and share of fresh noise where none is asked for."""
-    eta = cfg.eta if o.sampler == "ddim" else 0.0
+    """The options with the run's guidance scale and share of fresh noise in place of -1."""
+    eta = cfg.eta if SAMPLERS[o.sampler].fresh else 0.0
     return replace(o, lam=cfg.lam if o.lam < 0 else o.lam, eta=eta if o.eta == -1 else o.eta)
 
 
 def guided_indices(o: Options, alpha_bar: Tensor) -> tuple[int, int] | None:
-    """The lowest and the highest noise index whose sigma lies in --interval; None if all are guided."""
+    """The lowest and the highest noise index with a sigma in --interval; None if all are guided."""
     if not o.interval:
         return None
     (low, high), sigma = numbers("interval", o.interval, 2), to_sigma(alpha_bar)
@@ -151,7 +198,7 @@ def guided_indices(o: Options, alpha_bar: Tensor) -> tuple[int, int] | None:
 
 
 def side(o: Options, cfg: Config) -> tuple[int, int]:
-    """(h, w) of the pictures: that of the training, or --resolution, which patches must fill."""
+    """(h, w) of the images: those of training, or --resolution in multiples of the patch."""
     if not o.resolution:
         return cfg.model.resolution, cfg.model.resolution
     h, w = numbers("resolution", o.resolution, 2)
@@ -160,37 +207,149 @@ def side(o: Options, cfg: Config) -> tuple[int, int]:
     return int(h), int(w)
 
 
-def to_uint8(x: Tensor) -> np.ndarray:
-    """[-1, 1] -> 0 .. 255, rounded to nearest. (B, C, h, w) -> (B, h, w, C)"""
-    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-
-
-def check(o: Options, cfg: Config) -> Options:
-    """The options, settled. UserError for those that cannot be drawn, before anything is."""
-    if o.sampler not in SPACING:
-        raise UserError(f"unknown sampler={o.sampler!r}; there are {', '.join(SPACING)}")
-    if o.eta != -1 and not 0 <= o.eta <= 1:
-        raise UserError(f"eta={o.eta} must lie between 0, no fresh noise, and 1, that of DDPM, or be -1, the run's own")
-    if o.eta > 0 and o.sampler != "ddim":
-        raise UserError(f"eta={o.eta} needs sampler='ddim', got {o.sampler!r}")
-    if min(o.n, o.batch, o.steps) < 1 or o.steps > cfg.model.noise_steps:
-        raise UserError(f"n={o.n}, batch={o.batch} and steps={o.steps} must be at least 1, steps at most "
-                        f"{cfg.model.noise_steps}")
-    if o.beta != 1 and not model.control_names(cfg.model):
-        raise UserError(f"beta={o.beta} needs a model with controls; {o.out} has none")
-    guided_indices(o, alpha_bar_table(cfg.model.schedule, cfg.model.noise_steps, cfg.model.rescale))
-    side(o, cfg)
-    if Path(o.name).name != o.name:
-        raise UserError(f"name={o.name!r} is a file name without folders; files go to {o.out}/samples")
+def numbers(key: str, text: str, count: int) -> list[float]:
+    """`text` as `count` numbers from 0 up, joined by commas; UserError otherwise."""
     try:
-        ddim_indices(cfg.model.noise_steps, o.steps, o.spacing or SPACING[o.sampler])
-    except ValueError as e:
-        raise UserError(str(e)) from e
-    return settled(o, cfg)
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if len(values) != count or not all(0 <= v < math.inf for v in values):
+        raise UserError(f"--{key} wants {('one number', 'two numbers')[count - 1]} from 0 up, like "
+                        f"--{key}={','.join(['16', '24'][:count])}, got {text!r}")
+    return values
+
+
+# ---------------------------------------------------------------- the condition of every image
+
+def read_prompts(file: str, seed: int = 0) -> list[str]:
+    """A caption for every image: the lines of a UTF-8 file; an empty line is the empty caption.
+
+    A COCO captions json gives one caption of each image, in the order of their numbers, chosen by seed as
+    coco.CocoCaptions does. UserError for a file that is missing, empty or in another encoding."""
+    if not Path(file).is_file():
+        raise UserError(f"no file at --prompts={file!r}; wanted captions, one a line, or COCO's captions json")
+    if file.endswith(".json"):
+        names, captions = coco.read(file)
+        return [choose(captions[k], seed64(seed, "coco", k)) for k in sorted(names) if k in captions]
+    try:
+        lines = decode(Path(file).read_bytes()).splitlines()
+    except (OSError, BadCaption) as e:
+        raise UserError(f"--prompts={file} cannot be read: {e}") from e
+    if not lines:
+        raise UserError(f"--prompts={file} is empty; wanted captions, one a line")
+    return [clean(line) for line in lines]
+
+
+def padding_generators(indices: Sequence[int], seed: int) -> list[torch.Generator]:
+    """[COND] sec. 2.1: a generator for the padding noise of each image, keyed by its number."""
+    return [torch.Generator().manual_seed(seed64(seed, "padding", int(k))) for k in indices]
+
+
+def pad(text: Tensor, lengths: Tensor, cfg: Config, indices: Sequence[int], seed: int) -> Tensor:
+    """Captions (B, L, E) padded as in training, with the noise of each image. (B, L, E)"""
+    return pad_text(text, lengths, cfg.padding, cfg.padding_noise, padding_generators(indices, seed))
+
+
+class Wishes:
+    """The condition of every image of a run, by its number: prompt or class, and controls.
+
+    The options set them; else they are captions of the data set, all classes in turn, controls of training samples."""
+    def __init__(self, o: Options, cfg: Config, header: dict[str, str]) -> None:
+        self.cfg, self.seed = cfg, o.seed
+        self.semantics, self.classes = cfg.model.semantics, json.loads(header["classes"])
+        for key, other in (("prompt", "text"), ("prompts", "text"), ("label", "class")):
+            if getattr(o, key) and self.semantics != other:
+                raise UserError(f"--{key} needs a model of {other}; {o.out} has semantics={self.semantics!r}")
+        if o.prompt and o.prompts:
+            raise UserError(f"--prompt={o.prompt!r} and --prompts={o.prompts!r} both say what to draw; give one")
+        words = o.prompt or o.label
+        self.asked = read_prompts(o.prompts, o.seed) if o.prompts else [a.strip() for a in words.split(";") if words]
+        self.prompts_sha256 = hashlib.sha256("\n".join(self.asked).encode()).hexdigest() if o.prompts else ""
+        self.encoder = data.text_encoder(cfg, json.loads(header.get("encoder", "null")))
+        if self.semantics == "text":
+            self.source = None if self.asked else data.open_source(cfg, split="test")
+        for caption in self.asked if isinstance(self.encoder, data.WordVectors) else self.asked[:1]:
+            if self.encoder:                                # finds unknown words, or another encoder than in training,
+                self.encoder.encode([caption])              # before anything is drawn
+        self.labels = [self.number(a) for a in self.asked] if self.semantics == "class" else []
+        self.labels = self.labels or list(range(len(self.classes)))
+
+        self.fixed = {}                                     # controls that the options set, (width,) each
+        for key, control in CONTROLS.items():
+            if (text := getattr(o, key)) and key not in model.control_names(cfg.model):
+                raise UserError(f"--{key} needs a model with this control; {o.out} has model.controls="
+                                f"{cfg.model.controls!r}")
+            if text:
+                self.fixed[key] = torch.tensor(numbers(key, text, control.width))
+        if o.flip and self.fixed["flip"].item() not in (0, 1):
+            raise UserError(f"--flip wants 0 or 1, got {o.flip!r}")
+        self.rows = {key: torch.tensor(rows) for key, rows in json.loads(header.get("controls", "{}")).items()}
+
+    def number(self, label: str) -> int:
+        """The number of a class given by name or number; UserError with the nearest names."""
+        if label in self.classes:
+            return self.classes.index(label)
+        if label.isdigit() and int(label) < len(self.classes):
+            return int(label)
+        near = difflib.get_close_matches(label, self.classes, n=5, cutoff=0.4) or self.classes[:5]
+        raise UserError(f"unknown class {label!r} among {len(self.classes)}; near: {', '.join(near)}")
+
+    def steering(self, indices: np.ndarray) -> dict[str, Tensor]:
+        """The controls of these images (B,): those of the options, the others from one training sample an image."""
+        if not self.rows:
+            return {}
+        total = len(next(iter(self.rows.values())))
+        row = torch.tensor([seed64(self.seed, "controls", int(k)) % total for k in indices])
+        values = {key: rows[row].float() for key, rows in self.rows.items()}    # (B, 2) or (B,)
+        return values | {key: v.expand(len(indices), -1).reshape(values[key].shape) for key, v in self.fixed.items()}
+
+    def label(self, indices: np.ndarray) -> list[int]:
+        """The class of each of these images (B,) by number."""
+        return [self.labels[k % len(self.labels)] for k in indices]
+
+    def captions(self, indices: np.ndarray) -> data.Batch:
+        """A batch with the caption of each of these images (B,)."""
+        if self.asked:
+            return {"caption": [self.asked[k % len(self.asked)] for k in indices]}
+        return data.around(self.source, indices)
+
+    def titles(self, indices: np.ndarray) -> list[str]:
+        """A title for each of these images (B,): caption, name of the class, or nothing."""
+        if self.semantics == "text":
+            return self.captions(indices)["caption"]
+        return [self.classes[k] for k in self.label(indices)] if self.semantics == "class" else [""] * len(indices)
+
+    def __call__(self, indices: np.ndarray) -> tuple[Condition, list[str]]:
+        """The condition of these images (B,) and a title for each."""
+        controls, batch = self.steering(indices), {}
+        if self.semantics == "text":
+            batch = data.with_text(self.captions(indices), self.encoder)
+        elif self.semantics == "class":
+            batch = {"label": torch.tensor(self.label(indices))}
+        cond = make_condition(batch | controls, self.semantics, tuple(controls), self.cfg.padding,
+                              self.cfg.padding_noise, padding_generators(indices, self.seed))
+        return cond, batch.get("caption") or self.titles(indices)
+
+
+# ---------------------------------------------------------------- drawing
+
+def draw(net: Denoise, cfg: Config, cond: Condition, indices: Sequence[int], o: Options,
+         device: torch.device) -> Tensor:
+    """Images (or latents) number `indices` under `cond`, one row each. (B, C, h, w), about [-1, 1]"""
+    o, sampler, m = settled(o, cfg), SAMPLERS[o.sampler], cfg.model
+    alpha_bar = alpha_bar_table(m.schedule, m.noise_steps, m.rescale)
+    denoise = guided(net, cond.to(device), o.lam, o.beta, guided_indices(o, alpha_bar))
+
+    def noise(purpose: str) -> Tensor:
+        return keyed_noise(indices, (m.channels, *side(o, cfg)), o.seed, purpose).to(device)
+
+    fresh = (o.eta, lambda k: noise(f"step {k}")) if sampler.fresh else ()
+    with torch.inference_mode():
+        return sampler.run(denoise, noise("sample"), alpha_bar, o.steps, o.spacing or sampler.spacing, *fresh)
 
 
 def open_run(o: Options) -> tuple[model.Denoiser, Config, dict[str, str]]:
-    """The network, its config and the header of its weights: a run's, or published ones. UserError for both."""
+    """The network, its config and the header of its weights: from a run, or published. UserError for both."""
     if o.weights:
         if o.file != Options.file:
             raise UserError(f"--file={o.file} is of the run {o.out}, --weights={o.weights} are published ones; give "
@@ -201,43 +360,70 @@ def open_run(o: Options) -> tuple[model.Denoiser, Config, dict[str, str]]:
     return *model.load(file), checkpoint.read_header(file)
 
 
-def draw_all(o: Options, net: Denoise, cfg: Config, wishes: Wishes, place: machine.Place, part: Path,
-             decoder: tuple[Callable[[Tensor], Tensor], int] = (Tensor.float, 1)) -> np.ndarray:
-    """All n pictures, (n, f h, f w, C) uint8, by batches that the processes take in turn, in one file mapped to memory.
+class Run(NamedTuple):
+    """A network that is ready to draw: run(indices) gives images about [-1, 1], decoded if it draws latents."""
+    options: Options                    # with the run's defaults filled in
+    net: nn.Module
+    cfg: Config
+    header: dict[str, str]              # of the weights
+    conditions: Wishes
+    decoder: tuple[Callable[[Tensor], Tensor], int]     # latents to images, and how many times larger they are
+    device: torch.device
 
-    A batch is marked when it is on the disk, so that the same command after a stop draws only the missing ones.
-    part: that file; the marks are beside it, with another suffix. decoder: what makes pictures of latents, and by how
-    much f it enlarges them."""
-    (h, w), batches, (decode, f) = side(o, cfg), -(-o.n // o.batch), decoder
+    def __call__(self, indices: Sequence[int], cond: Condition | None = None) -> Tensor:
+        """Images number `indices` under their own condition, or under `cond`. (B, C, h, w)"""
+        cond = self.conditions(indices)[0] if cond is None else cond
+        return self.decoder[0](draw(self.net, self.cfg, cond, indices, self.options, self.device))
+
+
+def load_run(o: Options, device: torch.device) -> Run:
+    """The run that the options name, on a device. UserError for options that it cannot meet."""
+    net, cfg, header = open_run(o)
+    o = check(o, cfg)
+    decoder = decoder_of(header, o.autoencoder, cfg.model.channels, device)
+    net = net.to(device)
+    net.dtype = machine.precision(device, o.dtype)
+    return Run(o, net, cfg, header, Wishes(o, cfg, header), decoder, device)
+
+
+# ---------------------------------------------------------------- files
+
+def draw_all(images_of: Run, place: machine.Place, part: Path) -> np.ndarray:
+    """All n images of a run, (n, f h, f w, C) uint8, in one file mapped to memory; the processes share the batches.
+
+    A batch is marked once it is on the disk, so that the same command after a stop draws only the missing ones.
+    part: that file; the marks lie beside it, with another suffix."""
+    o, (_, f) = images_of.options, images_of.decoder
+    (h, w), batches = side(o, images_of.cfg), -(-o.n // o.batch)
     files = (((o.n, f * h, f * w, 3), part), ((batches,), part.with_suffix(".done")))
     if place.rank == 0 and any(not f.exists() or f.stat().st_size != math.prod(shape) for shape, f in files):
         discard(part)                                       # neither is of use without the other
         for shape, file in files:
             np.memmap(file, np.uint8, "w+", shape=shape).flush()
-    machine.agree(0, place)                                 # the files are there before anyone opens them
+    machine.agree(0, place)                                 # the files exist before anyone opens them
     images, done = (np.memmap(file, np.uint8, "r+", shape=shape) for shape, file in files)
     mine = [b for b in range(place.rank, batches, place.world) if not done[b]]
     for b in tqdm(mine, desc="drawing", unit="batch", disable=place.rank > 0 or None):
         indices = np.arange(b * o.batch, (b + 1) * o.batch) if batches > 1 else np.arange(o.n)
-        x = decode(draw(net, cfg, wishes(indices)[0], indices, o, place.device))   # the last batch in full size too
+        x = images_of(indices)                              # the last batch in full size too
         if not torch.isfinite(x).all():
-            raise UserError(f"pictures {indices[0]} to {indices[-1]} are not finite; try --dtype=float32")
+            raise UserError(f"images {indices[0]} to {indices[-1]} are not finite; try --dtype=float32")
         images[indices[0]:indices[-1] + 1] = to_uint8(x)[:o.n - indices[0]]
         images.flush()
         done[b] = 1
         done.flush()
-    machine.add_up(torch.zeros(1, device=place.device), place).item()           # every process is through
+    machine.add_up(torch.zeros(1, device=place.device), place).item()           # every process has finished
     return images
 
 
 def discard(part: Path) -> None:
-    """Take away unfinished pictures, their marks first: marks alone would call pictures done that are not there."""
+    """Remove unfinished images, their marks first: marks alone would count missing images as done."""
     for suffix in (".done", ".part"):
         part.with_suffix(suffix).unlink(missing_ok=True)
 
 
 def write_npz(path: Path, images: np.ndarray) -> None:
-    """Replace an .npz by one of these pictures, (n, H, W, C) uint8, in one step and when they are on the disk."""
+    """Replace an .npz by one of these images, (n, H, W, C) uint8, in one step, once they are on the disk."""
     unfinished = path.with_suffix(".tmp")
     with open(unfinished, "wb") as f:
         np.savez(f, arr_0=images)
@@ -247,7 +433,7 @@ def write_npz(path: Path, images: np.ndarray) -> None:
 
 
 def write_grid(path: Path, images: np.ndarray, titles: list[str]) -> None:
-    """All pictures, (n, H, W, C) uint8, on one page, a square of them, with their titles."""
+    """All images, (n, H, W, C) uint8, with their titles in a square on one page."""
     pixels, page = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2) / 127.5 - 1, io.BytesIO()
     data.grid(pixels, math.ceil(math.sqrt(len(images))), titles).save(page, "png")
     checkpoint.write_bytes(path, page.getvalue())
@@ -256,27 +442,23 @@ def write_grid(path: Path, images: np.ndarray, titles: list[str]) -> None:
 def main(argv: list[str]) -> None:
     o = parse(argv, Options())
     place = machine.setup(o.threads)
-    net, cfg, header = open_run(o)
-    o = check(o, cfg)
-    out, decoder = Path(o.out), decoder_of(header, o.autoencoder, cfg.model.channels, place.device)
-    net = net.to(place.device)
-    net.dtype = machine.precision(place.device, o.dtype)
-    wishes = Wishes(o, cfg, header)
-    protocol = {**asdict(o), "train_step": int(header["step"]),
-                "weights_sha256": header["sha256"], "prompts_sha256": wishes.prompts_sha256, "dtype": str(net.dtype)}
+    drawn = load_run(o, place.device)
+    o, wishes, out = drawn.options, drawn.conditions, Path(o.out)
+    protocol = {**asdict(o), "train_step": int(drawn.header["step"]), "weights_sha256": drawn.header["sha256"],
+                "prompts_sha256": wishes.prompts_sha256, "dtype": str(drawn.net.dtype)}
     key = hashlib.sha256(json.dumps({**protocol, "threads": 0, "name": ""}).encode()).hexdigest()[:8]
     path = out / "samples" / f"{o.name or key}.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
 
-    part = path.with_name(f"{path.stem}-{key}.part")        # unfinished pictures of exactly these options
-    images = draw_all(o, net, cfg, wishes, place, part, decoder)
+    part = path.with_name(f"{path.stem}-{key}.part")        # unfinished images of exactly these options
+    images = draw_all(drawn, place, part)
     if place.rank == 0:
         write_npz(path, images)
         parts = np.split(np.arange(o.n), range(o.batch, o.n, o.batch))
         titles = [" ".join(title.split()) for indices in parts for title in wishes.titles(indices)]
         checkpoint.write_text(path.with_suffix(".txt"), "".join(f"{title}\n" for title in titles))
         checkpoint.write_text(path.with_suffix(".json"), json.dumps(protocol, indent=1))
-        print(f"{o.n} pictures in {path}, what they were to be in {path.with_suffix('.txt')}")
+        print(f"{o.n} images in {path}, their prompts in {path.with_suffix('.txt')}")
         if o.n <= GRID:
             write_grid(path.with_suffix(".png"), images, titles)
             print(f"grid in {path.with_suffix('.png')}")
@@ -285,9 +467,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-        machine.leave()
-    except UserError as e:
-        checkpoint.say(f"error: {e}.")
-        sys.exit(2)
+    run(main, cleanup=machine.leave)

@@ -1,11 +1,16 @@
-"""Noise levels: how much of the picture is left at each of the T steps, and how that moves with resolution.
+"""Noise levels: how much of the image is left at each of T steps, and what a network predicts of the noise.
 
     x_t = sqrt(alpha_bar_i) x0 + sqrt(1 - alpha_bar_i) eps,    sigma_i = sqrt((1 - alpha_bar_i) / alpha_bar_i)
+
+alpha_bar_table("scaled_linear", 1000)      alpha_bar of every index i, one of SCHEDULES
+PREDICTIONS["v"](out, x_t, alpha_bar)      eps from the output of a network
+ddim_indices(1000, 50, "trailing")         the indices that a sampler visits
 
 Tables are float64 tensors of length T, index 0 the cleanest and T-1 the noisiest; t = i / (T-1), so t = 1 is noise.
 Dimensions: B batch, C channels, T noise steps.
 """
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -32,15 +37,15 @@ SCHEDULES = {"scaled_linear": scaled_linear_alpha_bar, "linear": linear_alpha_ba
 
 
 def alpha_bar_table(name: str, T: int, rescale: float = 1.0) -> Tensor:
-    """The table of a model, in training and sampling: one of SCHEDULES, every sigma `rescale` times as large. (T,)"""
+    """The table that a model trains and samples with: one of SCHEDULES, each sigma multiplied by `rescale`. (T,)"""
     return rescale_alpha_bar(SCHEDULES[name](T), 1.0, rescale)
 
 
 def rescale_alpha_bar(alpha_bar: Tensor, s: float, s_new: float) -> Tensor:
     """[COND] eq. 3: alpha_bar' = s^2 alpha_bar / (s'^2 + alpha_bar (s^2 - s'^2)), from side s to side s'.
 
-    The same as sigma' = (s'/s) sigma: a patch of (s'/s)^2 pixels then leaves the same doubt about its mean as one
-    pixel did before. Keep the index that the network sees and swap the table, in training and in sampling."""
+    It multiplies sigma by s'/s: a patch of (s'/s)^2 pixels then leaves the same doubt about its mean as one pixel did
+    before. The network sees the same index; training and sampling use the new table."""
     return s ** 2 * alpha_bar / (s_new ** 2 + alpha_bar * (s ** 2 - s_new ** 2))
 
 
@@ -63,25 +68,31 @@ def add_noise(x0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
 def velocity_to_eps(v: Tensor, x_t: Tensor, alpha_bar: Tensor) -> Tensor:
     """[PD] app. D: eps = sqrt(1-alpha_bar) x_t + sqrt(alpha_bar) v, v = sqrt(alpha_bar) eps - sqrt(1-alpha_bar) x0.
 
-    At high noise eps is nearly x_t, which a network that states v need not copy. v, x_t (B, ...), alpha_bar (B,)."""
+    At high noise eps is nearly x_t; a network that predicts v need not copy it. v, x_t (B, ...), alpha_bar (B,)."""
     alpha_bar = alpha_bar.view(-1, *[1] * (v.ndim - 1))                         # (B, 1, ...)
     return (1 - alpha_bar).sqrt() * x_t + alpha_bar.sqrt() * v
 
 
+PREDICTIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {      # (out, x_t, alpha_bar (B,)) -> eps
+    "eps": lambda out, x_t, alpha_bar: out,
+    "v": velocity_to_eps,
+}
+
+
 def loss_weights(alpha_bar: Tensor, power: float) -> Tensor:
-    """sigma_i^power over its mean over i: what the loss at index i is multiplied by. (T,)
+    """The weight of the loss at index i: sigma_i^power over its mean over all i. (T,)
 
     Power 0 is the plain loss of [DDPM] eq. 14. A higher power moves the gradient from the last traces of noise to
-    high noise, where composition is decided."""
+    high noise, which decides the composition."""
     weights = to_sigma(alpha_bar) ** power
     return weights / weights.mean()
 
 
 def ddim_indices(T: int, steps: int, spacing: str = "trailing") -> Tensor:
-    """[DDIM] sec. 4.2: the noise indices that a sampler of `steps` steps visits, noisiest first. (steps,) int64
+    """[DDIM] sec. 4.2: the noise indices that a sampler visits in `steps` steps, noisiest first. (steps,) int64
 
     leading   i = (T // steps) k + 1                    Stable Diffusion's: never sees the noisiest index
-    trailing  i = round(T - k T / steps) - 1           starts at T-1, where the noise it is fed comes from
+    trailing  i = round(T - k T / steps) - 1           starts at T-1, the level of pure noise
     linspace  i = round(linspace(T-1, 0, steps))       both ends"""
     if not 1 <= steps <= T:
         raise ValueError(f"steps must be between 1 and T = {T}, got {steps}")

@@ -23,7 +23,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from captions import BACKGROUNDS, COLORS, RELATIONS, SHAPES, WordVectors, describe
-from config import UserError, parse, seed64
+from config import UserError, parse
+from rng import seed64
 from scenes import DRAWS, HELD_OUT, LARGE, NATIVE, PAIR, RADIUS, SAID, SMALL
 from scenes import canvas, caption, draw_scene, render, rgb, sdf, uniform
 

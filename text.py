@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from captions import WORDS, split
-from config import Config, UserError, seed64
+from config import Config, UserError
+from rng import seed64
 from outside import library
 
 MODEL, LENGTH = "ViT-L-14", 77          # [COND] sec. 2.1: the text encoder, and its number of token positions

@@ -37,10 +37,11 @@ import wishes
 from autoencoder import decoder_of
 from checkpoint import TRY, Nonfinite, check_resume, check_retry
 from conditioning import PADDINGS, Condition, from_batch, pad_text
-from config import Config, UserError, check_fields, check_name, fields, read_config, seed64, to_json
+from config import Config, UserError, check_fields, check_name, fields, read_config, to_json
 from log import RunLog, Window, say
 from optim import keep_rows, learning_rate, optimizer, renormalize_, set_rates, tangent_
 from plot import plot
+from rng import seed64
 from schedule import add_noise, alpha_bar_table, loss_weights
 from transfer import start_from
 

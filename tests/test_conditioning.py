@@ -7,7 +7,7 @@ import torch
 
 import conditioning
 from conditioning import (CONTROL_WEIGHTS, CONTROLS, NULL_LABEL, PADDINGS, TIME_FEATURES, Condition, ControlEmbedding,
-                          LabelEmbedder, concatenate, control_weight, from_batch, guide, interpolate_2d, pad_text,
+                          LabelEmbedder, concatenate, control_weight, guide, interpolate_2d, make_condition, pad_text,
                           replicate_pad, sincos_2d, timestep_embedding)
 from schedule import rescale_alpha_bar, scaled_linear_alpha_bar, to_sigma
 
@@ -142,7 +142,7 @@ def test_each_group_is_one_mlp_on_the_sinusoids_of_its_scalars(controls, n_high,
 
 
 def test_parameter_count_of_a_group_of_six_scalars_is_that_of_the_paper(monkeypatch):
-    monkeypatch.setitem(conditioning.CONTROLS, "six", 6)
+    monkeypatch.setitem(conditioning.CONTROLS, "six", conditioning.Control(6, "high"))
     with torch.device("meta"):
         assert sum(p.numel() for p in ControlEmbedding(("six",), 1152, "cosine", 8.0).parameters()) == 3_098_880
 
@@ -363,13 +363,26 @@ def test_concatenate_keeps_order_and_absence():
 @pytest.mark.parametrize("semantics, controls, there", [
     ("none", (), set()), ("class", (), {"label"}), ("text", (), {"text"}),
     ("text", ("crop", "size"), {"text", "crop", "size", "steered"}), ("none", ("flip",), {"flip", "steered"})])
-def test_from_batch_takes_what_the_model_reads(semantics, controls, there):
+def test_a_condition_has_what_the_model_reads(semantics, controls, there):
     batch = vars(full()) | {"image": torch.zeros(B, 3, 4, 4), "caption": ["a"] * B}
     del batch["steered"]
-    cond = from_batch(batch, semantics, controls)
+    cond = make_condition(batch, semantics, controls)
     assert {k for k, v in vars(cond).items() if v is not None} == there
     assert all(getattr(cond, k) is batch[k] for k in there - {"steered"})
     assert "steered" not in there or cond.steered.tolist() == [1] * B
+
+
+def test_captions_of_a_condition_are_padded_by_one_generator_or_one_each():
+    text, lengths = captions([2, 5, 7])
+    make = lambda *padding: make_condition({"text": text, "lengths": lengths}, "text", (), *padding).text
+    assert make("zero", 0.3) is text and torch.equal(make("replicate"), pad_text(text, lengths, "replicate"))
+    assert torch.equal(make("noisy", 0.3, keyed()), pad_text(text, lengths, "noisy", 0.3, keyed()))
+    each = lambda seeds: make("noisy", 0.3, [torch.Generator().manual_seed(k) for k in seeds])
+    one = lambda b: pad_text(text[b:b + 1], lengths[b:b + 1], "noisy", 0.3, torch.Generator().manual_seed(b))
+    assert torch.equal(each([0, 1, 2]), torch.cat([one(0), one(1), one(2)]))
+    assert not torch.equal(each([5, 1, 2])[0], each([0, 1, 2])[0])
+    with pytest.raises(ValueError, match="'mirror'"):
+        make("mirror")
 
 
 # ---------------------------------------------------------------- guidance

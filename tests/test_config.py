@@ -271,32 +271,6 @@ def test_differences_name_key_old_and_new():
     assert config.differences(a, b) == [f"model.depth: {a.model.depth} -> 7", f"lr: {a.lr} -> 0.5"]
 
 
-# ---------------------------------------------------------------- seeds
-
-GOLDEN = (2847183694713211083, 2631537505891389924, 4852281077346460268, 1715138473254454191)
-
-
-def test_seed64_is_the_same_for_ever():
-    assert config.seed64() == GOLDEN[0]
-    assert config.seed64(0) == GOLDEN[1]
-    assert config.seed64(0, "noise", 12, 3) == GOLDEN[2]
-    assert config.seed64("scene", 0, "train") == GOLDEN[3]
-
-
-def test_seed64_fits_every_generator_and_tells_keys_apart():
-    seeds = [config.seed64(a, b) for a in ("noise", "data") for b in range(50_000)]
-    assert len(set(seeds)) == len(seeds)
-    assert 0 <= min(seeds) and 2 ** 62 < max(seeds) < 2 ** 63
-    assert len({config.seed64(*key) for key in ((1, 2), (12,), ("1", 2), (2, 1), ((1, 2),), (1.0, 2))}) == 6
-
-
-def test_bits_of_seed64_are_fair():
-    n = 4000
-    for bit in range(63):
-        ones = sum(config.seed64("bit", k) >> bit & 1 for k in range(n))
-        assert abs(ones - n / 2) < 5 * math.sqrt(n / 4), bit
-
-
 # ---------------------------------------------------------------- torchrun reads the whole line
 
 def through_torchrun(words):

@@ -402,7 +402,7 @@ def test_what_a_path_is(tmp_path):
     (tmp_path / "tars" / "0.tar").write_bytes(b"")
     names = {"shapes": "shapes", "coco:x": "coco", str(tmp_path / "latents"): "latents",
              str(tmp_path / "tars"): "tars", "x/{0..3}.tar": "tars", "x.tar": "tars", "nowhere": "folder"}
-    assert {name: data.kind(name) for name in names} == names and set(names.values()) | {"folder"} == set(data.KINDS)
+    assert {name: data.kind(name) for name in names} == names and set(names.values()) | {"folder"} == set(data.SOURCES)
     for name in ("coco:x", str(tmp_path / "tars")):
         with pytest.raises(UserError, match="captions and no classes; use --model.semantics=text"):
             data.open_source(Config(data=name, model=MODEL))
@@ -574,6 +574,17 @@ def test_prefetch_reads_no_further_ahead_than_it_says_and_leaves_no_thread():
 
 # ---------------------------------------------------------------- looking
 
+def test_to_uint8_is_the_inverse_of_scaling_rounds_and_clamps():
+    every = torch.arange(256.0)
+    assert data.to_uint8((every / 127.5 - 1).view(1, 1, 16, 16)).flatten().tolist() == list(range(256))
+    near = torch.tensor([-9.0, -1.0, -1 + 0.4 / 127.5, -1 + 0.6 / 127.5, 1 - 0.6 / 127.5, 1.0, 9.0]).view(1, 1, 1, 7)
+    assert data.to_uint8(near).flatten().tolist() == [0, 0, 0, 1, 254, 255, 255]
+    x = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
+    out = data.to_uint8(x)
+    assert out.dtype == np.uint8 and out.shape == (2, 4, 5, 3)
+    assert out[1, 2, 4, 0] == data.to_uint8(x[1:, :1, 2:3, 4:]).item()
+
+
 def test_titles():
     image = torch.zeros(2, 3, 4, 4)
     assert data.titles({"image": image, "caption": ["x", "y"], "label": torch.tensor([1, 0])}) == ["x", "y"]
@@ -604,10 +615,21 @@ def test_check_counts_captions_and_names_every_broken_file(tmp_path, monkeypatch
     assert "2 of them decoded" in checked(tmp_path, monkeypatch, capsys, root, 16, 2)
 
 
-def test_check_opens_flat_folders_and_refuses_what_is_no_picture(tmp_path, monkeypatch, capsys):
+def test_check_opens_flat_folders_shows_shapes_and_refuses_latents(tmp_path, monkeypatch, capsys):
     assert "3 images, 0 broken" in checked(tmp_path, monkeypatch, capsys, tree(tmp_path, {"flat": 3}) / "flat", 16)
-    with pytest.raises(UserError, match="shapes.* python shapes.py shows it"):
-        data.check("shapes", 16)
+    shown, grid = {}, data.grid
+    monkeypatch.setattr(data, "grid", lambda images, columns, texts: shown.update(
+        zip(texts, images)) or grid(images, columns, texts))
+    assert checked(tmp_path, monkeypatch, capsys, "shapes", 16) == "16 of them are in check.png\n"
+    source = data.open_source(Config(augment="crop+flip+size", model=replace(MODEL, semantics="text")))
+    batch = data.fetch(source, None, 0, 16, 16, 0, 0)
+    for k, text in enumerate(shown):
+        assert text.startswith(batch["caption"][k]) and f"flip {batch['flip'][k]:.0f}" in text
+        assert f"size {batch['size'][k, 0]:.0f}" in text and torch.equal(shown[text], batch["image"][k])
+    (tmp_path / "latents").mkdir()
+    (tmp_path / "latents" / "meta.json").write_text("{}")
+    with pytest.raises(UserError, match="python latents.py check shows it"):
+        data.check(str(tmp_path / "latents"), 16)
 
 
 def test_the_command_names_what_it_finds_and_draws_it(tmp_path, monkeypatch, capsys):

@@ -19,9 +19,10 @@ import machine
 import perceptual
 import sample
 import text
-from config import UserError, seed64
+from config import UserError
 from outside import library
 from perceptual import CLIP, PROTOCOLS, clip_score, lpips_diversity, mean_over, mean_pair_distance
+from rng import seed64
 from test_drawing import run_folder
 from wishes import read_prompts
 

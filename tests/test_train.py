@@ -48,6 +48,7 @@ import fid
 import log
 import machine
 import model
+import rng
 import train
 
 TINY = ["--threads=1", "--workers=0", "--batch=8", "--micro=4", "--steps=12", "--save_every=4", "--log_every=3",
@@ -715,13 +716,13 @@ def test_the_first_step_is_what_a_loop_by_hand_gives(tmp_path, monkeypatch):
     assert train.run(flags) == 0
     cfg = config.from_json((tmp_path / "config.json").read_text())
     source = data.open_source(cfg)
-    torch.manual_seed(config.seed64(0, "weights"))
+    torch.manual_seed(rng.seed64(0, "weights"))
     net = model.build(cfg.model)
     alpha_bar = net.alpha_bar
 
     losses, quarters, weight = [], [], []
     for m in range(4):
-        g = torch.Generator().manual_seed(config.seed64(0, "noise", 0, m))
+        g = torch.Generator().manual_seed(rng.seed64(0, "noise", 0, m))
         x0 = data.fetch(source, None, 0, 16, 4, 0, m)["image"]
         loss, i = train.denoising_loss(net, x0, train.Condition(), g, alpha_bar, cfg)
         losses, quarters = losses + [loss], quarters + (i // 250).tolist()
