@@ -41,10 +41,10 @@ def test_the_right_answers_are_shares_and_what_is_not_asked_does_not_count():
 
 def test_the_flip_claim_asks_each_run_for_its_flag_and_all_arms_for_the_same_captions(monkeypatch):
     trained, asked = {}, []
-    monkeypatch.setattr(claims, "train", lambda o, runs: trained.update(runs))
+    monkeypatch.setattr(claims, "train", lambda o, runs, may_diverge: trained.update(runs))
     monkeypatch.setattr(claims, "asked", lambda o, name: [f"{name[-1]} left of"])
     monkeypatch.setattr(claims, "pictures", lambda o, name, captions, lam, controls: asked.append(
-        (name, captions, {k: v.item() for k, v in controls.items()})))
+        (name, captions, controls)))
     monkeypatch.setattr(claims, "right", lambda *_: {})
     rows = claims.flip(claims.Options(seeds=2, long=50, steps=7))
     assert list(rows) == ["before", "not told", "told 0", "told 1"]
