@@ -29,7 +29,7 @@ def test_every_source_is_timed_with_every_number_of_workers(monkeypatch, capsys)
     bench_data.main(["--n=16", "--workers=0,2", "--turns=2", "--resolution=16", "--need=50"])
     head, *rows = capsys.readouterr().out.splitlines()
     assert "training needs 50 images/s" in head and counts == [16] * 12         # three turns of four combinations
-    assert [row[:17] for row in rows] == [f"{name}, {k} workers".ljust(17) for k in (0, 2) for name in ("folder", "tars")]
+    assert [row[:17].strip() for row in rows] == [f"{name}, {k} workers" for k in (0, 2) for name in ("folder", "tars")]
 
 
 def test_data_of_a_user_are_read_as_a_run_would(tmp_path, capsys):
