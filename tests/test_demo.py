@@ -1,6 +1,7 @@
-"""The demo: it plans by trial, goes on with the plan that it has, and its scorecard measures what it says."""
+"""The demo: it plans by trial, keeps the plan of a run that exists, and its scorecard measures what it claims."""
 import json
 import math
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -55,7 +56,7 @@ def test_a_plan_is_made_once(monkeypatch, tmp_path):
 def test_the_scorecard_holds_pictures_against_chance_and_renders(monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "MEASURED", 70)
     monkeypatch.setattr(demo.machine, "setup", lambda: SimpleNamespace(device=demo.torch.device("cpu")))
-    monkeypatch.setattr(demo.sample.Options, "steps", 2)
+    monkeypatch.setattr(demo.sample, "Options", partial(demo.sample.Options, steps=2))
     out = run_folder(tmp_path / "run")
     lines = demo.scorecard(demo.Options(out=str(out))).splitlines()
     assert len(lines) == 1 + len(demo.ASKED)
