@@ -15,16 +15,18 @@ from torch.distributed.run import get_args_parser
 from config import Config, UserError, load, parse
 
 ROOT = Path(__file__).parent.parent
-FILE, FUNCTION, MAIN = 400, 60, 120     # most lines of a file, of a function, of train.main
+FILE, FUNCTION, MAIN = 600, 60, 120     # most lines of a file, of a function, of train.main
 COLUMNS = 120                           # most characters of a line
 
 # room -> the rooms that it may import; a new file is a new line here
 MAY_IMPORT = {
     "config": "", "schedule": "", "mp_layers": "", "wording": "", "pictures": "", "magnitudes": "",
     "conditioning": "mp_layers",
-    "checkpoint": "config", "machine": "config", "captions": "config", "tokens": "config", "cached": "config tokens",
+    "checkpoint": "config", "machine": "config", "captions": "config shapes_grammar", "tokens": "config",
+    "cached": "config tokens",
     "log": "checkpoint config machine model", "plot": "checkpoint config log", "ema": "checkpoint config",
-    "scenes": "captions config", "shapes": "captions config scenes", "text": "captions config outside tokens",
+    "shapes_grammar": "config", "scenes": "shapes", "shapes": "captions config shapes_grammar",
+    "shapes_score": "shapes shapes_grammar", "text": "captions config outside tokens",
     "folders": "config pictures wording", "shards": "checkpoint config folders pictures wording",
     "coco": "config folders wording",
     "data": "cached captions coco config folders pictures shapes shards text tokens",
@@ -45,12 +47,16 @@ MAY_IMPORT = {
     "preflight": "checkpoint conditioning config data log machine model sample schedule transfer",
     "distances": "machine", "inception": "checkpoint config machine", "fid_check": "config distances inception",
     "fid_files": "checkpoint config distances folders pictures sample",
-    "perceptual": "autoencoder checkpoint config fid_files inception machine model outside sample text wishes",
-    "judge": "captions checkpoint config data distances fid_files machine model perceptual sample scenes shapes wishes",
+    "measures_shared": "autoencoder config machine model sample wishes",
+    "clip_score": "checkpoint config fid_files inception machine measures_shared outside wishes",
+    "lpips_score": "config inception machine measures_shared sample",
+    "perceptual": "clip_score lpips_score measures_shared", "judge": "shapes_judge",
+    "shapes_judge": "checkpoint config data distances fid_files machine measures_shared model sample shapes "
+                    "shapes_grammar shapes_score wishes",
     "fid": "autoencoder checkpoint config data distances fid_check fid_files inception judge log machine perceptual "
            "sample",
     "mup": "conditioning config model", "probe": "checkpoint conditioning config data machine model schedule",
-    "demo": "captions checkpoint config data log machine model plot sample shapes wishes",
+    "demo": "captions checkpoint config data log machine model plot sample shapes_score wishes",
     "bench_data": "config data outside", "peers": "conditioning config model outside sample schedule",
     "train": "*", "bench": "* train", "claims": "* train",
 }
