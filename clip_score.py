@@ -10,6 +10,7 @@ Dimensions: B images and captions, h x w pixels, L tokens, D width of CLIP's vec
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,11 +65,12 @@ class CLIP:
             tensors = {k: v.float() for k, v in load_file(file).items()}
         except (OSError, SafetensorError) as e:
             raise UserError(f"{file} is no safetensors file: {e}; CLIPScore reads {WEIGHTS[0]}") from e
-        with torch.random.fork_rng():                                       # random weights, all replaced below
+        with torch.device("meta"):                                          # no random weights, no memory
             net = open_clip.CLIP(cfg["embed_dim"], cfg["vision_cfg"], cfg["text_cfg"], quick_gelu=True)
-        checkpoint.load_strictly(net, tensors, str(file))
-        self.net, self.device = net.eval().requires_grad_(False).to(device), device
         self.length, self.side = net.context_length, net.visual.image_size[0]
+        checkpoint.load_strictly(net.to_empty(device="cpu"), tensors, str(file))
+        net.attn_mask = torch.full((self.length, self.length), -math.inf).triu(1)   # no weight, so not in the file
+        self.net, self.device = net.eval().requires_grad_(False).to(device), device
         with open(file, "rb") as f:
             self.words, self.sha256 = open_clip.SimpleTokenizer(), hashlib.file_digest(f, "sha256").hexdigest()
 

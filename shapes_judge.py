@@ -275,7 +275,7 @@ def make(o: Options) -> dict:
     """Train and write a judge; return the last line, with its accuracy on the class of unseen renders."""
     net = train(o.seed, o.steps)
     write(net, Path(o.write), {"seed": o.seed, "steps": o.steps})
-    batch = Shapes(SIDE, split="test", crop=False).records(range(2000))
+    batch = Shapes(SIDE, split="test", crop=False).records(range(500))
     right = largest(read(net, batch["image"])) == batch["label"]
     return {"judge": load(Path(o.write)).sha256, "seed": o.seed, "steps": o.steps, "by_class": shares(right.float())}
 

@@ -211,6 +211,7 @@ def test_coco_prompts_are_those_of_the_data_set(tmp_path):
         assert read_prompts(str(file), seed) == want
 
 
+@pytest.mark.slow
 def test_the_clip_command(folder, tmp_path, capsys):
     np.savez(tmp_path / "x.npz", arr_0=PICTURES.permute(0, 2, 3, 1).numpy())
     (tmp_path / "x.json").write_text(json.dumps({"steps": 50, "lam": 5.0, "n": 5}), encoding="utf-8")
@@ -372,7 +373,7 @@ def test_groups_of_latents_are_decoded_and_of_the_file_that_is_named(tmp_path, m
 
 def test_groups_differ_in_size_alone_and_do_not_know_the_processes(tmp_path):
     run_folder(tmp_path / "run", controls="size", control_weight="uniform")
-    o = sample.Options(out=f"{tmp_path}/run", n=5, steps=3, batch=8, dtype="float32")
+    o = sample.Options(out=f"{tmp_path}/run", n=5, steps=2, batch=8, dtype="float32")
     alone = torch.cat(list(size_groups(o, (16, 48, 96), ALONE)))
     assert alone.shape == (5, 3, 3, 16, 16) and alone.dtype == torch.uint8
     assert (alone[:, 0] != alone[:, 2]).flatten(1).any(1).all()

@@ -413,15 +413,14 @@ def test_scores_are_right_on_renders_of_every_native_size(whole):
 
 
 def test_scores_are_near_chance_on_captions_of_other_images(whole):
-    other = whole["caption"][1:] + whole["caption"][:1]
-    right = {k: v.nanmean().item() for k, v in score(whole["image"], other).items()}
+    right = {k: v.nanmean().item() for k, v in score(whole["image"][:400], whole["caption"][1:401]).items()}
     assert right["all"] < 0.02 and right["color"] < 0.15 and right["shape"] < 0.2
     assert abs(right["count"] - 1 / 3) < 0.07
     assert abs(right["background"] - 0.2) < 0.09 and abs(right["size"] - 0.5) < 0.2 and right["side"] < 0.9
 
 
 def test_mirrored_images_are_wrong_on_side_alone(whole):
-    right = score(whole["image"].flip(-1), whole["caption"])
+    right = score(whole["image"][:300].flip(-1), whole["caption"][:300])
     assert right.pop("side").nanmean() == 0
     assert all(value.nanmean() > 0.98 for name, value in right.items() if name != "all")
 
