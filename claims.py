@@ -36,7 +36,7 @@ from config import Config, UserError, parse, run
 from demo import generate
 from distances import FeatureStats
 from schedule import add_noise, rescale_guidance
-from shapes import score, sharpness
+from shapes_score import score, sharpness
 
 SIZES = (16, 24, 48, 96)                # requested sizes, in pixels, compared at 32 px
 BETAS = (0.5, 1.0, 1.5, 2.0)            # at 0 the size has no effect by construction

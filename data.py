@@ -43,7 +43,8 @@ from config import Config, ModelConfig, UserError, parse, run
 from folders import BAD, CROPS, METADATA, SUFFIXES, Captions, ImageFolder, Pictures, find_files
 from pictures import grid
 from rng import permute, seed64
-from shapes import Shapes, WordVectors
+from shapes import Shapes
+from text import WordVectors
 from shards import TarShards, is_shards
 from tokens import StoredText, check_same
 

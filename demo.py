@@ -28,7 +28,7 @@ import model
 import plot
 import sample
 from conditioning import Condition
-from shapes import score
+from shapes_score import score
 
 PROMPTS = ("a red ring left of a blue square", "a green star", "a large yellow heart on navy", "a small purple cross",
            "an orange triangle above a cyan circle", "a blue diamond right of a red circle", "a white ring on grey",

@@ -1,51 +1,63 @@
-"""Captioned shapes: an endless data set with exact ground truth, drawn as it is asked for, with no download.
+"""Captioned shapes: an endless data set with exact ground truth, rendered on demand, with no download.
 
 source = Shapes(resolution=32)
 batch = source.records(range(64))       image, label, caption, size, crop, flip, index, scene
-right = score(images, captions)         {"color": 1 or 0 an image, "side": ...}; NaN where not stated
-python shapes.py --out=shapes.png       a sheet of samples with their captions
 
-A scene is one to three objects of different colours on a plain background. What it shows depends on (seed,
-split, index) alone; where it is cropped and whether it is mirrored, on the epoch as well.
-Dimensions: B batch, n objects (3 places, the unused hold -1), R side of the crop, K objects of all images.
+A scene holds one to three objects of different colours on a plain background. (seed, split, index) decides what it
+shows; the epoch also decides where it is cropped and whether it is mirrored. `draw_scene` lays a scene out from hashed
+numbers, `caption` describes it, `render` gives its pixels.
+
+Lengths are fractions of the image's side, y points down, and (0, 0) is the top left corner. The canvas is a quarter
+wider than the image, to the right and below, so a crop of the image's width at (0, 0) cuts nothing.
+Dimensions: B batch, 3 places for objects (unused ones hold -1), R side of the crop, S side of the canvas (both in
+pixels of the crop), K objects in a batch that share a native size, p side of the square around an object, in native
+pixels.
 """
 import hashlib
-import sys
-import textwrap
-from dataclasses import dataclass
+import importlib
+import math
 from functools import lru_cache
-from pathlib import Path
 from typing import Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
-from torch import Tensor
 
-from captions import BACKGROUNDS, COLORS, RELATIONS, SHAPES, WordVectors, describe
-from config import UserError, parse
-from rng import seed64
-from scenes import DRAWS, HELD_OUT, LARGE, NATIVE, PAIR, RADIUS, SAID, SMALL
-from scenes import canvas, caption, draw_scene, render, rgb, sdf, uniform
+from config import UserError
+from rng import seed64, uniform
+from shapes_grammar import BACKGROUNDS, COLORS, RELATIONS, SHAPES, Facts, describe, write
 
 SPLITS = ("train", "test", "held_out")
 SCENES = ("free", "grid", "sides")
-VERSION = "shapes 2"                        # changes when the same index would show something else
-ANSWERS = ("color", "count", "background", "shape", "size", "side", "level")
+VERSION = "shapes 2"                        # changes when an index shows something else
+HELD_OUT = (("green", "square"), ("purple", "star"), ("cyan", "heart"), ("orange", "cross"),
+            ("yellow", "triangle"), ("white", "ring"))      # never in the splits train and test
+NATIVE = (16, 20, 24, 32, 48, 96)           # sides in pixels at which a canvas is rendered
+RADIUS = (0.14, 0.23)                       # half the width of an object among several
+ALONE = 0.36                                # largest radius of an object that is alone
+SMALL, LARGE = 0.163, 0.197                 # captions say small up to the first, large from the second
+MARGIN, GAP = 0.03, 0.02                    # smallest distance to the border, and between objects
+EIGHTHS = (2, 3, 4, 5, 6)                   # grid: centres on either axis, in eighths of the side
+APART = ((2, 5), (3, 6), (2, 6))            # grid: near and far centre of two objects that must not touch
+TWO_SIZES = (0.145, 0.21)                   # grid: half the width of a small and of a large object
+DRAWS = 54                                  # random numbers for a scene and its caption
+PAIR, TOLD = 3, 48                          # first of those for a pair's layout, and for the caption
+SAID = TOLD + 3                             # below 0.75 the caption states a pair's relation
 
+
+# ---------------------------------------------------------------- the data set
 
 class Shapes:
-    """Endless captioned pictures of shapes. The label is the shape of the largest object.
+    """An endless source of captioned images of shapes, labelled by the shape of the largest object.
 
     resolution  R
-    split       train, test (other scenes, same law) or held_out (the largest object is one of HELD_OUT)
-    objects     how many objects a scene may have, of 1, 2 and 3
-    native      draw at a side from NATIVE, likelier coarse for the first classes; off: at the finest
-    crop        cut the crop out of the canvas anywhere, objects or not; off: at (0, 0), which cuts nothing
-    side        range of the share of the picture's side that a crop shows; with crop off all of it, always
-    flip        mirror every other picture but not its caption; off: never
-    scenes      free, any place and size; grid, places eighths of the side apart and two sizes, which a small network
-                learns sooner; sides, likewise, of two objects beside each other whose caption says which is left"""
+    split       train, test (other scenes, same distribution) or held_out (the largest object is one of HELD_OUT)
+    objects     possible numbers of objects: some of 1, 2 and 3
+    native      render at a side from NATIVE, likelier coarse for the first classes; off: at the finest
+    crop        crop the canvas anywhere; off: at (0, 0), which cuts nothing
+    side        range of the fraction of the image's side that a crop shows; with crop off always all of it
+    flip        mirror half of the images but not their captions; off: none
+    scenes      free: any place and size; grid: places eighths of the side apart and two sizes, which a small network
+                learns sooner; sides: a grid of two objects side by side, with a caption that says which is left"""
     channels, encoder, bad = 3, None, {}
     classes = list(SHAPES)
     describe = staticmethod(describe)
@@ -70,7 +82,7 @@ class Shapes:
         self.controls = tuple(c for c, on in (("size", native), ("crop", crop), ("flip", flip)) if on)
         self.scene_key, self.view_key = seed64("scene", seed, split), seed64("view", seed, split)
         parts = (VERSION, resolution, seed, split, self.objects, native, crop, flip)
-        parts += self.side if self.side != (1, 1) else ()   # what is the same as without it has the same fingerprint
+        parts += self.side if self.side != (1, 1) else ()   # a default leaves the fingerprint as it was
         parts += (scenes,) if scenes != "free" else ()
         self.fingerprint = hashlib.sha256(repr(parts).encode()).hexdigest()
 
@@ -78,10 +90,10 @@ class Shapes:
         return 2 ** 31
 
     def records(self, indices: Sequence[int], epochs: Sequence[int] | int = 0) -> dict:
-        """The batch of these samples; scene holds the truth, seen in the picture as cropped and flipped.
+        """Return the batch of these samples; scene holds the truth in coordinates of the cropped, flipped image.
 
-        scene: n, main, background (B,); shape, color, x, y, r (B, 3), -1 where no object is; relation (B, 2),
-        places in RELATIONS of object k seen from k + 1, before flipping."""
+        scene: n, main, background (B,); shape, color, x, y, r (B, 3); relation (B, 2), an index into RELATIONS of
+        object k seen from k + 1, before flipping."""
         index = np.asarray(indices, np.int64).reshape(-1)
         epoch = np.broadcast_to(np.asarray(epochs, np.int64), index.shape)
         u, scene = self.drawn(index)
@@ -105,14 +117,14 @@ class Shapes:
             scene={k: torch.from_numpy(v) for k, v in seen(scene, S, top, left, flip, R).items()})
 
     def drawn(self, index: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """The random numbers (B, DRAWS) of these scenes, and the scenes as draw_scene gives them."""
+        """Return the random numbers (B, DRAWS) of these scenes, and the scenes as draw_scene makes them."""
         u = uniform(self.scene_key, index, DRAWS)
         if self.scenes == "sides":
-            u[:, PAIR], u[:, SAID] = 1, 0                   # beside each other, and the caption says how
+            u[:, PAIR], u[:, SAID] = 1, 0                   # side by side, and the caption says which is left
         return u, draw_scene(u, self.objects, self.split == "held_out", self.scenes != "free")
 
     def record(self, index: int, epoch: int = 0) -> dict:
-        """One sample: the only row of `records([index], epoch)`."""
+        """Return one sample: the only row of `records([index], epoch)`."""
         batch = self.records([index], epoch)
         scene = {key: value[0] for key, value in batch.pop("scene").items()}
         return {**{key: value[0] for key, value in batch.items()}, "scene": scene}
@@ -120,7 +132,7 @@ class Shapes:
 
 def seen(scene: dict[str, np.ndarray], S: np.ndarray, top: np.ndarray, left: np.ndarray, flip: np.ndarray,
          R: int) -> dict:
-    """The scene in shares of the crop's side: enlarged and moved by the crop, mirrored by the flip."""
+    """Return the scene in fractions of the crop's side: enlarged and moved by the crop, mirrored by the flip."""
     there, finer = scene["shape"] >= 0, S[:, None] / canvas(R)
     x, y, r = (scene[name] * finer for name in "xyr")                                      # (B, 3)
     x, y = x - left[:, None] / R, y - top[:, None] / R
@@ -128,201 +140,223 @@ def seen(scene: dict[str, np.ndarray], S: np.ndarray, top: np.ndarray, left: np.
     return dict(scene, **{name: np.where(there, value, -1) for name, value in (("x", x), ("y", y), ("r", r))})
 
 
-# ---------------------------------------------------------------- scoring
-
-@lru_cache(maxsize=None)
-def moments() -> tuple[np.ndarray, np.ndarray]:
-    """Area and height of the centroid (shapes,) of every shape at radius 1."""
-    at = (np.arange(-440, 440) + 0.5) / 400
-    inside = np.stack([sdf(s, at[None], at[:, None]) < 0 for s in SHAPES])                # (shapes, 880, 880)
-    area = inside.sum((1, 2))
-    return area / 400 ** 2, (inside * at[:, None]).sum((1, 2)) / area
+def rgb(palette: dict[str, tuple[int, int, int]]) -> np.ndarray:
+    """Return a palette as (names, 3) float32 in [-1, 1]."""
+    return np.array(list(palette.values()), np.float32) / 127.5 - 1
 
 
-def unmix(images: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pictures (B, 3, R, R) to background (B,), owner and share (B, R, R): what was mixed where.
+# ---------------------------------------------------------------- scenes
 
-    pixel = (1 - share) BACKGROUNDS[background] + share COLORS[owner]. The background is the one nearest to
-    most pixels; the owner of a pixel is the colour whose mixtures with the background come closest to it."""
-    pixel = images.detach().float().cpu().numpy().reshape(len(images), 3, -1).transpose(0, 2, 1)  # (B, RR, 3)
-    palette = np.concatenate([rgb(BACKGROUNDS), rgb(COLORS)])
-    nearest = (palette ** 2).sum(1) - 2 * pixel @ palette.T                                 # (B, RR, palette)
-    votes = nearest.argmin(2)
-    back = np.stack([(votes == k).sum(1) for k in range(len(BACKGROUNDS))], 1).argmax(1)
-    start = rgb(BACKGROUNDS)[back]
-    way = rgb(COLORS) - start[:, None]                                                      # (B, colours, 3)
-    power = (way ** 2).sum(2)[:, None]
-    along = (pixel - start[:, None]) @ way.transpose(0, 2, 1)                               # (B, RR, colours)
-    share = np.clip(along / power, 0, 1)
-    owner = (share * share * power - 2 * share * along).argmin(2)                    # least squared remainder
-    share = np.take_along_axis(share, owner[..., None], 2)
-    form = (len(images), *images.shape[2:])
-    return back, owner.reshape(form), share.reshape(form)
+def native_table() -> np.ndarray:
+    """Return cumulative probabilities (classes, len(NATIVE)): the first classes are mostly coarse, the last fine."""
+    tilt = np.linspace(-1, 1, len(SHAPES))[:, None] * np.linspace(-1, 1, len(NATIVE))
+    p = np.exp(1.5 * tilt)
+    return np.cumsum(p / p.sum(1, keepdims=True), axis=1)
 
 
-def count(owner: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """Number (B,) of patches of one colour that are large enough to be an object."""
-    B, R, _ = owner.shape
-    ink = share > 0.5
-    patch = np.where(ink, np.arange(1, R * R + 1).reshape(R, R), 0)
-    down = ink[:, 1:] & ink[:, :-1] & (owner[:, 1:] == owner[:, :-1])
-    right = ink[:, :, 1:] & ink[:, :, :-1] & (owner[:, :, 1:] == owner[:, :, :-1])
-    joined = ((patch[:, 1:], patch[:, :-1], down), (patch[:, :, 1:], patch[:, :, :-1], right))
-    while True:                                             # the largest number of a patch floods it
-        before = patch.copy()
-        for one, two, same in joined:
-            np.copyto(one, np.maximum(one, two), where=same)
-            np.copyto(two, np.maximum(one, two), where=same)
-        if (patch == before).all():
-            break
-    size = np.bincount((patch + np.arange(B)[:, None, None] * (R * R + 1)).ravel(), minlength=B * (R * R + 1))
-    return (size.reshape(B, -1)[:, 1:] >= least(R)).sum(1)
+def draw_scene(u: np.ndarray, objects: tuple[int, ...], held_out: bool, grid: bool = False) -> dict[str, np.ndarray]:
+    """Turn uniform numbers (B, DRAWS) into scenes: shape, color, x, y, r (B, 3), relation (B, 2), the rest (B,).
+
+    grid: centres lie eighths of the side apart, a patch of 4 at 32 px, and one object of several is large."""
+    B, rows = len(u), np.arange(len(u))
+    n = np.array(objects)[(u[:, 0] * len(objects)).astype(int)]                             # (B,)
+    there = np.arange(3) < n[:, None]                                                       # (B, 3)
+    shape = (u[:, 12:15] * len(SHAPES)).astype(int)
+    r = sizes_on_grid(u[:, 6:9], n) if grid else sizes(u[:, 6:9], n)
+    r = np.where(there, r, 0)
+    main = r.argmax(1)                                                               # (B,) the largest object
+
+    colors, kept = list(COLORS), [(SHAPES.index(s), list(COLORS).index(c)) for c, s in HELD_OUT]
+    rank = u[:, 24:48].reshape(B, 3, len(COLORS)).copy()    # an object takes its highest-ranked colour
+    if held_out:
+        pair = np.array(kept)[(u[:, 11] * len(kept)).astype(int)]                           # (B, 2)
+        shape[rows, main] = pair[:, 0]
+    barred = np.zeros((len(SHAPES), len(colors)), bool)
+    barred[tuple(np.array(kept).T)] = True
+    rank[barred[shape]] = -1
+    if held_out:
+        rank[rows, :, pair[:, 1]] = -1
+        rank[rows, main, pair[:, 1]] = 2
+    color = np.empty((B, 3), int)
+    for k in range(3):
+        color[:, k] = rank[:, k].argmax(1)
+        rank[rows, k + 1:, color[:, k]] = -1
+
+    x, y, relation = (place_on_grid if grid else place)(u[:, PAIR:PAIR + 3] < 0.5, u[:, 17:24], n, r)
+    native = (u[:, 1, None] > native_table()[shape[rows, main], :-1]).sum(1)
+    scene = dict(shape=shape, color=color, x=x, y=y, r=r)
+    scene = {name: np.where(there, value, -1) for name, value in scene.items()}
+    return dict(scene, n=n, main=main, relation=np.where(there[:, 1:], relation, -1), native=native,
+                background=(u[:, 2] * len(BACKGROUNDS)).astype(int))
 
 
-def around(ink: np.ndarray, pixels: int) -> np.ndarray:
-    """1 where a mask (K, R, R) is set within so many pixels, else 0."""
-    wide = torch.from_numpy(ink).float()[:, None]
-    return torch.nn.functional.max_pool2d(wide, 2 * pixels + 1, 1, pixels)[:, 0].numpy()
+def sizes(u: np.ndarray, n: np.ndarray) -> np.ndarray:
+    """Return half the width of every object, with one clearly the largest. u (B, 3), n (B,) -> (B, 3)"""
+    rows, there = np.arange(len(n)), np.arange(3) < n[:, None]
+    most = np.where(n == 1, ALONE, RADIUS[1])[:, None]
+    r = np.where(there, RADIUS[0] + (most - RADIUS[0]) * u, 0)
+    main = r.argmax(1)
+    r[rows, main] = np.maximum(r[rows, main], RADIUS[0] / 0.89)
+    return np.where(np.arange(3) == main[:, None], r, np.minimum(r, 0.9 * r[rows, main][:, None]))
 
 
-def least(R: int) -> float:
-    """Pixels that make an object: 0.4 of the smallest whole one."""
-    return 0.4 * moments()[0].min() * (RADIUS[0] * R) ** 2
+def sizes_on_grid(u: np.ndarray, n: np.ndarray) -> np.ndarray:
+    """Make a lone object small or large, and one of several large, each equally likely. u (B, 3), n (B,) -> (B, 3)"""
+    large = np.where(n == 1, 2 * u[:, 0], u[:, 0] * n).astype(int)                          # (B,)
+    return np.where(np.arange(3) == large[:, None], TWO_SIZES[1], TWO_SIZES[0])
 
 
-def fit(mask: np.ndarray) -> np.ndarray:
-    """The shape (K,) whose drawing, with the area and centroid of a mask (K, R, R), overlaps it best.
+def place(coin: np.ndarray, u: np.ndarray, n: np.ndarray, r: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Return centres x, y (B, 3) and relation (B, 2): object 0 beside object 1, object 2 across from both.
 
-    Its edge is a twentieth of the picture wide, between the sharpest and the most blurred originals."""
-    (area, low), edge = moments(), max(1, mask.shape[1] / 20)
-    at = np.arange(mask.shape[1], dtype=np.float32) + 0.5
-    total = np.maximum(mask.sum((1, 2)), 1e-6)
-    cx, cy = (mask.sum(1) @ at) / total, (mask.sum(2) @ at) / total
-    overlap = np.empty((len(mask), len(SHAPES)))
-    for s, name in enumerate(SHAPES):
-        r = np.sqrt(total / np.float32(area[s]))[:, None]
-        x = (at - cx[:, None]) / r
-        y = (at - cy[:, None]) / r + np.float32(low[s])
-        drawn = np.clip(0.5 - r[..., None] * sdf(name, x[:, None], y[..., None]) / edge, 0, 1)
-        overlap[:, s] = np.minimum(mask, drawn).sum((1, 2)) / np.maximum(mask, drawn).sum((1, 2))
-    return overlap.argmax(1)
+    coin (B, 3) says whether the pair's axis is vertical, object 0 is the far one, and object 2 is the near one."""
+    rows, room = np.arange(len(n)), 1 - 2 * MARGIN
+    vertical, far, before = coin.astype(int).T
+    low, high = np.sort(u[:, :2], axis=1).T
+    near = np.where(far, r[:, 1], r[:, 0])                              # radius of the pair's near one
+    slack = room - GAP - 2 * r[:, 0] - 2 * r[:, 1]
+    edge = np.stack([MARGIN + low * slack, MARGIN + 2 * near + GAP + high * slack], axis=1)     # (B, 2)
+    along = MARGIN + r + u[:, :3] * (room - 2 * r)                      # (B, 3) unless the pair decides
+    for k in (0, 1):
+        along[:, k] = np.where(n > 1, edge[rows, far ^ k] + r[:, k], along[:, k])
 
+    band = 2 * r[:, :2].max(1)
+    low, high = np.sort(u[:, 3:5], axis=1).T
+    slack = room - GAP - band - 2 * r[:, 2]
+    first = np.where(before, 2 * r[:, 2], band)
+    edge = np.stack([MARGIN + low * slack, MARGIN + first + GAP + high * slack], axis=1)
+    across = MARGIN + r + u[:, 3:6] * (room - 2 * r)
+    for k, jitter in ((0, u[:, 5]), (1, u[:, 6])):
+        inside = edge[rows, before] + r[:, k] + jitter * (band - 2 * r[:, k])
+        across[:, k] = np.where(n > 2, inside, across[:, k])
+    across[:, 2] = edge[rows, 1 - before] + r[:, 2]
 
-def score(images: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
-    """Is each picture (B, 3, R, R), in [-1, 1], what its caption says? By pixel arithmetic, no network.
-
-    Answers (B,) float32, 1 yes, 0 no, NaN where the caption does not ask:
-    color       the colours that are named are there, and no other is
-    count       as many objects as the caption has
-    background  the one that is named
-    shape       every object found by its colour has the stated shape, of all eight
-    size        every object found by its colour has the stated size, of the two
-    side        left of and right of hold between the centroids of two objects that were found
-    level       above and below, likewise; a mirrored picture is wrong on side and right on level
-    all         all of these that were asked
-    An object that shares its colour with another is judged for colour and count only. UserError for a caption
-    that is not of the grammar."""
-    facts = [describe(text) for text in captions]
-    back, owner, share = unmix(images)
-    R, wanted = images.shape[-1], {name: np.full(len(facts), np.nan) for name in ANSWERS}
-
-    def answer(name, rows, right):
-        rows, right = np.asarray(rows, int), np.asarray(right, float)
-        np.fmin.at(wanted[name], rows, right)
-
-    answer("count", range(len(facts)), count(owner, share) == [len(f.shapes) for f in facts])
-    named = [b for b, f in enumerate(facts) if f.background]
-    answer("background", named, [list(BACKGROUNDS)[back[b]] == facts[b].background for b in named])
-
-    row = np.array([b for b, f in enumerate(facts) for _ in f.shapes], int)
-    after = [link for f in facts for link in (*f.relations, None)]          # to the object after it
-    color = np.array([list(COLORS).index(name) for f in facts for name in f.colors], int)   # (K,)
-    shape = np.array([SHAPES.index(name) for f in facts for name in f.shapes], int)
-    size = [name for f in facts for name in f.sizes]
-    alone = np.array([f.colors.count(name) == 1 for f in facts for name in f.colors], bool)
-    mask = np.where((owner[row] == color[:, None, None]) & (share[row] > 0.15), share[row], 0)
-    mask = mask * around(mask > 0.5, R // 16)                                               # (K, R, R)
-    found = (mask > 0.5).sum((1, 2)) >= least(R)
-    answer("color", row, found)
-    area = np.stack([((owner == c) & (share > 0.5)).sum((1, 2)) for c in range(len(COLORS))], axis=1)
-    unasked = np.array([[name not in f.colors for name in COLORS] for f in facts])          # (B, colours)
-    answer("color", range(len(facts)), ~((area >= least(R)) & unasked).any(1))
-
-    judged = np.flatnonzero(found & alone)
-    seen_as = fit(mask[judged])
-    answer("shape", row[judged], seen_as == shape[judged])
-    large = mask[judged].sum((1, 2)) > moments()[0][seen_as] * ((SMALL + LARGE) / 2 * R) ** 2
-    sized = [k for k, j in enumerate(judged) if size[j]]
-    answer("size", row[judged[sized]], [large[k] == (size[judged[k]] == "large") for k in sized])
-
-    at, total = np.arange(R), np.maximum(mask.sum((1, 2)), 1e-6)
-    x, y = mask.sum(1) @ at / total, mask.sum(2) @ at / total                               # (K,)
-    ahead = dict(zip(RELATIONS, (x[:-1] < x[1:], x[:-1] > x[1:], y[:-1] < y[1:], y[:-1] > y[1:])))
-    both = [k for k, next_one in zip(judged, judged[1:]) if next_one == k + 1 and after[k]]
-    for name, kinds in (("side", RELATIONS[:2]), ("level", RELATIONS[2:])):
-        pairs = [k for k in both if after[k] in kinds]
-        answer(name, row[pairs], [ahead[after[k]][k] for k in pairs])
-    wanted["all"] = np.fmin.reduce(list(wanted.values()))
-    return {name: torch.from_numpy(value.astype(np.float32)) for name, value in wanted.items()}
+    x, y = np.where(vertical[:, None], (across, along), (along, across))
+    return x, y, np.stack([2 * vertical + far, 2 * (1 - vertical) + before], axis=1)
 
 
-def sharpness(images: Tensor) -> Tensor:
-    """(B,) one over the width in pixels of the edges between objects and background; rises with native size.
+def place_on_grid(coin: np.ndarray, u: np.ndarray, n: np.ndarray, r: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Return what `place` does, with centres on the grid. Objects of either size do not touch."""
+    rows = np.arange(len(n))
+    vertical, far, before = coin.astype(int).T
+    free = np.array(EIGHTHS)[(u[:, :6] * len(EIGHTHS)).astype(int)]                         # (B, 6)
+    along, across = free[:, :3].copy(), free[:, 3:].copy()
+    pair, band = (np.array(APART)[(v * len(APART)).astype(int)] for v in (u[:, 6], u[:, 0]))    # (B, 2)
+    for k in (0, 1):
+        along[:, k] = np.where(n > 1, pair[rows, far ^ k], along[:, k])
+        across[:, k] = np.where(n > 2, band[rows, before], across[:, k])
+    across[:, 2] = band[rows, 1 - before]
 
-    Except where the native size is the canvas itself: then nothing is resampled and edges are sharpest."""
-    share = torch.from_numpy(unmix(images)[2])
-    step = torch.cat([share.diff(dim=1).flatten(1), share.diff(dim=2).flatten(1)], dim=1)
-    return step.square().sum(1) / step.abs().sum(1).clamp(min=1e-6)
-
-
-def cut(images: Tensor) -> Tensor:
-    """(B,) bool: does an object reach the border of the picture?"""
-    share = unmix(images)[2] > 0.6
-    border = np.concatenate([share[:, 0], share[:, -1], share[:, :, 0], share[:, :, -1]], axis=1)
-    return torch.from_numpy(border.sum(1) >= 2)
-
-
-# ---------------------------------------------------------------- a sheet to look at
-
-@dataclass(frozen=True)
-class Sheet:
-    """Which samples to draw, and where to."""
-    out: str = "out/shapes.png"     # the picture to write
-    count: int = 24                 # samples on it
-    resolution: int = 32            # side of a sample in pixels
-    seed: int = 0                   # of the data set
-    split: str = "train"            # train, test or held_out
-    plain: bool = False             # whole, sharp and unmirrored samples only
-    scenes: str = "free"            # free, grid or sides
+    x, y = np.where(vertical[:, None], (across, along), (along, across)) / 8
+    return x, y, np.stack([2 * vertical + far, 2 * (1 - vertical) + before], axis=1)
 
 
-def main() -> None:
-    """Draw a sheet of samples, each above its caption and its controls."""
-    o = parse(sys.argv[1:], Sheet())
-    source = Shapes(o.resolution, o.seed, o.split, native=not o.plain, crop=not o.plain, flip=not o.plain,
-                    scenes=o.scenes)
-    batch, side, across = source.records(range(o.count)), 192, 6
-    pixels = ((batch["image"] + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    sheet = Image.new("RGB", (across * (side + 8), -(-o.count // across) * (side + 56)), "white")
-    pen = ImageDraw.Draw(sheet)
-
-    for k in range(o.count):
-        at = (k % across * (side + 8) + 4, k // across * (side + 56) + 4)
-        sheet.paste(Image.fromarray(pixels[k]).resize((side, side), Image.Resampling.NEAREST), at)
-        top, left = batch["crop"][k].int().tolist()
-        control = f"size {batch['size'][k, 0]:.0f}, crop {top} {left}, flip {batch['flip'][k]:.0f}"
-        lines = textwrap.wrap(batch["caption"][k], 31) + [control]
-        pen.multiline_text((at[0], at[1] + side + 1), "\n".join(lines), fill="black", spacing=1)
-
-    Path(o.out).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(o.out)
-    right = score(batch["image"], batch["caption"])
-    print(f"{o.out}: " + ", ".join(f"{name} {value.nanmean():.2f}" for name, value in right.items()))
+def caption(scene: dict[str, np.ndarray], b: int, u: np.ndarray) -> str:
+    """Return the caption of row b: every object, and those of the other facts that its numbers u (DRAWS,) choose."""
+    n, names, links = scene["n"][b], list(COLORS), scene["relation"][b]
+    r = scene["r"][b]
+    word = ["small" if r[k] <= SMALL else "large" if r[k] >= LARGE else None for k in range(n)]
+    return write(Facts(
+        colors=tuple(names[k] for k in scene["color"][b, :n]),
+        shapes=tuple(SHAPES[k] for k in scene["shape"][b, :n]),
+        sizes=tuple(word[k] if u[TOLD + k] < 0.5 else None for k in range(n)),
+        relations=tuple(RELATIONS[links[k]] if u[SAID + k] < 0.75 else None for k in range(n - 1)),
+        background=list(BACKGROUNDS)[scene["background"][b]] if u[TOLD + 5] < 0.5 else None))
 
 
-if __name__ == "__main__":
-    try:
-        main()
-    except UserError as e:
-        print(e, file=sys.stderr)
-        sys.exit(2)
+# ---------------------------------------------------------------- pixels
+
+def sdf(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Return the signed distance to the outline of a shape in [-1, 1]^2: negative inside, exact near the outline."""
+    x = np.abs(x)
+    if shape == "circle":
+        return np.hypot(x, y) - 0.94
+    if shape == "square":
+        return np.maximum(x, np.abs(y)) - 0.84
+    if shape == "diamond":
+        return (x + np.abs(y) - 1) * math.sqrt(0.5)
+    if shape == "ring":
+        return np.abs(np.hypot(x, y) - 0.76) - 0.24
+    if shape == "cross":
+        y = np.abs(y)
+        return np.maximum(np.maximum(x, y) - 0.98, np.minimum(x, y) - 0.3)
+    if shape == "triangle":
+        return np.maximum(y - 0.78, (1.74 * x - 0.98 * (y + 0.96)) / math.hypot(1.74, 0.98))
+    if shape == "heart":                                   # a square on its tip and a disc on each upper side
+        y, h = y - 0.08, 0.8
+        disc = np.hypot(x - h / 2, y + h / 2) - h * math.sqrt(0.5)
+        return np.minimum(disc, (x + np.abs(y) - h) * math.sqrt(0.5))
+    y = y - 0.08                                            # star: fold the plane onto half a point
+    cos, sin = math.cos(0.2 * math.pi), math.sin(0.2 * math.pi)
+    for _ in range(2):                                # by the mirror at 36 degrees from the upper tip (0, -1)
+        beyond = np.maximum(cos * x + sin * y, 0)
+        x, y = np.abs(x - 2 * cos * beyond), y - 2 * sin * beyond
+    dx, dy = 0.44 * sin, 1 - 0.44 * cos                     # from the tip to the dent
+    return (dy * x - dx * (y + 1)) / math.hypot(dx, dy)
+
+
+@lru_cache(maxsize=1024)
+def resampler(n: int, S: int, pad: int) -> np.ndarray:
+    """Return (S, pad + n + pad) float32: n pixels to S by a triangle two pixels of the coarser grid wide."""
+    at = (np.arange(S)[:, None] + 0.5) * n / S - (np.arange(n) + 0.5)
+    weight = np.maximum(0, 1 - np.abs(at) / max(1, n / S))
+    return np.pad(weight / weight.sum(1, keepdims=True), ((0, 0), (pad, pad))).astype(np.float32)
+
+
+def render(scene: dict[str, np.ndarray], S: np.ndarray, top: np.ndarray, left: np.ndarray, flip: np.ndarray,
+           R: int) -> np.ndarray:
+    """Return the crops (B, 3, R, R) float32 in [-1, 1]; S, top, left in pixels of the canvas, flip bool, (B,) each.
+
+    A crop shows canvas(R) / S of the image's side: all of it at S = canvas(R), half of it at twice that. Resampling is
+    linear and objects do not overlap, so each object is rendered on a small square of native pixels, resampled
+    directly to the crop, and laid over the background in its colour."""
+    back = rgb(BACKGROUNDS)[scene["background"]]                                            # (B, 3)
+    image = np.repeat(back, R * R, axis=1).reshape(-1, 3, R, R)
+    paint = rgb(COLORS)[scene["color"]] - back[:, None]                                    # (B, 3 objects, 3)
+    for k, n in enumerate(NATIVE):
+        b, j = np.nonzero((scene["native"] == k)[:, None] & (scene["shape"] >= 0))          # (K,) each
+        if len(b):
+            x, y, r = (scene[name][b, j] for name in ("x", "y", "r"))
+            mask = draw(scene["shape"][b, j], x, y, r, n, S[b], top[b], left[b], flip[b], R)        # (K, R, R)
+            for o in range(3):
+                one = j == o
+                image[b[one]] += mask[one, None] * paint[b[one], o, :, None, None]
+    return np.clip(image, -1, 1)
+
+
+def draw(shape: np.ndarray, x: np.ndarray, y: np.ndarray, r: np.ndarray, n: int, S: np.ndarray,
+         top: np.ndarray, left: np.ndarray, flip: np.ndarray, R: int) -> np.ndarray:
+    """Return the coverage (K, R, R) of objects, clip(1/2 - distance in native pixels), resampled to the crop."""
+    unit = n * R / canvas(R)                                # native pixels per image side
+    p = math.ceil(2 * ALONE * unit) + 3
+    corner = np.floor(np.stack([x, y]) * unit - p / 2).astype(int)                          # (2, K)
+    pixel = corner[..., None] + np.arange(p) + 0.5 - np.stack([x, y])[..., None] * unit     # (2, K, p)
+    px, py = (pixel / (r[:, None] * unit)).astype(np.float32)
+    scale = (r * unit).astype(np.float32)[:, None, None]
+    cover = np.empty((len(x), p, p), np.float32)
+    for s in np.unique(shape):
+        one = shape == s
+        cover[one] = sdf(SHAPES[s], px[one, None, :], py[one, :, None]) * scale[one]
+    cover = np.clip(0.5 - cover, 0, 1)
+
+    sides, which = np.unique(S, return_inverse=True)
+    weight = np.concatenate([resampler(n, int(side), p) for side in sides])                 # (sum of sides, ...)
+    start, seen = (np.cumsum(sides) - sides)[which][:, None], np.arange(R)
+    rows = start + top[:, None] + seen                                                      # (K, R)
+    cols = start + left[:, None] + np.where(flip[:, None], seen[::-1], seen)
+    inside = corner[..., None] + np.arange(p) + p                                           # (2, K, p)
+    wx = weight[cols[:, :, None], inside[0][:, None]]                                       # (K, R, p)
+    wy = weight[rows[:, :, None], inside[1][:, None]]
+    return wy @ cover @ wx.transpose(0, 2, 1)                                               # (K, R, R)
+
+
+def canvas(R: int) -> int:
+    """Return the side S of the canvas for which a crop of side R is as wide as the image."""
+    return round(1.25 * R)
+
+
+def __getattr__(name: str) -> object:
+    """Lend the notebooks what moved to shapes_score.py, until they import it from there."""
+    if name in ("score", "sharpness", "cut"):
+        return getattr(importlib.import_module("shapes_score"), name)
+    raise AttributeError(f"module 'shapes' has no attribute {name!r}")

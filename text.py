@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from captions import WORDS, split
+from shapes_grammar import WORDS, split
 from config import Config, UserError
 from rng import seed64
 from outside import library

@@ -6,6 +6,7 @@ import json
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from hashlib import sha256
 from threading import Barrier
 
 import numpy as np
@@ -14,14 +15,17 @@ import torch
 from safetensors.torch import save_file
 
 import checkpoint
+import clip_score as clips
 import coco
+import lpips_score
 import machine
-import perceptual
+import measures_shared
 import sample
-import text
+from clip_score import CLIP, CONFIG, PROTOCOLS, clip_score
 from config import UserError
+from lpips_score import lpips_diversity
+from measures_shared import mean_over, mean_pair_distance, size_groups
 from outside import library
-from perceptual import CLIP, PROTOCOLS, clip_score, lpips_diversity, mean_over, mean_pair_distance
 from rng import seed64
 from test_drawing import run_folder
 from wishes import read_prompts
@@ -51,7 +55,7 @@ def write(folder, net, quick=True, config=True):
     save_file({k: v.contiguous() for k, v in net.state_dict().items()}, folder / "open_clip_model.safetensors")
     if config:
         cfg = {"embed_dim": 40, "vision_cfg": VISION, "text_cfg": TEXT, "quick_gelu": quick}
-        (folder / text.CONFIG).write_text(json.dumps({"model_cfg": cfg, "preprocess_cfg": {}}), encoding="utf-8")
+        (folder / CONFIG).write_text(json.dumps({"model_cfg": cfg, "preprocess_cfg": {}}), encoding="utf-8")
     return folder
 
 
@@ -68,7 +72,7 @@ def clip(folder):
 def cosines(net, pictures, captions):
     """By open_clip's own preprocessing of Pillow pictures, one pair at a time."""
     from PIL import Image
-    prepare = open_clip.image_transform(30, is_train=False, mean=perceptual.MEAN, std=perceptual.STD)
+    prepare = open_clip.image_transform(30, is_train=False, mean=clips.MEAN, std=clips.STD)
     found = []
     for x, caption in zip(pictures, captions):
         image = prepare(Image.fromarray(x.permute(1, 2, 0).numpy()))[None]
@@ -133,7 +137,7 @@ def test_negative_cosines_count_as_zero_pair_by_pair(clip, theirs):
 
 def test_pictures_that_need_no_resize_give_open_clips_vectors_to_rounding(clip, theirs):
     x = PICTURES[..., :30, :30]
-    mean, std = (torch.tensor(v)[:, None, None] for v in (perceptual.MEAN, perceptual.STD))
+    mean, std = (torch.tensor(v)[:, None, None] for v in (clips.MEAN, clips.STD))
     want = theirs.encode_image((x.float() / 255 - mean) / std, normalize=True)
     assert torch.allclose(clip.pictures(x), want, atol=1e-6)
     tall = torch.randint(0, 256, (2, 3, 48, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
@@ -146,7 +150,7 @@ def test_batches_do_not_matter_and_pairs_do(clip):
     assert split[0].value == pytest.approx(one[0].value, abs=1e-3) and split[1] == one[1]
     moved = clip_score([(PICTURES, CAPTIONS[1:] + CAPTIONS[:1])], clip, PROTOCOLS["l14"], ALONE)
     assert abs(moved[0].value - one[0].value) > 0.1
-    with pytest.raises(ValueError, match="5 pictures with 4 captions"):
+    with pytest.raises(ValueError, match="5 images with 4 captions"):
         clip_score([(PICTURES, CAPTIONS[:4])], clip, PROTOCOLS["l14"], ALONE)
 
 
@@ -169,7 +173,7 @@ def test_it_computes_in_true_fp32_whatever_the_run_has_set(clip):
 def test_without_quickgelu_or_weights_there_is_no_score(theirs, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="QuickGELU.*openai:"):
         CLIP(str(write(tmp_path, theirs, quick=False)), "ViT-L-14", CPU)
-    (tmp_path / text.CONFIG).unlink()
+    (tmp_path / CONFIG).unlink()
     with pytest.raises(UserError, match="QuickGELU"):
         CLIP(str(tmp_path), "ViT-L-14", CPU)
     with pytest.raises(UserError, match="does not fit"):        # told so, it is taken for the model of that name
@@ -214,19 +218,18 @@ def test_the_clip_command(folder, tmp_path, capsys):
     (tmp_path / "x.json").write_text(json.dumps({"steps": 50, "lam": 5.0, "n": 5}), encoding="utf-8")
     (tmp_path / "p.txt").write_text("\n".join(CAPTIONS) + "\n", encoding="utf-8")
     flags = [f"--images={tmp_path}/x.npz", f"--prompts={tmp_path}/p.txt", f"--clip={folder}", "--batch=2"]
-    perceptual.main([*flags, "--protocol=coco"])
+    clips.main([*flags, "--protocol=coco"])
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     want, _ = clip_score([(PICTURES, CAPTIONS)], CLIP(str(folder), "ViT-L-14", CPU), PROTOCOLS["l14"], ALONE)
     assert line["metric"] == "clip_coco" and line["value"] == pytest.approx(want.value, abs=1e-3)
     assert line["captions_cut"] == 1 and len(line["weights"]) == 64 and line["n"] == 5 and line["error"] > 0
     assert line["departs"] == ["n: 40504 -> 5", "steps: 25 -> 50"]
     (tmp_path / "p.txt").write_text("dog\n", encoding="utf-8")
-    with pytest.raises(UserError, match="5 pictures.*1 captions"):
-        perceptual.main(flags)
-    for flag, says in (("--protocol=x", "unknown protocol='x'"), ("--metric=x", "unknown metric='x'"),
-                       ("--prompts=gone.txt", "no file at --prompts")):
+    with pytest.raises(UserError, match="5 images.*1 captions"):
+        clips.main(flags)
+    for flag, says in (("--protocol=x", "unknown protocol='x'"), ("--prompts=gone.txt", "no file at --prompts")):
         with pytest.raises(UserError, match=says):
-            perceptual.main([*flags, flag])
+            clips.main([*flags, flag])
 
 
 # ---------------------------------------------------------------- LPIPS
@@ -234,7 +237,7 @@ def test_the_clip_command(folder, tmp_path, capsys):
 @pytest.fixture(scope="module")
 def random_lpips():
     """lpips's own network, its trunk random; the heads are those of the package."""
-    lpips = perceptual.import_lpips()
+    lpips = lpips_score.import_lpips()
     torch.manual_seed(0)
     return lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).eval().requires_grad_(False)
 
@@ -283,9 +286,9 @@ def test_the_variance_form_is_the_mean_over_pairs_for_any_vectors():
 
 def test_pictures_that_are_not_bytes_are_refused(random_lpips, clip):
     for wrong in (torch.zeros(2, 3, 64, 70), torch.zeros(2, 4, 64, 70, dtype=torch.uint8)):
-        with pytest.raises(ValueError, match="wanted uint8 pictures"):
-            perceptual.lpips_features(random_lpips, wrong)
-        with pytest.raises(ValueError, match="wanted uint8 pictures"):
+        with pytest.raises(ValueError, match="wanted uint8 images"):
+            lpips_score.lpips_features(random_lpips, wrong)
+        with pytest.raises(ValueError, match="wanted uint8 images"):
             clip.pictures(wrong)
 
 
@@ -293,13 +296,25 @@ def test_no_lpips_without_its_very_weights(tmp_path, monkeypatch):
     monkeypatch.setenv("LPIPS_TRUNK", "")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(UserError, match="no weights at .*7be5be79.pth; get https://.*--trunk or LPIPS_TRUNK"):
-        perceptual.load_lpips("", CPU)
+        lpips_score.load_lpips("", CPU)
     (tmp_path / "wrong.pth").write_bytes(b"some other weights")
     with pytest.raises(UserError, match="its sha256 is .*, not 7be5be79"):
-        perceptual.load_lpips(str(tmp_path / "wrong.pth"), CPU)
+        lpips_score.load_lpips(str(tmp_path / "wrong.pth"), CPU)
     monkeypatch.setenv("LPIPS_TRUNK", str(tmp_path / "wrong.pth"))
     with pytest.raises(UserError, match="its sha256 is"):
-        perceptual.load_lpips("", CPU)
+        lpips_score.load_lpips("", CPU)
+
+
+def test_the_lpips_command(random_lpips, tmp_path, monkeypatch, capsys):
+    """With small groups in place of a run's images, which AlexNet cannot see at 16 pixels."""
+    run_folder(tmp_path / "run", controls="size", control_weight="uniform")
+    monkeypatch.setattr(lpips_score, "load_lpips", lambda path, device: random_lpips)
+    monkeypatch.setattr(lpips_score, "size_groups", lambda o, sizes, place: [groups(20)[:, :len(sizes)]])
+    lpips_score.main([f"--out={tmp_path}/run", "--sizes=16+48+96", "--n=3", "--steps=2"])
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    want = lpips_diversity([groups(20)[:, :3]], random_lpips, ALONE)
+    assert (line["value"], line["error"], line["n"]) == (want.value, want.error, 3) and line["metric"] == "lpips_alex"
+    assert (line["sizes"], line["K"], line["pairs"], line["lam"], line["eta"]) == ([16, 48, 96], 3, 3, 1.5, 0.25)
 
 
 @pytest.mark.slow
@@ -310,74 +325,65 @@ def test_trunk_and_heads_are_filled_in_by_name(random_lpips, tmp_path, monkeypat
     theirs = alexnet(weights=None).features
     trunk = {f"features.{k}": v for k, v in theirs.state_dict().items()}
     torch.save(trunk, tmp_path / "trunk.pth")
-    monkeypatch.setattr(perceptual, "TRUNK_SHA256", perceptual.sha256(tmp_path / "trunk.pth"))
+    monkeypatch.setattr(lpips_score, "TRUNK_SHA256", sha256((tmp_path / "trunk.pth").read_bytes()).hexdigest())
     before = torch.get_rng_state()
-    net = perceptual.load_lpips(str(tmp_path / "trunk.pth"), CPU)
+    net = lpips_score.load_lpips(str(tmp_path / "trunk.pth"), CPU)
     assert torch.equal(before, torch.get_rng_state()) and not any(p.requires_grad for p in net.parameters())
     x = torch.randn(2, 3, 64, 70, generator=torch.Generator().manual_seed(1))
     assert torch.equal(net.net(x)[4], theirs[:12](x))
     heads = random_lpips.lins.state_dict()
     assert all(torch.equal(v, heads[k]) for k, v in net.lins.state_dict().items())
     assert all((p >= 0).all() for p in net.lins.parameters())
-    monkeypatch.setattr(perceptual, "HEADS_SHA256", "0" * 64)
+    monkeypatch.setattr(lpips_score, "HEADS_SHA256", "0" * 64)
     with pytest.raises(UserError, match="alex.pth.*not 000.*pip install"):
-        perceptual.load_lpips(str(tmp_path / "trunk.pth"), CPU)
+        lpips_score.load_lpips(str(tmp_path / "trunk.pth"), CPU)
     with pytest.raises(KeyError):
-        perceptual.fill_lpips(net, {k: v for k, v in trunk.items() if k != "features.6.bias"}, {})
+        lpips_score.fill_lpips(net, {k: v for k, v in trunk.items() if k != "features.6.bias"}, {})
 
 
 # ---------------------------------------------------------------- sizes of one prompt
 
-@pytest.mark.parametrize("asked, want", [
-    ("hr", (256, 512, 1024)), ("all", (64, 128, 256, 512, 1024)), ("8+16", (8, 16))])
-def test_sizes_are_presets_or_numbers(asked, want):
-    assert perceptual.read_sizes(asked) == want
-
-
-@pytest.mark.parametrize("asked", ["", "64", "64+x", "0+4", "low"])
-def test_other_sizes_are_refused(asked):
-    with pytest.raises(UserError, match="neither a preset, all, hr"):
-        perceptual.read_sizes(asked)
+def test_sizes_are_presets_or_numbers():
+    for text, want in ("hr", (256, 512, 1024)), ("all", (64, 128, 256, 512, 1024)), ("8+16", (8, 16)):
+        assert lpips_score.read_sizes(text) == want
+    for text in ("", "64", "64+x", "0+4", "low"):
+        with pytest.raises(UserError, match="neither a preset, all, hr"):
+            lpips_score.read_sizes(text)
 
 
 def test_groups_of_latents_are_decoded_and_of_the_file_that_is_named(tmp_path, monkeypatch):
     out = run_folder(tmp_path / "run", "class", channels=4, controls="size", control_weight="uniform")
     o, seen = sample.Options(out=str(out), n=2, steps=2, dtype="float32"), []
     with pytest.raises(UserError, match="latents of 4 channels"):
-        next(perceptual.size_groups(o, (16, 48, 96), ALONE))
+        next(size_groups(o, (16, 48, 96), ALONE))
 
     def decoder_of(about, path, channels, device):
         seen.append((about["file"], path, channels))
         return lambda z: z[:, :3].repeat(1, 1, 2, 2), 2
-    monkeypatch.setattr(perceptual, "decoder_of", decoder_of)
+    monkeypatch.setattr(measures_shared, "decoder_of", decoder_of)
     tensors, header = checkpoint.read_weights(out / "weights.safetensors")
     header = {k: v for k, v in header.items() if k != "sha256"}
     for file, scale in (("weights.safetensors", 1), ("wide.safetensors", 0.5)):
         checkpoint.write_weights(out / file, {k: scale * v for k, v in tensors.items()}, {**header, "file": file})
     asked = [replace(o, file=file, autoencoder="vae") for file in ("weights.safetensors", "wide.safetensors")]
-    first, other = (torch.cat(list(perceptual.size_groups(a, (16, 48, 96), ALONE))) for a in asked)
+    first, other = (torch.cat(list(size_groups(a, (16, 48, 96), ALONE))) for a in asked)
     assert seen == [(a.file, "vae", 4) for a in asked]
     assert first.shape == (2, 3, 3, 32, 32) and torch.equal(first[..., :16, :16], first[..., 16:, 16:])
     assert not torch.equal(first, other) and (first[:, 0] != first[:, 2]).flatten(1).any(1).all()
 
 
-@pytest.mark.slow
 def test_groups_differ_in_size_alone_and_do_not_know_the_processes(tmp_path):
-    import train
-    tiny = ["--config=configs/shapes32.py", "--steps=8", "--batch=4", "--micro=4", "--model.width=32",
-            "--model.depth=1", "--model.heads=2", "--sample_every=0", "--compile=off", "--warmup=1", "--workers=0",
-            "--threads=1", "--lr=0.02"]
-    assert train.run([*tiny, f"--out={tmp_path}/run"]) == 0
-    o = sample.Options(out=f"{tmp_path}/run", n=5, steps=4, batch=8)
-    alone = torch.cat(list(perceptual.size_groups(o, (16, 48, 96), ALONE)))
-    assert alone.shape == (5, 3, 3, 32, 32) and alone.dtype == torch.uint8
+    run_folder(tmp_path / "run", controls="size", control_weight="uniform")
+    o = sample.Options(out=f"{tmp_path}/run", n=5, steps=2, batch=8, dtype="float32")
+    alone = torch.cat(list(size_groups(o, (16, 48, 96), ALONE)))
+    assert alone.shape == (5, 3, 3, 16, 16) and alone.dtype == torch.uint8
     assert (alone[:, 0] != alone[:, 2]).flatten(1).any(1).all()
-    shared = [list(perceptual.size_groups(o, (16, 48, 96), machine.Place(CPU, r, 2))) for r in range(2)]
+    shared = [list(size_groups(o, (16, 48, 96), machine.Place(CPU, r, 2))) for r in range(2)]
     assert sum(len(part) for parts in shared for part in parts) == 5
     apart = (torch.cat([part for parts in zip(*shared) for part in parts]
                        + [p for parts in shared for p in parts[min(map(len, shared)):]]).int() - alone.int()).abs()
     assert apart.max() <= 1                                     # a batch of another size rounds differently
-    turned = torch.cat(list(perceptual.size_groups(o, (96, 16, 48), ALONE)))
+    turned = torch.cat(list(size_groups(o, (96, 16, 48), ALONE)))
     assert (turned[:, [1, 2, 0]].int() - alone.int()).abs().max() <= 1
     with pytest.raises(UserError, match="no --size of their own"):
-        next(perceptual.size_groups(sample.Options(out=o.out, size="16,16"), (16, 48), ALONE))
+        next(size_groups(sample.Options(out=o.out, size="16,16"), (16, 48), ALONE))

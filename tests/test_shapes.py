@@ -2,21 +2,18 @@
 import dataclasses
 import math
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-import scenes
 import shapes
-from captions import BACKGROUNDS, COLORS, RELATIONS, SHAPES, WORDS, WordVectors, describe, split, write
+import shapes_score
+from captions import WordVectors
 from config import UserError
-from scenes import HELD_OUT, LARGE, NATIVE, SMALL, uniform
-from shapes import Shapes, cut, score, sharpness
+from shapes import HELD_OUT, LARGE, NATIVE, SMALL, Shapes, uniform
+from shapes_grammar import BACKGROUNDS, COLORS, RELATIONS, SHAPES, WORDS, describe, split, write
+from shapes_score import cut, score, sharpness
 
 PLAIN = dict(native=False, crop=False, flip=False)
 
@@ -24,13 +21,13 @@ PLAIN = dict(native=False, crop=False, flip=False)
 @pytest.fixture(scope="module")
 def whole():
     """Renders at every native size, uncut and not mirrored."""
-    return Shapes(32, crop=False, flip=False).records(range(1200))
+    return Shapes(32, crop=False, flip=False).records(range(800))
 
 
 # ---------------------------------------------------------------- language
 
 def test_captions_are_of_the_grammar_and_use_all_of_it():
-    texts = Shapes(8, **PLAIN).records(range(1500))["caption"]
+    texts = Shapes(8, **PLAIN).records(range(500))["caption"]
     lengths = [len(split(text)) for text in texts]
     assert all(write(describe(text)) == text for text in texts)
     assert (min(lengths), max(lengths) <= 20) == (3, True) and max(lengths) >= 17
@@ -77,10 +74,10 @@ def test_word_vectors_are_orthogonal_distinct_in_place_and_of_unit_variance():
     coder = WordVectors()
     gram = coder.table[:-1] @ coder.table[:-1].T
     assert torch.equal(gram, torch.eye(len(coder.words)) * coder.table.shape[1])
-    tokens, lengths = coder.encode(Shapes(8, **PLAIN).records(range(400))["caption"])
+    tokens, lengths = coder.encode(Shapes(8, **PLAIN).records(range(150))["caption"])
     power = (tokens ** 2).sum((1, 2)) / (lengths * coder.dim)
     assert 0.85 < power.mean() < 1 and torch.pdist(coder.where).min() > 0.5
-    assert torch.equal(tokens, WordVectors().encode(Shapes(8, **PLAIN).records(range(400))["caption"])[0])
+    assert torch.equal(tokens, WordVectors().encode(Shapes(8, **PLAIN).records(range(150))["caption"])[0])
 
 
 def test_encoder_refuses_what_it_does_not_know():
@@ -107,8 +104,8 @@ def test_hashed_numbers_are_uniform_and_uncorrelated():
 def test_mix_is_splitmix64():
     """The first output of the published generator from state 0, and avalanche: a flipped bit flips half."""
     step = np.array([0x9E3779B97F4A7C15], np.uint64)
-    assert scenes.mix(step)[0] == 0xE220A8397B1DCDAF
-    flips = scenes.mix(step ^ (np.uint64(1) << np.arange(64, dtype=np.uint64))) ^ scenes.mix(step)
+    assert shapes.mix(step)[0] == 0xE220A8397B1DCDAF
+    flips = shapes.mix(step ^ (np.uint64(1) << np.arange(64, dtype=np.uint64))) ^ shapes.mix(step)
     assert abs(np.mean([bin(k).count("1") for k in flips.tolist()]) - 32) < 5 * 4 / 8
 
 
@@ -156,9 +153,9 @@ def test_record_has_the_contract_shapes():
 def test_switches_decide_the_controls_and_the_fingerprint():
     all_on, off = Shapes(16), Shapes(16, **PLAIN)
     assert all_on.controls == ("size", "crop", "flip") and off.controls == ()
-    batch, plain = all_on.records(range(900)), off.records(range(900))
+    batch, plain = all_on.records(range(400)), off.records(range(400))
     assert set(batch["size"].unique().tolist()) == set(NATIVE)
-    assert abs(batch["flip"].mean() - 0.5) < 5 * 0.5 / 30
+    assert abs(batch["flip"].mean() - 0.5) < 5 * 0.5 / 20
     assert batch["crop"].min() == 0 and batch["crop"].max() == 4
     assert batch["crop"].unique(dim=0).shape == (25, 2)
     assert (plain["size"] == NATIVE[-1]).all() and not plain["crop"].any() and not plain["flip"].any()
@@ -183,7 +180,7 @@ def test_wrong_arguments_are_named():
 
 @pytest.mark.parametrize("kind", ["free", "grid"])
 def test_captions_are_true_of_the_scene(kind):
-    batch = Shapes(8, seed=2, scenes=kind, **PLAIN).records(range(1500))
+    batch = Shapes(8, seed=2, scenes=kind, **PLAIN).records(range(800))
     scene = {k: v.numpy() for k, v in batch["scene"].items()}
     claims = 0
     for b, text in enumerate(batch["caption"]):
@@ -198,15 +195,13 @@ def test_captions_are_true_of_the_scene(kind):
             gap = dict(zip(RELATIONS, (x[k + 1] - x[k], x[k] - x[k + 1], y[k + 1] - y[k], y[k] - y[k + 1])))
             assert link is None or gap[link] > r[k] + r[k + 1]
             claims += link is not None
-    assert claims > 800
+    assert claims > 300
 
 
 @pytest.mark.parametrize("objects", [(1,), (2,), (3,)])
 @pytest.mark.parametrize("kind", ["free", "grid"])
 def test_objects_are_whole_apart_and_of_different_colours(objects, kind):
-    truth = Shapes(8, objects=objects, scenes=kind, **PLAIN).records(range(800))["scene"]
-    scene = {k: v.numpy() for k, v in truth.items()}
-    n = objects[0]
+    scene, n = Shapes(8, objects=objects, scenes=kind).drawn(np.arange(800))[1], objects[0]
     assert (scene["n"] == n).all()
     assert (scene["shape"][:, n:] == -1).all() and (scene["shape"][:, :n] >= 0).all()
     x, y, r = (scene[name][:, :n] for name in "xyr")
@@ -220,16 +215,16 @@ def test_objects_are_whole_apart_and_of_different_colours(objects, kind):
 
 def test_on_the_grid_centres_are_corners_of_patches_and_sizes_are_two_one_large_among_several():
     source = Shapes(32, scenes="grid", **PLAIN)
-    scene = {k: v.numpy() for k, v in source.records(range(2000))["scene"].items()}
+    scene = source.drawn(np.arange(2000))[1]
     there = scene["r"] > 0
     for name in "xy":
         place = scene[name][there] * 8
-        assert (place == place.round()).all() and set(place) == set(scenes.EIGHTHS)
-    small, large = ((scene["r"] == r).sum(1) for r in scenes.TWO_SIZES)
+        assert (place == place.round()).all() and set(place) == set(shapes.EIGHTHS)
+    small, large = ((scene["r"] == r).sum(1) for r in shapes.TWO_SIZES)
     several = scene["n"] > 1
     assert (large[several] == 1).all() and (small + large == scene["n"]).all()
     assert abs(large[~several].mean() - 0.5) < 5 * 0.5 / (~several).sum() ** 0.5
-    first = (scene["r"][several, 0] == scenes.TWO_SIZES[1]).mean()          # as likely as any other: 1/2 or 1/3
+    first = (scene["r"][several, 0] == shapes.TWO_SIZES[1]).mean()          # as likely as any other: 1/2 or 1/3
     assert abs(first - 5 / 12) < 5 * 0.5 / several.sum() ** 0.5
     free = Shapes(32, **PLAIN)
     assert free.fingerprint != source.fingerprint and not torch.equal(free.records([3])["image"],
@@ -238,12 +233,12 @@ def test_on_the_grid_centres_are_corners_of_patches_and_sizes_are_two_one_large_
 
 def test_scenes_of_sides_are_pairs_on_the_grid_beside_each_other_and_every_caption_says_how():
     source = Shapes(32, scenes="sides", **PLAIN)
-    batch = source.records(range(600))
+    batch = source.records(range(300))
     scene = {k: v.numpy() for k, v in batch["scene"].items()}
     assert (scene["n"] == 2).all() and set(np.unique(scene["relation"][:, 0])) == {0, 1}    # left of, right of
     assert [describe(text).relations for text in batch["caption"]] == [(RELATIONS[k],) for k in scene["relation"][:, 0]]
     left = scene["x"][:, 0] < scene["x"][:, 1]
-    assert (left == (scene["relation"][:, 0] == 0)).all() and abs(left.mean() - 0.5) < 5 * 0.5 / 600 ** 0.5
+    assert (left == (scene["relation"][:, 0] == 0)).all() and abs(left.mean() - 0.5) < 5 * 0.5 / 300 ** 0.5
     assert (scene["x"][:, :2] * 8 % 1 == 0).all() and (scene["y"][:, :2] * 8 % 1 == 0).all()
     assert len({Shapes(32, scenes=kind).fingerprint for kind in ("free", "grid", "sides")}) == 3
     rare = {(list(COLORS).index(c), SHAPES.index(s)) for c, s in HELD_OUT}
@@ -255,12 +250,12 @@ def test_scenes_of_sides_are_pairs_on_the_grid_beside_each_other_and_every_capti
 
 @pytest.mark.parametrize("kind", ["free", "grid"])
 def test_label_is_the_clearly_largest_object_and_sets_the_native_size(kind):
-    batch = Shapes(8, scenes=kind).records(range(4000))
+    batch = Shapes(8, scenes=kind).records(range(2000))
     r = batch["scene"]["r"].sort(dim=1, descending=True)
     assert (r.values[:, 1] <= 0.9 * r.values[:, 0] + 1e-9).all()
     assert torch.equal(batch["label"], batch["scene"]["shape"].gather(1, r.indices[:, :1])[:, 0])
-    share = torch.bincount(batch["label"], minlength=8) / 4000
-    assert (share - 1 / 8).abs().max() < 5 * math.sqrt(1 / 8 * 7 / 8 / 4000)
+    share = torch.bincount(batch["label"], minlength=8) / 2000
+    assert (share - 1 / 8).abs().max() < 5 * math.sqrt(1 / 8 * 7 / 8 / 2000)
     fine = torch.stack([(batch["size"][batch["label"] == k, 0] >= 32).float().mean() for k in range(8)])
     assert fine[0] < 0.25 and fine[-1] > 0.75 and (fine.diff() > -0.1).all()
     for k in (0, 7):                                                        # the ranges overlap
@@ -271,8 +266,8 @@ def test_label_is_the_clearly_largest_object_and_sets_the_native_size(kind):
 def test_held_out_pairs_are_only_where_they_belong(kind):
     pairs = {(list(COLORS).index(c), SHAPES.index(s)) for c, s in HELD_OUT}
     for split_name in ("train", "test", "held_out"):
-        scene = Shapes(8, split=split_name, scenes=kind, **PLAIN).records(range(3000))["scene"]
-        main = [(c[m].item(), s[m].item()) for c, s, m in zip(scene["color"], scene["shape"], scene["main"])]
+        scene = Shapes(8, split=split_name, scenes=kind).drawn(np.arange(3000))[1]
+        main = [(c[m], s[m]) for c, s, m in zip(scene["color"], scene["shape"], scene["main"])]
         every = [p for c, s in zip(scene["color"], scene["shape"]) for p in zip(c.tolist(), s.tolist())]
         found = sum(p in pairs for p in every)
         assert found == (3000 if split_name == "held_out" else 0)
@@ -283,15 +278,15 @@ def test_held_out_pairs_are_only_where_they_belong(kind):
 
 def some(count):
     """A few scenes of one to three objects at all native sizes."""
-    return scenes.draw_scene(uniform(1, np.arange(count), scenes.DRAWS), (1, 2, 3), False)
+    return shapes.draw_scene(uniform(1, np.arange(count), shapes.DRAWS), (1, 2, 3), False)
 
 
 @pytest.mark.parametrize("n", NATIVE)
 def test_coverage_has_the_area_and_place_of_the_shape_at_every_native_size(n):
     x, y, r, R = np.full(8, 0.47), np.full(8, 0.56), np.full(8, 0.21), 48
     zero = np.zeros(8, int)
-    mask = scenes.draw(np.arange(8), x, y, r, n, zero + scenes.canvas(R), zero, zero, zero > 0, R)
-    area, low = shapes.moments()
+    mask = shapes.draw(np.arange(8), x, y, r, n, zero + shapes.canvas(R), zero, zero, zero > 0, R)
+    area, low = shapes_score.moments()
     assert np.abs(mask.sum((1, 2)) / (area * (0.21 * R) ** 2) - 1).max() < 2 / n     # blunt tips
     at = (np.arange(R) + 0.5) / R
     assert np.abs(mask.sum(1) @ at / mask.sum((1, 2)) - 0.47).max() < 0.003
@@ -301,7 +296,7 @@ def test_coverage_has_the_area_and_place_of_the_shape_at_every_native_size(n):
 def test_distances_have_slope_one_at_the_outline_and_stay_in_the_box():
     at = (np.arange(-300, 300) + 0.5) / 250
     for name in SHAPES:
-        d = scenes.sdf(name, at[None], at[:, None])
+        d = shapes.sdf(name, at[None], at[:, None])
         slope = np.hypot(*np.gradient(d, 1 / 250))[np.abs(d) < 0.01]
         assert abs(np.median(slope) - 1) < 0.01 and (np.abs(slope - 1) < 0.02).mean() > 0.9, name
         inside = np.abs(at[np.nonzero(d < 0)[0]]).max(), np.abs(at[np.nonzero(d < 0)[1]]).max()
@@ -310,7 +305,7 @@ def test_distances_have_slope_one_at_the_outline_and_stay_in_the_box():
 
 @pytest.mark.parametrize("n, width", [(40, 1), (16, 2), (96, 5)])
 def test_resampling_keeps_ramps_and_widens_with_shrinking(n, width):
-    weight = scenes.resampler(n, 40, 3)
+    weight = shapes.resampler(n, 40, 3)
     assert weight.shape == (40, n + 6) and not weight[:, :3].any() and not weight[:, -3:].any()
     ramp = weight[:, 3:-3] @ ((np.arange(n) + 0.5) / n)
     assert np.allclose(ramp[4:-4], ((np.arange(40) + 0.5) / 40)[4:-4], atol=1e-3)
@@ -319,37 +314,36 @@ def test_resampling_keeps_ramps_and_widens_with_shrinking(n, width):
 
 def test_crop_is_a_window_and_flip_a_mirror():
     zero, off, R = np.zeros(12, int), np.zeros(12, bool), 20
-    S = zero + scenes.canvas(R)
-    base = scenes.render(some(12), S, zero, zero, off, R)
-    moved = scenes.render(some(12), S, zero + 2, zero + 3, off, R)
+    S = zero + shapes.canvas(R)
+    base = shapes.render(some(12), S, zero, zero, off, R)
+    moved = shapes.render(some(12), S, zero + 2, zero + 3, off, R)
     assert np.allclose(base[:, :, 2:, 3:], moved[:, :, :-2, :-3], atol=1e-6)
     assert not np.allclose(base, moved, atol=0.1)
-    assert np.allclose(scenes.render(some(12), S, zero + 2, zero + 3, ~off, R), moved[..., ::-1], atol=1e-6)
+    assert np.allclose(shapes.render(some(12), S, zero + 2, zero + 3, ~off, R), moved[..., ::-1], atol=1e-6)
 
 
 @pytest.mark.parametrize("k", [2, 3])
-def test_a_crop_of_a_kth_of_the_side_is_a_window_of_the_picture_at_k_times_the_resolution(k):
+def test_a_crop_of_a_kth_of_the_side_is_a_window_of_the_image_at_k_times_the_resolution(k):
     R, B, u = 20, 24, np.random.default_rng(k)
     top, left = u.integers(0, (k - 1) * R + 1, (2, B))
     flip, zero = u.random(B) < 0.5, np.zeros(B, int)
-    S = zero + k * scenes.canvas(R)
-    fine = scenes.render(some(B), zero + scenes.canvas(k * R), zero, zero, zero > 0, k * R)
+    S = zero + k * shapes.canvas(R)
+    fine = shapes.render(some(B), zero + shapes.canvas(k * R), zero, zero, zero > 0, k * R)
     window = np.stack([fine[b, :, top[b]:top[b] + R, left[b]:left[b] + R] for b in range(B)])
     window[flip] = window[flip][..., ::-1]
-    near = scenes.render(some(B), S, top, left, flip, R)
+    near = shapes.render(some(B), S, top, left, flip, R)
     assert np.allclose(near, window, atol=2e-6) and np.ptp(near, axis=(2, 3)).max() > 1
 
     mixed = np.where(np.arange(B) % 2, S, S // k)                           # a side of its own for every sample
     top, left = top * (mixed - R) // (S - R), left * (mixed - R) // (S - R)
-    every = [scenes.render(some(B), zero + side, top % (side - R + 1), left % (side - R + 1), flip, R)
+    every = [shapes.render(some(B), zero + side, top % (side - R + 1), left % (side - R + 1), flip, R)
              for side in (S[0] // k, S[0])]
     both = np.where((mixed == S)[:, None, None, None], every[1], every[0])
-    assert np.allclose(scenes.render(some(B), mixed, top, left, flip, R), both, atol=2e-6)
+    assert np.allclose(shapes.render(some(B), mixed, top, left, flip, R), both, atol=2e-6)
 
 
-@pytest.mark.parametrize("low, high", [(0.4, 0.6), (0.4, 1.0)])
-def test_side_and_place_of_a_crop_are_uniform_in_their_ranges(low, high):
-    n, R = 2000, 64
+def test_side_and_place_of_a_crop_are_uniform_in_their_ranges():
+    n, R, low, high = 600, 64, 0.4, 0.6
     batch, whole = Shapes(R, side=(low, high)).records(range(n)), Shapes(R, crop=False).records(range(n))
     side = whole["scene"]["r"][:, 0] / batch["scene"]["r"][:, 0]
     assert low - 0.004 < side.min() < low + 0.01 and high - 0.01 < side.max() < high + 0.004    # canvas: whole pixels
@@ -379,16 +373,16 @@ def test_a_side_changes_the_view_and_nothing_else():
 
 def test_truth_is_in_coordinates_of_a_crop_of_any_side():
     R = 64
-    batch = Shapes(R, objects=(1,), native=False, side=(0.4, 1)).records(range(600))
-    share, at = shapes.unmix(batch["image"])[2], (np.arange(R) + 0.5) / R
+    batch = Shapes(R, objects=(1,), native=False, side=(0.4, 1)).records(range(400))
+    share, at = shapes_score.unmix(batch["image"])[2], (np.arange(R) + 0.5) / R
     scene = {name: batch["scene"][name][:, 0].numpy() for name in "xyr"}
     ink = np.where(share > 0.05, share, 0)
     x, y, r = (scene[k] for k in "xyr")
     inside = (x - r > 0) & (x + r < 1) & (y - r > 0) & (y + r < 1)
     outside = (x + r < -0.02) | (x - r > 1.02) | (y + r < -0.02) | (y - r > 1.02)
-    assert inside.sum() > 80 and batch["flip"].numpy()[inside].mean() > 0.3 and r[inside].max() > 0.4
-    assert outside.sum() > 20 and ink[outside].sum((1, 2)).max() < 1
-    area, low = (value[batch["label"].numpy()] for value in shapes.moments())
+    assert inside.sum() > 40 and batch["flip"].numpy()[inside].mean() > 0.3 and r[inside].max() > 0.4
+    assert outside.sum() > 10 and ink[outside].sum((1, 2)).max() < 1
+    area, low = (value[batch["label"].numpy()] for value in shapes_score.moments())
     total = np.maximum(ink.sum((1, 2)), 1e-6)
     assert np.abs(ink.sum(1) @ at / total - x)[inside].max() < 0.005
     assert np.abs(ink.sum(2) @ at / total - low * r - y)[inside].max() < 0.005
@@ -396,13 +390,13 @@ def test_truth_is_in_coordinates_of_a_crop_of_any_side():
 
 
 def test_truth_moves_with_the_crop_and_the_flip():
-    batch = Shapes(32, objects=(1,), native=False).records(range(300))
-    back, owner, share = shapes.unmix(batch["image"])
+    batch = Shapes(32, objects=(1,), native=False).records(range(200))
+    back, owner, share = shapes_score.unmix(batch["image"])
     scene, at = batch["scene"], (np.arange(32) + 0.5) / 32
     ink = np.where(share > 0.3, share, 0)
     mid = (scene["x"][:, 0] > 0.25) & (scene["x"][:, 0] < 0.75) & (scene["y"][:, 0] > 0.25)
     x = torch.from_numpy(ink.sum(1) @ at / ink.sum((1, 2)))
-    assert mid.sum() > 80 and batch["flip"][mid].mean() > 0.3
+    assert mid.sum() > 50 and batch["flip"][mid].mean() > 0.3
     assert (x - scene["x"][:, 0])[mid].abs().max() < 0.01
 
 
@@ -418,16 +412,15 @@ def test_scores_are_right_on_renders_of_every_native_size(whole):
     assert asked["color"] == asked["count"] == asked["all"] == 1 and min(asked.values()) > 0.3
 
 
-def test_scores_are_near_chance_on_captions_of_other_pictures(whole):
-    other = whole["caption"][1:] + whole["caption"][:1]
-    right = {k: v.nanmean().item() for k, v in score(whole["image"], other).items()}
+def test_scores_are_near_chance_on_captions_of_other_images(whole):
+    right = {k: v.nanmean().item() for k, v in score(whole["image"][:400], whole["caption"][1:401]).items()}
     assert right["all"] < 0.02 and right["color"] < 0.15 and right["shape"] < 0.2
     assert abs(right["count"] - 1 / 3) < 0.07
     assert abs(right["background"] - 0.2) < 0.09 and abs(right["size"] - 0.5) < 0.2 and right["side"] < 0.9
 
 
-def test_mirrored_pictures_are_wrong_on_side_alone(whole):
-    right = score(whole["image"].flip(-1), whole["caption"])
+def test_mirrored_images_are_wrong_on_side_alone(whole):
+    right = score(whole["image"][:300].flip(-1), whole["caption"][:300])
     assert right.pop("side").nanmean() == 0
     assert all(value.nanmean() > 0.98 for name, value in right.items() if name != "all")
 
@@ -463,10 +456,10 @@ def test_each_false_word_is_found_by_its_own_score():
 
 
 def test_scores_stand_some_noise_and_range(whole):
-    noise = torch.randn(400, 3, 32, 32, generator=torch.Generator().manual_seed(3))
-    right = score(whole["image"][:400] * 1.03 + 0.08 * noise, whole["caption"][:400])
+    noise = torch.randn(200, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    right = score(whole["image"][:200] * 1.03 + 0.08 * noise, whole["caption"][:200])
     assert all(value.nanmean() > 0.95 for value in right.values())
-    assert score(noise, whole["caption"][:400])["all"].mean() < 0.02
+    assert score(noise, whole["caption"][:200])["all"].mean() < 0.02
 
 
 def test_objects_of_one_colour_are_counted_but_not_told_apart():
@@ -477,7 +470,7 @@ def test_objects_of_one_colour_are_counted_but_not_told_apart():
 
 
 def test_sharpness_rises_with_native_size(whole):
-    for batch in (whole, Shapes(64, crop=False).records(range(150))):
+    for batch in (whole, Shapes(64, crop=False).records(range(100))):
         value = sharpness(batch["image"])
         sharp = torch.stack([value[batch["size"][:, 0] == n].mean() for n in NATIVE])
         assert (sharp.diff() > 0).all() and sharp[-1] > 2 * sharp[0]
@@ -487,11 +480,11 @@ def test_sharpness_rises_with_native_size(whole):
 
 def test_cut_finds_the_objects_that_the_crop_cuts(whole):
     assert not cut(whole["image"]).any()
-    batch = Shapes(32, native=False).records(range(600))
+    batch = Shapes(32, native=False).records(range(300))
     at = (np.arange(-200, 200) + 0.5) / 200
     reach = []                                                       # of each shape: left and right, up, down
     for name in SHAPES:
-        inside = scenes.sdf(name, at[None], at[:, None]) < 0
+        inside = shapes.sdf(name, at[None], at[:, None]) < 0
         rows, cols = at[inside.any(1)], at[inside.any(0)]
         reach.append((cols.max(), -rows.min(), rows.max()))
     scene = batch["scene"]
@@ -504,17 +497,6 @@ def test_cut_finds_the_objects_that_the_crop_cuts(whole):
     assert (beyond > 0.5).float().mean() > 0.4
 
 
-def test_sheet_is_drawn_from_the_command_line(tmp_path, monkeypatch):
-    command = [sys.executable, "shapes.py", f"--out={tmp_path / 'sheet.png'}", "--count=7", "--plain=true"]
-    root = Path(__file__).parent.parent
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0 and "all 1.00" in done.stdout, done.stderr
-    assert Image.open(tmp_path / "sheet.png").size == (6 * 200, 2 * 248)
-    monkeypatch.setattr(sys, "argv", ["shapes.py", "--split=val"])
-    with pytest.raises(UserError, match="unknown split 'val'"):
-        shapes.main()
-
-
-def test_a_picture_with_more_colours_than_asked_is_wrong():
+def test_a_image_with_more_colours_than_asked_is_wrong():
     noise = torch.from_numpy(np.random.default_rng(0).choice([-1.0, 1.0], (9, 3, 32, 32)).astype(np.float32))
     assert not score(noise, ["a red ring left of a blue square"] * 9)["color"].any()
