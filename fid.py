@@ -343,7 +343,8 @@ class Drawn:
 
     def __init__(self, o: sample.Options, net: nn.Module | None, cfg: Config, header: dict[str, str],
                  place: machine.Place, strict: bool = True) -> None:
-        self.o, self.net, self.cfg, self.device, self.strict, self.broken = o, net, cfg, place.device, strict, 0
+        self.o, self.net, self.cfg, self.header, self.device = o, net, cfg, header, place.device
+        self.strict, self.broken = strict, 0
         self.wishes = sample.Wishes(o, cfg, header)
         self.decode, self.scale = decoder_of(header, o.autoencoder, cfg.model.channels, place.device)
 
@@ -363,19 +364,18 @@ class Drawn:
         return self.decode(sample.draw(self.net, self.cfg, cond, indices, self.o, self.device))
 
 
-def load_images(o: sample.Options, place: machine.Place) -> tuple[Drawn, dict[str, str]]:
-    """The images of the run o.out, and the header of its weights. UserError for options that do not fit it."""
+def load_images(o: sample.Options, place: machine.Place) -> Drawn:
+    """The images of the run o.out. UserError for options that do not fit it."""
     net, cfg, header = sample.open_run(o)
-    drawn = Drawn(sample.check(o, cfg), net.to(place.device), cfg, header, place)
     net.dtype = machine.precision(place.device, o.dtype)
-    return drawn, header
+    return Drawn(sample.check(o, cfg), net.to(place.device), cfg, header, place)
 
 
 def size_groups(o: sample.Options, sizes: tuple[int, ...], place: machine.Place) -> Iterator[Tensor]:
     """[COND] sec. 3.1: for each of o.n prompts an image at every requested size, all else equal. uint8 (P, K, 3, H, W)
 
     The processes share the prompts; an image depends on the number of its prompt and on its size alone."""
-    drawn, K = load_images(o, place)[0], len(sizes)
+    drawn, K = load_images(o, place), len(sizes)
     if "size" not in model.control_names(drawn.cfg.model) or o.size:
         raise UserError(f"images at several sizes need a model with size among its controls, and no --size of their "
                         f"own; {o.out} has model.controls={drawn.cfg.model.controls!r}, size={o.size!r}")
@@ -402,8 +402,8 @@ class Options(sample.Options):
 
 def run_pictures(o: Options, place: machine.Place) -> tuple[Callable, dict]:
     """The images of the run o.out, and their origin for the last line. UserError for options that do not fit it."""
-    drawn, header = load_images(o, place)
-    o, cfg = drawn.o, drawn.cfg
+    drawn = load_images(o, place)
+    o, cfg, header = drawn.o, drawn.cfg, drawn.header
     captions = "captions of " + ("the test split" if cfg.data == "shapes" else cfg.data)
     default = {"class": "all classes in turn", "none": "nothing", "text": captions}[cfg.model.semantics]
     same = ("sampler", "steps", "eta", "beta", "interval", "seed", "size", "crop", "flip")
@@ -567,8 +567,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"fid.py wants a command first, got {name!r}; there are {', '.join(COMMANDS)}")
     command = COMMANDS[name]
     if isinstance(command, tuple):
-        room, *words = command
-        command, rest = importlib.import_module(room).main, [*words, *rest]
+        module, *words = command
+        command, rest = importlib.import_module(module).main, [*words, *rest]
     command(rest)
 
 

@@ -48,7 +48,7 @@ def by_formula():
 
 
 def outputs(net, resize=tf1_resize):
-    """Features and logits of an image by formula, at the smallest side that the last pool sees more than one pixel of."""
+    """Features and logits of an image by formula, at the smallest side where the last pool has several pixels."""
     c, y, x = torch.meshgrid(torch.arange(3), torch.arange(32), torch.arange(40), indexing="ij")
     image = ((x * x * (3 + c) + y * (17 + 5 * c) + x * y + 40 * c) % 256).double()[None]
     with torch.inference_mode():
