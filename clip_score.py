@@ -28,7 +28,7 @@ import machine
 from config import UserError, parse, run
 from fid_files import open_pictures
 from inception import precise
-from measures_shared import Mean, mean_over
+from fid import Mean, mean_over
 from outside import library
 from wishes import read_prompts
 

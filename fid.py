@@ -1,27 +1,28 @@
-"""Is it good? FID, KID and the Inception Score, of pictures in a folder or an npz, of a run, or during training.
+"""Evaluation: FID, KID and Inception Score of images in a folder or an npz, of a run, or during training.
 
-python fid.py ref --images=data/train --square=256 --to=ref.npz         statistics of real pictures, once
+python fid.py ref --images=data/train --square=256 --to=ref.npz         statistics of real images, once
 python fid.py fid --images=samples.npz --ref=ref.npz                    or a folder of PNG files
-python fid.py fid --out=out/imagenet --ref=ref.npz --n=50000 --lam=1.5  drawn as sample.py draws, never on the disk
+python fid.py fid --out=out/imagenet --ref=ref.npz --n=50000 --lam=1.5  generated as by sample.py, never on the disk
 torchrun --nproc_per_node=8 -- fid.py fid --out=out/imagenet --ref=ref.npz --metrics=fid+kid+is
 python fid.py clip --images=samples.npz --prompts=prompts.txt           CLIPScore
-python fid.py lpips --out=out/imagenet --n=100                          how far pictures differ by size alone
+python fid.py lpips --out=out/imagenet --n=100                          how much images differ by size alone
 python fid.py toy --images=out/demo/samples/NAME.npz                    shapes: toy_fd, accuracy by attribute
-python fid.py check                                                     golden and analytic tests, without weights
-python fid.py speed                                                     of the distance and of the features
 
-The last line is one JSON object. A number's name says N, features and resize: numbers of other names do not compare.
-Dimensions: B batch, H x W pixels, D features, n pictures.
+The last line of the output is one JSON object. The name of a number states N, features and resize: compare it only
+with numbers of the same name. To add a metric, accumulate it in `collect` and add a row to METRICS.
+Dimensions: B batch, H x W pixels, D features, K classes or images of one prompt, P prompts, n and m images.
 """
-import dataclasses
 import hashlib
+import importlib
+import io
 import json
-import sys
+import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,273 +31,486 @@ from tqdm import tqdm
 
 import checkpoint
 import data
-import inception
-import judge
 import log
 import machine
-import perceptual
+import model
 import sample
 from autoencoder import decoder_of
-from config import Config, UserError, parse
-from distances import FeatureStats, InceptionScore, frechet_distance, kid
-from fid_check import Check, Speed, checks, speeds
-from fid_files import Reference, Stack, find_reference, first_pictures, write_reference
-from inception import Extractor
-from perceptual import clip_score, lpips_diversity      # noqa: F401 (of the public names of this room)
+from conditioning import Condition
+from config import Config, UserError, parse, run
+from fid_files import Folder, Stack, open_pictures
 
-ENOUGH = 10_000                         # below so many pictures the bias of FID is no longer small
+ENOUGH = 10_000                         # images below which the bias of FID matters
+BLOCK = 1024                            # rows of KID's kernel matrix in memory
+NEGATIVE = 1e-6                         # rounding may take a distance this far below zero, relative to the traces
+FORMAT = 1                              # version of our reference files, and their arrays:
+KEYS = ("mu", "sigma", "n", "features", "weights_sha256", "resize", "data", "version", "rows")
 
 
-# ---------------------------------------------------------------- one pass over the pictures
+# ---------------------------------------------------------------- Fréchet distance, KID, Inception Score
+
+def _exact(device: torch.device | str) -> torch.device:
+    """The device for float64 sums: `device`, or the CPU for MPS, which has no float64."""
+    return torch.device("cpu" if torch.device(device).type == "mps" else device)
+
+
+class FeatureStats:
+    """Mean and covariance of any number of features, as running sums in O(D^2) memory and float64.
+
+    The split into batches and processes changes nothing but rounding. The relative error of a variance is about
+    1e-16 (mean/std)^2, so shift features that are far from zero."""
+    def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
+        self.count = torch.zeros(1, dtype=torch.float64, device=_exact(device))
+        self.sum = self.count.new_zeros(dim)                                        # (D,)
+        self.outer = self.count.new_zeros(dim, dim)                                 # (D, D)
+
+    def update(self, features: Tensor) -> None:
+        """Add features (B, D). ValueError for another shape, inf or nan."""
+        if features.ndim != 2 or features.shape[1] != len(self.sum):
+            raise ValueError(f"features of shape {tuple(features.shape)}, wanted (B, {len(self.sum)})")
+        f = features.detach().to(self.sum.device).double()
+        if not f.isfinite().all():
+            raise ValueError("features hold inf or nan")
+        self.count += len(f)
+        self.sum += f.sum(0)
+        self.outer.addmm_(f.T, f)
+
+    def all_reduce(self, place: machine.Place) -> None:
+        """Add up over the processes, once, at the end; a process may have seen no images."""
+        self.count, self.sum, self.outer = (machine.add_up(x, place) for x in (self.count, self.sum, self.outer))
+
+    @property
+    def n(self) -> int:
+        """The number of features."""
+        return int(self.count.item())
+
+    @property
+    def mean(self) -> Tensor:
+        """(D,) float64"""
+        return self.sum / self.count
+
+    @property
+    def cov(self) -> Tensor:
+        """(D, D) float64, over n - 1. ValueError below two features."""
+        if self.n < 2:
+            raise ValueError(f"a covariance needs two features, got {self.n}")
+        return (self.outer - self.count * torch.outer(self.mean, self.mean)) / (self.count - 1)
+
+
+def frechet_distance(mu1: Tensor, cov1: Tensor, mu2: Tensor, cov2: Tensor) -> float:
+    """[FID] sec. 3: |mu1 - mu2|^2 + tr C1 + tr C2 - 2 tr (C1^1/2 C2 C1^1/2)^1/2 of two Gaussians, without a root.
+
+    For any R R^T = C1, the last trace is the sum of the roots of the eigenvalues of R^T C2 R: real, no iteration.
+    R is Cholesky's factor, or that of eigh for a singular C1. mu (D,), cov (D, D), tensors or arrays. ValueError for
+    other shapes, inf, nan, or C < 0."""
+    mu1, cov1, mu2, cov2 = (torch.as_tensor(x).detach().cpu().double() for x in (mu1, cov1, mu2, cov2))
+    D = len(mu1)
+    if [x.shape for x in (mu1, cov1, mu2, cov2)] != [(D,), (D, D)] * 2:
+        raise ValueError(f"means and covariances of {D}, {len(cov1)}, {len(mu2)} and {len(cov2)} dimensions")
+    if not all(x.isfinite().all() for x in (mu1, cov1, mu2, cov2)):
+        raise ValueError("means or covariances hold inf or nan")
+    R, singular = torch.linalg.cholesky_ex(cov1)
+    if singular:
+        values, vectors = torch.linalg.eigh(cov1)
+        R = vectors * values.clamp(min=0).sqrt()
+    root = torch.linalg.eigvalsh(R.T @ cov2 @ R).clamp(min=0).sqrt().sum()
+    traces = cov1.trace() + cov2.trace()
+    distance = ((mu1 - mu2).square().sum() + traces - 2 * root).item()
+    if distance < -NEGATIVE * max(1.0, traces.item()):
+        raise ValueError(f"distance {distance:.3g} is negative: one of the covariances is not positive")
+    return max(0.0, distance)
+
+
+def kid(x: Tensor, y: Tensor) -> tuple[float, float]:
+    """[KID] eq. 4: the unbiased squared MMD of the kernel (x.y/D + 1)^3, over all pairs, and its standard error.
+
+    x (n, D), y (m, D); memory (BLOCK, max(n, m)) float64. The value may be negative. The error is first order
+    (Hoeffding's projection): right for sets that differ, too small for sets that do not. ValueError below two rows."""
+    if min(len(x), len(y)) < 2:
+        raise ValueError(f"KID needs two features of each set, got {len(x)} and {len(y)}")
+    x, y = (z.to(_exact(z.device)).double() for z in (x, y))
+
+    def across(a: Tensor, b: Tensor) -> Tensor:
+        """Mean kernel of each row of a with the rows of b. (len(a),)"""
+        return torch.cat([((part @ b.T / b.shape[1] + 1) ** 3).mean(1) for part in a.split(BLOCK)])
+
+    def within(z: Tensor) -> Tensor:
+        """Mean kernel of each row with the others. (len(z),)"""
+        return (len(z) * across(z, z) - (z.square().mean(1) + 1) ** 3) / (len(z) - 1)
+
+    h_x, h_y = within(x) - across(x, y), within(y) - across(y, x)                   # (n,), (m,)
+    error = 2 * (h_x.var() / len(x) + h_y.var() / len(y)).sqrt()
+    return (h_x.mean() + h_y.mean()).item(), error.item()
+
+
+def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
+    """[IS] exp(E KL(p(y|x) || p(y))): the mean over consecutive splits, as equal as n allows, and its standard error.
+
+    logits (n, K), in the order of the images. ValueError for fewer images than splits."""
+    n, scores = len(logits), []
+    if n < splits:
+        raise ValueError(f"{n} images do not fill {splits} splits")
+    for k in range(splits):
+        log_p = logits[k * n // splits:(k + 1) * n // splits].to(_exact(logits.device)).double().log_softmax(1)
+        p = log_p.exp()
+        marginal = p.mean(0)                                                        # (K,)
+        scores.append(((p * log_p).sum(1).mean() - torch.special.xlogy(marginal, marginal).sum()).exp())
+    scores = torch.stack(scores)
+    return scores.mean().item(), (scores.std() / splits ** 0.5).item()
+
+
+# ---------------------------------------------------------------- means of the other metrics
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over n values, with its standard error: their standard deviation over the square root of n."""
+    value: float
+    error: float
+    n: int
+
+
+def mean_over(values: list[float], place: machine.Place) -> Mean:
+    """The mean over the values of all processes, any number each. UserError for fewer than two."""
+    x, device = torch.tensor(values, dtype=torch.float64), _exact(place.device)
+    sums = torch.tensor([x.sum().item(), len(x)], dtype=torch.float64, device=device)
+    total, n = machine.add_up(sums, place).tolist()
+    if n < 2:
+        raise UserError(f"a mean with a standard error needs at least 2 images or prompts, got {n:g}")
+    squares = machine.add_up((x - total / n).square().sum().to(device), place).item()
+    return Mean(total / n, math.sqrt(squares / (n - 1) / n), int(n))
+
+
+def mean_pair_distance(features: list[Tensor]) -> Tensor:
+    """(P,) float64: mean of |f_i - f_j|^2 over the K (K - 1) / 2 pairs, as 2 / (K - 1) sum_k |f_k - mean f|^2.
+
+    Exact: the sum over i, j of |f_i - f_j|^2 is 2K times the centred sum of squares, and counts every pair twice.
+    Centred first: with |f|^2 near 1 and distances near 1e-5, sums of squares in fp32 would lose the distances.
+    features: (P, K, ...) each, parts of one long vector. ValueError for K = 1."""
+    K = features[0].shape[1]
+    if K < 2:
+        raise ValueError("a distance needs at least two images of every prompt")
+    squares = [(f - f.mean(1, keepdim=True)).square().flatten(1).sum(1) for f in features]      # (P,) each
+    return sum(s.cpu().double() for s in squares) * 2 / (K - 1)
+
+
+# ---------------------------------------------------------------- reference statistics
+
+class Reference(NamedTuple):
+    """Mean (D,) and covariance (D, D) of real images, features (n, D) if kept for KID, and the origin of the file."""
+    mu: Tensor
+    sigma: Tensor
+    rows: Tensor | None
+    origin: dict[str, Any]
+
+
+def write_reference(path: Path, stats: FeatureStats, extract: Any, source: str, rows: Tensor | None) -> None:
+    """Save statistics as pytorch-fid and other tools read them (mu, sigma), with features, resize and source."""
+    content, more = io.BytesIO(), {} if rows is None else {"rows": rows.cpu().numpy()}
+    np.savez(content, mu=stats.mean.cpu().numpy(), sigma=stats.cov.cpu().numpy(), n=stats.n, features=extract.name,
+             weights_sha256=extract.sha256, resize=extract.resize, data=source, version=FORMAT, **more)
+    checkpoint.write_bytes(path, content.getvalue())
+
+
+def read_reference(path: str, extract: Any) -> Reference:
+    """Load an .npz of ours, of pytorch-fid, [ADM], [EDM] or clean-fid, and unpickle nothing.
+
+    UserError for a missing or damaged file, and for one that states other features than those of `extract`."""
+    make = f"make one with: python fid.py ref --images=FOLDER --to=FILE.npz --resize={extract.resize}"
+    if not path:
+        raise UserError(f"FID and KID need --ref=FILE.npz, the statistics of real images; {make}")
+    try:
+        content = Path(path).expanduser().read_bytes()
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
+            found = {key: file[key] for key in file.files if key in KEYS}
+    except (ValueError, OSError, EOFError, KeyError, AttributeError, TypeError, zipfile.BadZipFile) as e:
+        raise UserError(f"cannot read {path!r} as an .npz of plain arrays (pickles could run code): {e}; {make}") from e
+    if not {"mu", "sigma"} <= set(found):
+        raise UserError(f"{path} has no mu and sigma, so it is no reference; {make}")
+    made = {"features": extract.name, "weights_sha256": extract.sha256, "resize": extract.resize}
+    wrong = [f"{key} {found[key]}, wanted {want}" for key, want in made.items() if found.get(key, want) != want]
+    labelled = set(made) <= set(found)
+    if not labelled and extract.resize != "tf1":
+        wrong += [f"an unknown resize, wanted {extract.resize}"]
+    if found.get("version", 0) > FORMAT:
+        wrong += [f"format {found['version']}, wanted at most {FORMAT}"]
+    (mu, sigma), D = (torch.from_numpy(found[key].astype(np.float64)) for key in ("mu", "sigma")), extract.dim
+    if mu.shape != (D,) or sigma.shape != (D, D):
+        wrong += [f"mu {tuple(mu.shape)} and sigma {tuple(sigma.shape)}, wanted ({D},) and ({D}, {D})"]
+    elif not (mu.isfinite().all() and sigma.isfinite().all()):
+        wrong += ["inf or nan in mu or sigma"]
+    elif not torch.allclose(sigma, sigma.T, rtol=1e-4, atol=1e-6 * sigma.abs().max().item()):
+        wrong += ["a sigma that is not symmetric"]
+    if wrong:
+        raise UserError(f"{path} has {'; '.join(wrong)}. It cannot be compared with; {make}")
+    rows = torch.from_numpy(found["rows"]) if "rows" in found else None
+    origin = {"reference": path, "reference_sha256": hashlib.sha256(content).hexdigest(),
+              "reference_n": int(found["n"]) if "n" in found else None,
+              "reference_data": str(found.get("data", "")), "reference_labelled": labelled}
+    return Reference(mu, sigma, rows, origin)
+
+
+# ---------------------------------------------------------------- one pass over the images
 
 class Failed(UserError):
-    """Pictures of which no metric can be taken; all processes find it together."""
-
-
-@dataclass
-class Collected:
-    """What one pass leaves: statistics for FID, rows for KID, sums for the Inception Score, one-coloured pictures."""
-    stats: FeatureStats
-    rows: Tensor | None
-    score: InceptionScore | None
-    blank: int = 0
+    """No metric exists for these images; all processes raise it together."""
 
 
 def collect(pictures: Callable, n: int, batch: int, extract: Any, metrics: set[str],
-            place: machine.Place) -> Collected:
-    """Features of pictures 0 .. n - 1, by batches that the processes take in turn; the same sums on every process.
+            place: machine.Place) -> tuple[FeatureStats, dict[str, Tensor]]:
+    """Statistics of images 0 .. n - 1, and {"kid": features (n, D), "is": logits (n, K)} as `metrics` need them.
 
-    pictures(numbers) -> (B, 3, H, W) uint8, with `workers`, the threads to call it from, and `broken`, how many were
-    not finite. extract(images) -> features, logits; it has `dim` and `classes`. Every picture counts once: nothing is
-    padded. Failed if one was not finite or all are blank."""
+    The processes share the batches and all return the same. pictures(indices) returns uint8 (B, 3, H, W); `workers`
+    is its number of threads, `broken` its count of images that were not finite. extract(images) returns features and
+    logits; it has `dim` and `classes`. Every image counts once. Failed if one was not finite or all are uniform."""
     stats = FeatureStats(extract.dim, place.device)
-    rows = torch.zeros(n, extract.dim, device=place.device) if "kid" in metrics else None
-    score = InceptionScore(n, extract.classes, place.device) if "is" in metrics else None
+    widths = {"kid": extract.dim, "is": extract.classes}
+    rows = {key: torch.zeros(n, width, device=place.device) for key, width in widths.items() if key in metrics}
     batches = [np.arange(b, min(b + batch, n)) for b in range(0, n, batch)][place.rank::place.world]
-    blank, keys = 0, ((indices,) for indices in batches)
-    images = data.prefetch(pictures, keys, pictures.workers)
+    images, blank = data.prefetch(pictures, ((indices,) for indices in batches), pictures.workers), 0
     for indices, x in zip(batches, tqdm(images, total=len(batches), unit="batch", disable=place.rank > 0 or None)):
         features, logits = extract(x)
         stats.update(features)
-        if rows is not None:
-            rows[indices[0]:indices[-1] + 1] = features.to(rows.device)
-        if score is not None:
-            score.update(logits, torch.from_numpy(indices))
+        for key, found in rows.items():
+            found[indices[0]:indices[-1] + 1] = {"kid": features, "is": logits}[key]
         flat = x.flatten(1)
         blank += int((flat.amax(1) == flat.amin(1)).sum())
 
     stats.all_reduce(place)
-    if rows is not None:
-        rows = machine.add_up(rows, place)                  # every row is zero on all processes but one
-    if score is not None:
-        score.all_reduce(place)
+    rows = {key: machine.add_up(found, place) for key, found in rows.items()}   # a row is zero on all processes but one
     counts = torch.tensor([float(blank), float(pictures.broken)], device=place.device)
     blank, broken = map(int, machine.add_up(counts, place).tolist())
     if stats.n != n:
-        raise RuntimeError(f"{stats.n} pictures were counted, {n} were asked for")
+        raise RuntimeError(f"counted {stats.n} images instead of {n}")
     if broken:
-        raise Failed(f"{broken} of {n} pictures are not finite")
+        raise Failed(f"{broken} of {n} images are not finite")
     if blank == n:
-        raise Failed(f"all {n} pictures are of one colour each; the sampler has failed")
-    return Collected(stats, rows, score, blank)
+        raise Failed(f"all {n} images are uniform; the sampler has failed")
+    if blank and place.rank == 0:
+        checkpoint.say(f"warning: {blank} of {n} images are uniform.")
+    return stats, rows
 
 
-# name -> a function of what was collected and of a Reference, to the value and its standard error
+# name -> function of FeatureStats, rows of `collect` and Reference, returning the value and its standard error
 METRICS = {
-    "fid": lambda got, ref: (frechet_distance(got.stats.mean, got.stats.cov, ref.mu, ref.sigma), None),
-    "kid": lambda got, ref: kid(got.rows, ref.rows.to(got.rows.device)),
-    "is": lambda got, ref: got.score.value(),
+    "fid": lambda stats, rows, ref: (frechet_distance(stats.mean, stats.cov, ref.mu, ref.sigma), None),
+    "kid": lambda stats, rows, ref: kid(rows["kid"], ref.rows.to(rows["kid"].device)),
+    "is": lambda stats, rows, ref: inception_score(rows["is"]),
 }
 
 
-def metric_name(metric: str, n: int, extract: Any) -> str:
-    """fid50k/inception-2015-12-05/tf1: what must be equal for two numbers to be compared."""
-    return f"{metric}{f'{n // 1000}k' if n % 1000 == 0 else n}/{extract.name}/{extract.resize}"
-
-
 def wanted(metrics: str, n: int, reference: Reference | None) -> list[str]:
-    """The names in `metrics`, joined with +. UserError for one that there is not, or that lacks what it needs."""
+    """The names in `metrics`, joined with +. UserError for an unknown one, too few images, a reference without rows."""
     names = metrics.split("+")
     if unknown := [name for name in names if name not in METRICS]:
         raise UserError(f"unknown metric {unknown[0]!r} in metrics={metrics!r}; there are {', '.join(METRICS)}")
     if "kid" in names and (reference is None or reference.rows is None):
-        raise UserError("KID needs the features themselves, which the reference does not hold; make it with: "
-                        "python fid.py ref --kid=true")
+        raise UserError("KID needs a reference that holds the features; make it with: python fid.py ref --kid=true")
     if n < (10 if "is" in names else 2):
-        raise UserError(f"n={n} pictures are too few for {metrics}; IS needs 10, FID and KID 2, and FID "
-                        f"wants {ENOUGH:,}")
+        raise UserError(f"n={n} images are too few for {metrics}; IS needs 10, FID and KID 2")
     return names
 
 
-def evaluate(pictures: Callable, n: int, batch: int, extract: Extractor, reference: Reference | None, metrics: str,
+def evaluate(pictures: Callable, n: int, batch: int, extract: Any, reference: Reference | None, metrics: str,
              place: machine.Place) -> dict[str, dict]:
-    """{name: {value, se}} of n pictures on rank 0, {} elsewhere. Arguments as for collect; warns of what is doubtful.
+    """{name: {value, se}} of n images on rank 0, {} elsewhere, with warnings. Arguments as for `collect`.
 
-    se is the standard error, None for FID: its bias, which falls as 1/n, is larger. ValueError unless the features
-    are those of FID: there is no FID in other features."""
+    A name is fid50k/inception-2015-12-05/tf1: only equal names are comparable. se is the standard error, None for FID,
+    where the bias, which falls as 1/n, is larger. ValueError for other features than those of FID."""
+    import inception
     if (extract.name, extract.sha256) != (inception.NAME, inception.SHA256):
         raise ValueError(f"{extract.name} is not the network of FID, KID and IS; name the metric after its own")
     names = wanted(metrics, n, reference)
-    got = collect(pictures, n, batch, extract, set(names), place)
+    stats, rows = collect(pictures, n, batch, extract, set(names), place)
     if place.rank > 0:
         return {}
-    if reference and not reference.labelled:
-        checkpoint.say(f"note: unlabelled reference {reference.path}; it is taken to be of {extract.name} after the "
-                       f"resize 'tf1', which is not checked.")
-    if got.blank:
-        checkpoint.say(f"warning: {got.blank} of {n} pictures are of one colour each.")
+    if reference and not reference.origin["reference_labelled"]:
+        checkpoint.say("note: the reference is unlabelled; assuming these features and resize 'tf1'.")
     if n < ENOUGH and "fid" in names:
-        checkpoint.say(f"warning: FID of {n:,} pictures is biased upwards; compare it with the same N only, or use "
-                       f"--metrics=kid, which is not biased.")
-    values = {name: METRICS[name](got, reference) for name in names}
-    return {metric_name(name, n, extract): {"value": value, "se": se} for name, (value, se) in values.items()}
+        checkpoint.say(f"warning: FID of {n:,} images is biased upwards; compare it at the same N only, or use "
+                       f"--metrics=kid, which has no bias.")
+    ending = f"{f'{n // 1000}k' if n % 1000 == 0 else n}/{extract.name}/{extract.resize}"
+    values = {name + ending: METRICS[name](stats, rows, reference) for name in names}
+    return {name: {"value": value, "se": se} for name, (value, se) in values.items()}
 
 
-# ---------------------------------------------------------------- pictures of a run
+# ---------------------------------------------------------------- images of a run
 
 class Drawn:
-    """Pictures of a network, by number: those that sample.py draws with the same options, whatever the processes."""
-    jpegs, workers, broken = 0, 0, 0
+    """Images of a network by number, equal to those of sample.py with the same options, for any number of processes.
 
-    def __init__(self, o: sample.Options, net: nn.Module, cfg: Config, wishes: sample.Wishes,
-                 decoder: tuple[Callable, int], device: torch.device) -> None:
-        self.o, self.net, self.cfg, self.wishes, self.decoder, self.device = o, net, cfg, wishes, decoder, device
+    strict: raise a UserError for an image that is not finite; otherwise count it in `broken`."""
+    workers = 0
+
+    def __init__(self, o: sample.Options, net: nn.Module | None, cfg: Config, header: dict[str, str],
+                 place: machine.Place, strict: bool = True) -> None:
+        self.o, self.net, self.cfg, self.header, self.device = o, net, cfg, header, place.device
+        self.strict, self.broken = strict, 0
+        self.wishes = sample.Wishes(o, cfg, header)
+        self.decode, self.scale = decoder_of(header, o.autoencoder, cfg.model.channels, place.device)
 
     def __call__(self, indices: np.ndarray) -> Tensor:
-        """Pictures number `indices` (B,), of which only the last batch may be short. (B, 3, H, W) uint8"""
+        """Images number `indices` (B,), uint8 (B, 3, H, W). Only the last batch may be short."""
         first = int(indices[0])
-        whole = np.arange(first, first + min(self.o.batch, self.o.n))       # every batch is drawn in full size
-        x = self.decoder[0](sample.draw(self.net, self.cfg, self.wishes(whole)[0], whole, self.o, self.device))
-        if broken := int((~x[:len(indices)].flatten(1).isfinite().all(1)).sum()):
-            self.note(broken, f"pictures {first} to {indices[-1]} are not finite; try --dtype=float32")
-        return torch.from_numpy(sample.to_uint8(x)[:len(indices)]).permute(0, 3, 1, 2)
+        full = np.arange(first, first + min(self.o.batch, self.o.n))        # batches of one size round alike
+        x = self.generate(full, self.wishes(full)[0])[:len(indices)]
+        if broken := int((~x.flatten(1).isfinite().all(1)).sum()):
+            self.broken += broken
+            if self.strict:
+                raise UserError(f"images {first} to {indices[-1]} are not finite; try --dtype=float32")
+        return torch.from_numpy(sample.to_uint8(x)).permute(0, 3, 1, 2)
 
-    def note(self, broken: int, message: str) -> None:
-        """Called for pictures that are not finite: nothing is worth going on for."""
-        raise UserError(message)
+    def generate(self, indices: np.ndarray, cond: Condition) -> Tensor:
+        """Decoded images number `indices` under `cond`, (B, 3, H, W) about [-1, 1]."""
+        return self.decode(sample.draw(self.net, self.cfg, cond, indices, self.o, self.device))
 
 
-class Watched(Drawn):
-    """Pictures of a network in training, which goes on: those that are not finite are counted, for all to know."""
-    def note(self, broken: int, message: str) -> None:
-        self.broken += broken
+def load_images(o: sample.Options, place: machine.Place) -> Drawn:
+    """The images of the run o.out. UserError for options that do not fit it."""
+    net, cfg, header = sample.open_run(o)
+    net.dtype = machine.precision(place.device, o.dtype)
+    return Drawn(sample.check(o, cfg), net.to(place.device), cfg, header, place)
+
+
+def size_groups(o: sample.Options, sizes: tuple[int, ...], place: machine.Place) -> Iterator[Tensor]:
+    """[COND] sec. 3.1: for each of o.n prompts an image at every requested size, all else equal. uint8 (P, K, 3, H, W)
+
+    The processes share the prompts; an image depends on the number of its prompt and on its size alone."""
+    drawn, K = load_images(o, place), len(sizes)
+    if "size" not in model.control_names(drawn.cfg.model) or o.size:
+        raise UserError(f"images at several sizes need a model with size among its controls, and no --size of their "
+                        f"own; {o.out} has model.controls={drawn.cfg.model.controls!r}, size={o.size!r}")
+    per = max(1, o.batch // K)
+    for first in range(place.rank * per, o.n, place.world * per):
+        index = np.repeat(np.arange(first, min(first + per, o.n)), K)                   # (P K,)
+        size = torch.tensor(sizes, dtype=torch.float32)[:, None].expand(K, 2).repeat(len(index) // K, 1)
+        x = drawn.generate(index, replace(drawn.wishes(index)[0], size=size))
+        yield torch.from_numpy(sample.to_uint8(x)).permute(0, 3, 1, 2).unflatten(0, (-1, K))
 
 
 @dataclass(frozen=True)
 class Options(sample.Options):
     """What to measure and against what; the rest, for a run, as for sample.py."""
-    images: str = ""                # folder, .npz (arr_0) or .npy of uint8 pictures; empty = draw those of --out
-    ref: str = ""                   # statistics of real pictures, .npz; `fid.py ref` makes them
+    images: str = ""                # folder, .npz (arr_0) or .npy of uint8 images; empty = generate those of --out
+    ref: str = ""                   # statistics of real images, .npz; `fid.py ref` makes them
     metrics: str = "fid"            # joined with +: fid, kid, is
-    n: int = 0                      # pictures; 0 = all of --images, 50,000 of a run
+    n: int = 0                      # images; 0 = all of --images, 50,000 of a run
     resize: str = "tf1"             # to the network's 299 pixels: tf1, as papers do, or clean, antialiased
-    square: int = 0                 # --images: cut to centred squares of so many pixels; 0 = as they are
+    square: int = 0                 # --images: crop to centred squares, resized to this side; 0 = as they are
     inception: str = ""             # weights file; empty = $INCEPTION_WEIGHTS, the cache, or the network
-    arr0: str = ""                  # also write the run's pictures into this .npz, for the evaluator of ADM
+    arr0: str = ""                  # also write the run's images into this .npz, for the evaluator of ADM
 
 
 def run_pictures(o: Options, place: machine.Place) -> tuple[Callable, dict]:
-    """Pictures of the run o.out, and what is to be known of them. UserError for options that cannot be drawn."""
-    net, cfg, header = sample.open_run(o)
-    o = sample.check(o, cfg)
-    decoder = decoder_of(header, o.autoencoder, cfg.model.channels, place.device)
-    net = net.to(place.device)
-    net.dtype = machine.precision(place.device, o.dtype)
-    wishes = sample.Wishes(o, cfg, header)
-    pictures = Drawn(o, net, cfg, wishes, decoder, place.device)
-    asked = {"class": "all classes in turn", "none": "nothing",
-             "text": f"captions of {'the test split' if cfg.data == 'shapes' else cfg.data}"}[cfg.model.semantics]
+    """The images of the run o.out, and their origin for the last line. UserError for options that do not fit it."""
+    drawn = load_images(o, place)
+    o, cfg, header = drawn.o, drawn.cfg, drawn.header
+    captions = "captions of " + ("the test split" if cfg.data == "shapes" else cfg.data)
+    default = {"class": "all classes in turn", "none": "nothing", "text": captions}[cfg.model.semantics]
+    same = ("sampler", "steps", "eta", "beta", "interval", "seed", "size", "crop", "flip")
     about = {"samples": o.weights or (Path(o.out) / o.file).as_posix(), "weights_sha256": header["sha256"],
              "train_step": int(header["step"]), "ema": float(header["ema"]) if "ema" in header else None,
-             "sampler": o.sampler, "steps": o.steps, "spacing": o.spacing or sample.SPACING[o.sampler], "eta": o.eta,
-             "lambda": o.lam, "beta": o.beta, "interval": o.interval, "seed": o.seed,
-             "size": o.size, "crop": o.crop, "flip": o.flip, "dtype": str(net.dtype)[6:],
-             "resolution": [decoder[1] * s for s in sample.side(o, cfg)],
-             "asked": o.prompt or o.prompts or o.label or asked, "prompts_sha256": wishes.prompts_sha256}
-    return (export(o, pictures, about, place) if o.arr0 else pictures), about
+             **{key: getattr(o, key) for key in same}, "lambda": o.lam,
+             "spacing": o.spacing or sample.SPACING[o.sampler], "dtype": str(drawn.net.dtype)[6:],
+             "resolution": [drawn.scale * s for s in sample.side(o, cfg)],
+             "asked": o.prompt or o.prompts or o.label or default, "prompts_sha256": drawn.wishes.prompts_sha256}
+    return (export(drawn, about, place) if o.arr0 else drawn), about
 
 
-def export(o: Options, drawn: Drawn, about: dict, place: machine.Place) -> Stack:
-    """Draw into the .npz o.arr0, going on after a stop as sample.py does, and read the pictures from there."""
-    path = Path(o.arr0)
-    if path.suffix != ".npz" or not path.parent.is_dir():
-        raise UserError(f"arr0={o.arr0!r} wants a name that ends in .npz, in a folder that is there")
+def export(drawn: Drawn, about: dict, place: machine.Place) -> Stack:
+    """Generate into the .npz o.arr0, resuming after a stop as sample.py does, and read the images from there."""
+    o, path = drawn.o, npz_path("arr0", drawn.o.arr0)
     key = hashlib.sha256(json.dumps(about | {"n": o.n, "batch": o.batch}).encode()).hexdigest()[:8]
-    part = path.with_name(f"{path.stem}-{key}.part")        # unfinished pictures of exactly these options
-    run = sample.Run(o, drawn.net, drawn.cfg, {}, drawn.wishes, drawn.decoder, place.device)
+    part = path.with_name(f"{path.stem}-{key}.part")        # unfinished images of exactly these options
+    decoder = drawn.decode, drawn.scale
+    run = sample.Run(o, drawn.net, drawn.cfg, {}, drawn.wishes, decoder, place.device)
     images = sample.draw_all(run, place, part)
     if place.rank == 0:
         sample.write_npz(path, images)
     del images
-    machine.agree(0, place)                                 # the file is there, and nobody needs the part any more
+    machine.agree(0, place)                                 # the .npz is complete and no process reads the part
     if place.rank == 0:
         sample.discard(part)
     return Stack(path)
 
 
 class Monitor:
-    """FID and its kin during training: a line in log.jsonl for each call, of the same pictures each time.
+    """FID and other metrics during training: each call measures the same images and adds a line to log.jsonl.
 
-    Made before the first step, so that missing weights or references stop the run there. about: the header of
-    weights.safetensors, with classes and controls. All processes make it and call it. Pictures of which no metric can
-    be taken are a line that says so: training goes on."""
+    Make it in all processes before the first step, so that missing weights or references stop the run there, and call
+    it in all. about: the header of weights.safetensors, with classes and controls. A measurement that fails is logged,
+    and training continues."""
     def __init__(self, o: Options, cfg: Config, about: dict[str, str], place: machine.Place) -> None:
-        self.o, self.cfg, self.place = sample.check(o, cfg), cfg, place
-        self.extract = Extractor(o.inception, o.resize, place)
-        self.reference = find_reference(o.ref, o.metrics, self.extract)
+        self.o, self.place = sample.check(o, cfg), place
+        self.extract, self.reference = load_metrics(o, place)
         wanted(o.metrics, o.n, self.reference)
-        self.wishes = sample.Wishes(o, cfg, about)
-        self.decoder = decoder_of(about, o.autoencoder, cfg.model.channels, place.device)
+        self.images = Drawn(self.o, None, cfg, about, place, strict=False)
 
     def __call__(self, net: nn.Module, step: int) -> dict[str, dict]:
         """The values of `net` at `step`, on rank 0; {} elsewhere."""
-        began = time.monotonic()
-        pictures, lost = Watched(self.o, net, self.cfg, self.wishes, self.decoder, self.place.device), {}
+        began, values, failed, o = time.monotonic(), {}, {}, self.o
+        self.images.net, self.images.broken = net, 0
         try:
-            values = evaluate(pictures, self.o.n, self.o.batch, self.extract, self.reference, self.o.metrics,
-                              self.place)
+            values = evaluate(self.images, o.n, o.batch, self.extract, self.reference, o.metrics, self.place)
         except Failed as e:
-            values, lost = {}, {"evaluation_failed": str(e)}
+            failed = {"evaluation_failed": str(e)}
             if self.place.rank == 0:
-                checkpoint.say(f"warning: no metric at step {step:,}: {e}. Training goes on.")
+                checkpoint.say(f"warning: no metric at step {step:,}: {e}. Training continues.")
         if self.place.rank == 0:
-            line = {"step": step, **{name: v["value"] for name, v in values.items()}, **lost,
+            line = {"step": step, **{name: v["value"] for name, v in values.items()}, **failed,
                     "evaluation_s": time.monotonic() - began}
             with checkpoint.tolerate("a line of log.jsonl"):
-                log.append(Path(self.o.out), line)
+                log.append(Path(o.out), line)
         return values
 
 
 # ---------------------------------------------------------------- the command line
 
+def npz_path(key: str, text: str) -> Path:
+    """The path of an .npz to write. UserError unless its folder exists."""
+    path = Path(text)
+    if path.suffix != ".npz" or not path.parent.is_dir():
+        raise UserError(f"--{key} must be a name that ends in .npz, in an existing folder, got {text!r}")
+    return path
+
+
+def load_metrics(o: Options, place: machine.Place) -> tuple[Any, Reference | None]:
+    """The feature network and the reference that o.metrics need; the Inception Score needs no reference."""
+    import inception
+    extract = inception.Extractor(o.inception, o.resize, place)
+    return extract, read_reference(o.ref, extract) if set(o.metrics.split("+")) - {"is"} else None
+
+
+def first_pictures(path: str, n: int, square: int) -> tuple[Folder | Stack, int]:
+    """The images at `path` and how many to use: n, or all for n = 0. UserError if it has fewer."""
+    pictures = open_pictures(path, square)
+    if n > len(pictures):
+        raise UserError(f"n={n} images were requested, but {path} has {len(pictures)}")
+    return pictures, n or len(pictures)
+
+
 def check_use(o: Options) -> None:
-    """UserError for options of which these pictures would make no use."""
-    for key in ("arr0", "file", "weights"):
-        if o.images and getattr(o, key) != getattr(Options, key):
-            raise UserError(f"--{key}={getattr(o, key)} is of pictures that are drawn, and --images={o.images} are "
-                            f"there; give one of them")
+    """UserError for options that have no effect together."""
+    lost = [key for key in ("arr0", "file", "weights") if o.images and getattr(o, key) != getattr(Options, key)]
     if o.square and not o.images:
-        raise UserError(f"--square={o.square} is of --images; pictures of a run have the size they are drawn in")
+        lost = ["square"]
+    if lost:
+        raise UserError(f"--{lost[0]}={getattr(o, lost[0])} has no effect {'with' if o.images else 'without'} --images")
 
 
 def main_fid(argv: list[str]) -> None:
-    """fid, kid, is: of a folder, an npz or a run."""
+    """FID, KID and Inception Score of a folder, an npz or a run."""
     o = parse(argv, Options())
     check_use(o)
     place = machine.setup(o.threads)
-    extract = Extractor(o.inception, o.resize, place)
-    reference = find_reference(o.ref, o.metrics, extract)
+    extract, reference = load_metrics(o, place)
     if o.images:
-        pictures, n = first_pictures(o.images, o.n, o.square)
-        about = {"samples": o.images}
+        (pictures, n), about = first_pictures(o.images, o.n, o.square), {"samples": o.images}
         if pictures.jpegs and place.rank == 0:
-            checkpoint.say(f"warning: {pictures.jpegs} of the samples are JPEG files, which changes FID; draw PNG or "
-                           f"npz.")
+            checkpoint.say(f"warning: {pictures.jpegs} images are JPEG files, which changes FID; save PNG or npz.")
     else:
-        o = dataclasses.replace(o, n=o.n or 50_000)
-        n = o.n
-        wanted(o.metrics, n, reference)                     # before anything is drawn
-        pictures, about = run_pictures(o, place)
+        n = o.n or 50_000
+        wanted(o.metrics, n, reference)                     # before anything is generated
+        pictures, about = run_pictures(replace(o, n=n), place)
 
     began = time.monotonic()
     values = evaluate(pictures, n, o.batch, extract, reference, o.metrics, place)
@@ -305,96 +519,57 @@ def main_fid(argv: list[str]) -> None:
         return
     for name, v in values.items():
         print(f"{name}  {v['value']:.6g}" + (f" +- {v['se']:.2g}" if v["se"] is not None else ""))
-    against = {"reference": reference.path, "reference_sha256": reference.sha256, "reference_n": reference.n or None,
-               "reference_data": reference.data, "reference_labelled": reference.labelled} if reference else {}
-    print(json.dumps({"metrics": values, "n": n, **against, "features": extract.name,
-                      "features_sha256": extract.sha256, "resize": o.resize, **about,
-                      "precision": "float32", "torch": torch.__version__,
-                      "processes": place.world, "seconds": round(seconds, 2), "images_per_second": n / seconds}))
+    print(json.dumps({"metrics": values, "n": n, **(reference.origin if reference else {}), **about,
+                      "features": extract.name, "features_sha256": extract.sha256, "resize": o.resize,
+                      "precision": "float32", "torch": torch.__version__, "processes": place.world,
+                      "seconds": round(seconds, 2), "images_per_second": n / seconds}))
 
 
 @dataclass(frozen=True)
 class RefOptions:
-    """Which pictures are the real ones, and where their statistics go."""
-    images: str = ""                # folder, .npz (arr_0) or .npy of uint8 pictures
+    """The real images, and the file for their statistics."""
+    images: str = ""                # folder, .npz (arr_0) or .npy of uint8 images
     to: str = ""                    # the .npz to write
-    square: int = 0                 # cut to centred squares of so many pixels, as the samples have; 0 = as they are
-    n: int = 0                      # the first n pictures; 0 = all
-    kid: bool = False               # keep the features too, 8 kB a picture, for --metrics=kid
-    resize: str = "tf1"             # as in `fid.py fid`; the two must be the same
+    square: int = 0                 # crop to centred squares, resized to the side of the samples; 0 = as they are
+    n: int = 0                      # the first n images; 0 = all
+    kid: bool = False               # keep the features too, 8 kB an image, for --metrics=kid
+    resize: str = "tf1"             # as in `fid.py fid`; the two must be equal
     inception: str = ""             # weights file; empty = $INCEPTION_WEIGHTS, the cache, or the network
-    batch: int = 64                 # pictures at a time
+    batch: int = 64                 # images at a time
     threads: int = 0                # CPU threads; 0 = all
 
 
 def main_ref(argv: list[str]) -> None:
-    """ref: statistics of real pictures."""
+    """Statistics of real images."""
+    import inception
     o = parse(argv, RefOptions())
-    place, path = machine.setup(o.threads), Path(o.to)
-    if not o.images or path.suffix != ".npz" or not path.parent.is_dir():
-        raise UserError(f"ref wants --images=FOLDER and --to=FILE.npz in a folder that is there, got {o.images!r} "
-                        f"and {o.to!r}")
+    place, path = machine.setup(o.threads), npz_path("to", o.to)
+    if not o.images:
+        raise UserError("ref wants --images=FOLDER, the real images")
     pictures, n = first_pictures(o.images, o.n, o.square)
-    extract = Extractor(o.inception, o.resize, place)
-    got = collect(pictures, n, o.batch, extract, {"kid"} if o.kid else set(), place)
+    extract = inception.Extractor(o.inception, o.resize, place)
+    stats, rows = collect(pictures, n, o.batch, extract, {"kid"} if o.kid else set(), place)
     if place.rank == 0:
-        write_reference(path, got.stats, extract, o.images, got.rows)
+        write_reference(path, stats, extract, o.images, rows.get("kid"))
         print(json.dumps({"to": o.to, "n": n, "data": o.images, "square": o.square, "features": extract.name,
                           "features_sha256": extract.sha256, "resize": o.resize}))
 
 
-def main_check(argv: list[str]) -> None:
-    """check: golden and analytic tests, without weights."""
-    machine.setup(parse(argv, Check()).threads)
-    failed = 0
-    for name, error, limit in checks():
-        failed += not error <= limit
-        print(f"{'ok  ' if error <= limit else 'FAIL'} {name}: off by {error:.1e}, at most {limit:.0e}")
-    if failed:
-        raise UserError(f"{failed} checks failed; numbers of this machine are not to be trusted")
-
-
-def main_speed(argv: list[str]) -> None:
-    """speed: of the distance against scipy's sqrtm, and of the features."""
-    o = parse(argv, Speed())
-    machine.setup(o.threads)
-    print(json.dumps(speeds(o)))
-
-
-def main_clip(argv: list[str]) -> None:
-    """clip: CLIPScore of pictures and their captions."""
-    perceptual.main(["--metric=clip", *argv])
-
-
-def main_lpips(argv: list[str]) -> None:
-    """lpips: how far pictures of a run differ when only the requested size does."""
-    perceptual.main(["--metric=lpips", *argv])
-
-
-def main_toy(argv: list[str]) -> None:
-    """toy: of pictures of shapes, toy_fd and accuracy by attribute, or the leak of size."""
-    judge.main(argv)
-
-
-# A command is a function of the words after it.
-COMMANDS = {"fid": main_fid, "ref": main_ref, "check": main_check, "speed": main_speed, "clip": main_clip,
-            "lpips": main_lpips, "toy": main_toy}
+# A function here, or the module of evaluation/ that runs the command.
+COMMANDS = {"fid": main_fid, "ref": main_ref, "clip": "clip_score", "lpips": "lpips_score", "toy": "shapes_judge"}
 
 
 def main(argv: list[str]) -> None:
-    if not argv or argv[0] not in COMMANDS:
-        told = "\n".join(f"  {f.__doc__.splitlines()[0]}" for f in COMMANDS.values())
-        if argv[:1] in (["--help"], ["-h"]):
-            print(f"fid.py COMMAND --key=value ...; fid.py COMMAND --help lists the keys\n{told}")
-            return
-        raise UserError(f"fid.py wants a command first, got {' '.join(argv[:1])!r}; there are {', '.join(COMMANDS)}")
-    COMMANDS[argv[0]](argv[1:])
+    name, rest = (argv or [""])[0], argv[1:]
+    if name in ("--help", "-h"):
+        return print(f"{__doc__}\nfid.py COMMAND --help lists the options of a command")
+    if name not in COMMANDS:
+        raise UserError(f"fid.py wants a command first, got {name!r}; there are {', '.join(COMMANDS)}")
+    command = COMMANDS[name]
+    if isinstance(command, str):
+        command = importlib.import_module(command).main
+    command(rest)
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-        machine.leave()
-    except UserError as e:
-        checkpoint.say(f"error: {e}.")
-        sys.exit(2)
+    run(main, cleanup=machine.leave)

@@ -1,10 +1,10 @@
-"""The network of FID, the Inception that TensorFlow published on 2015-12-05, as a table; its weights and its input.
+"""The feature network of FID: TensorFlow's Inception of 2015-12-05 as a table, its weights and its input.
 
-extract = Extractor(weights="", resize="tf1", place=place)      finds or fetches the weights, checks their hash
+extract = Extractor(weights="", resize="tf1", place=place)          finds or downloads the weights, checks their hash
 features, logits = extract(images)                                  images (B, 3, H, W) uint8
 
-Another Inception gives other numbers, so there is no way from other weights to an Extractor: the sha256 below is
-compared at every load. Dimensions: B batch, C channels, H x W pixels.
+Another Inception gives other numbers, so every load compares the sha256 below.
+Dimensions: B batch, C channels, H x W pixels.
 """
 import hashlib
 import io
@@ -27,10 +27,11 @@ NAME, DIM, CLASSES = "inception-2015-12-05", 2048, 1008
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 URLS = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
         "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth")
-MEGABYTES = 95.6
 VARIABLE = "INCEPTION_WEIGHTS"          # environment variable with the path of the file
-SIDE = 299                              # pixels of a side that the network sees
-CHUNK = 64                              # pictures in the network at a time
+ADVICE = (f"without them there is no FID. Download {URLS[0]} or {URLS[1]} (95.6 MB, sha256 {SHA256}) and name it by "
+          f"--inception=FILE or {VARIABLE}, or put it at ")
+SIDE = 299                              # height and width of the network's input
+CHUNK = 64                              # images in the network at a time
 
 
 # ---------------------------------------------------------------- the network
@@ -40,8 +41,8 @@ POOLS = {"avg": partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_
          "max": partial(F.max_pool2d, kernel_size=3, stride=1, padding=1),
          "max/2": partial(F.max_pool2d, kernel_size=3, stride=2)}
 
-# A step is a pool of POOLS or KERNEL>CHANNELS: a convolution that keeps the size, or, with KERNEL/STRIDE, one without
-# padding. 1x3&3x1 is a fork: both of them side by side. A branch begins with its name in the weights file.
+# A step is a pool of POOLS or KERNEL>CHANNELS: a convolution that keeps the size, or, as KERNEL/STRIDE, one without
+# padding. 1x3&3x1 is a fork: two convolutions side by side. A branch begins with its name in the weights file.
 A = "branch1x1 1>64, branch5x5 1>48 5>64, branch3x3dbl 1>64 3>96 3>96, branch_pool avg 1>{0}"
 B = "branch3x3 3/2>384, branch3x3dbl 1>64 3>96 3/2>96, branch_pool max/2"
 C = ("branch1x1 1>192, branch7x7 1>{0} 1x7>{0} 7x1>192, "
@@ -71,23 +72,24 @@ class Conv(nn.Module):
 
 
 class Mixed(nn.Module):
-    """[INC] fig. 5 to 7: branches next to each other, their channels joined. `width` is how many these are."""
+    """[INC] fig. 5 to 7: parallel branches with joined channels, `width` in all."""
     def __init__(self, channels: int, branches: str) -> None:
         super().__init__()
-        self.plan, self.width = [], 0                       # of each branch its steps, of each step a pool or layers
+        self.plan, self.width = [], 0                       # for each branch its steps, for each step a pool or layers
         for branch in branches.split(", "):
             name, *steps = branch.split()
-            plan, c, convs = [], channels, [step for step in steps if ">" in step]
+            plan, c, numbered = [], channels, sum(">" in step for step in steps) > 1
             for step in steps:
-                if step in POOLS:
-                    plan.append([step])
-                    continue
-                kernels, width = step.split(">")[0].split("&"), int(step.split(">")[1])
-                stem = name if len(convs) == 1 else f"{name}_{convs.index(step) + 1}"
-                plan.append([stem + letter for letter in (("a", "b") if len(kernels) > 1 else ("",))])
-                for layer, kernel in zip(plan[-1], kernels):
-                    self.add_module(layer, Conv(c, kernel, width))
-                convs[convs.index(step)], c = "", width * len(kernels)      # the next equal step has its own number
+                kernels, _, width = step.partition(">")
+                layers = [step]
+                if width:
+                    number = 1 + sum(layer[0] not in POOLS for layer in plan)
+                    stem, kernels = f"{name}_{number}" if numbered else name, kernels.split("&")
+                    layers = [stem + letter for letter in ("ab" if len(kernels) > 1 else [""])]
+                    for layer, kernel in zip(layers, kernels):
+                        self.add_module(layer, Conv(c, kernel, int(width)))
+                    c = int(width) * len(layers)
+                plan.append(layers)
             self.plan.append(plan)
             self.width += c
 
@@ -102,14 +104,14 @@ class Mixed(nn.Module):
 
 
 class Inception(nn.Module):
-    """The graph of TABLE with fresh weights, its names those of the file. Pixels 0 .. 255, (B, 3, 299, 299)."""
+    """The graph of TABLE with the names of the file and fresh weights. Input: pixels 0 .. 255, (B, 3, 299, 299)."""
     def __init__(self) -> None:
         super().__init__()
         c = 3
         for name, line in TABLE.items():
             if name.startswith("Mixed"):
-                self.add_module(name, Mixed(c, line))
-                c = self.get_submodule(name).width
+                self.add_module(name, mixed := Mixed(c, line))
+                c = mixed.width
             elif name.startswith("Conv"):
                 kernel, width = line.split(">")
                 self.add_module(name, Conv(c, kernel, int(width)))
@@ -126,9 +128,9 @@ class Inception(nn.Module):
 
 
 def fold_(net: Inception) -> Inception:
-    """W' = W g / sqrt(v + eps), b' = b - m g / sqrt(v + eps): fixed normalization, moved into the convolution before.
+    """W' = W g / sqrt(v + eps), b' = b - m g / sqrt(v + eps): fold each normalization into its convolution, once.
 
-    The same function to fp32 accuracy and one pass less over every layer's activations. Weights fold once."""
+    The same function to fp32 accuracy, with one pass less over every layer's activations."""
     for layer in [m for m in net.modules() if isinstance(m, Conv)]:
         conv, bn = layer.conv, layer.bn
         scale = bn.weight / (bn.running_var + bn.eps).sqrt()                    # (channels out,)
@@ -138,33 +140,12 @@ def fold_(net: Inception) -> Inception:
     return net
 
 
-def by_formula(dtype: torch.dtype) -> Inception:
-    """The network with weights made of integers alone, the same on every machine: to test the graph, never for FID.
-
-    Value j of tensor k is a hash of (j, k), scaled such that activations keep their size."""
-    with torch.device("meta"):
-        net = Inception().to(dtype)
-    for k, (name, tensor) in enumerate(net.to_empty(device="cpu").state_dict().items()):
-        x = (torch.arange(tensor.numel()) * 2654435761 + (k + 1) * 40503) % 2 ** 32
-        x = (x ^ x >> 15) * 739982445 % 2 ** 32
-        x = (x ^ x >> 12) * 695872825 % 2 ** 32
-        u = ((x ^ x >> 15).double() / 2 ** 32).view(tensor.shape)
-        if name.endswith(("conv.weight", "fc.weight")):
-            u = (2 * u - 1) * (6 / tensor[0].numel()) ** 0.5
-        elif name.endswith(("running_var", "bn.weight")):
-            u = 0.5 + u
-        elif name.endswith(("bias", "running_mean")):
-            u = (u - 0.5) / 2
-        tensor.copy_(u)
-    return net.eval().requires_grad_(False)
-
-
-# ---------------------------------------------------------------- what it is fed
+# ---------------------------------------------------------------- its input
 
 def tf1_resize(x: Tensor, side: int = SIDE) -> Tensor:
-    """TensorFlow 1's resize_bilinear: pixel k is read at k n / side, without half-pixel shift and antialiasing.
+    """TensorFlow 1's resize_bilinear: read pixel k at k n / side, without half-pixel shift and antialiasing.
 
-    x (B, C, H, W) float -> (B, C, side, side). The default of FID, in every paper that follows [FID] or [ADM]."""
+    x (B, C, H, W) float -> (B, C, side, side). FID's default, in every paper that follows [FID] or [ADM]."""
     for axis in (3, 2):
         n = x.shape[axis]
         at = torch.arange(side, device=x.device, dtype=torch.float32) * (n / side)
@@ -185,7 +166,7 @@ RESIZE = {"tf1": tf1_resize, "clean": clean_resize}
 
 @contextmanager
 def precise(device: torch.device) -> Iterator[None]:
-    """True fp32 and repeatable: no TF32, no autocast, no search for algorithms. What was set before comes back."""
+    """Compute in true fp32, repeatably: no TF32, no autocast, no algorithm search. Restores the settings at the end."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -199,67 +180,56 @@ def precise(device: torch.device) -> Iterator[None]:
 # ---------------------------------------------------------------- its weights
 
 def cached() -> list[Path]:
-    """Where the file of each of URLS is kept."""
+    """Where pytorch-fid and torch-fidelity cache their file, in the order of URLS."""
     return [Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1] for url in URLS]
 
 
 def find_weights(asked: str, place: machine.Place) -> Path:
     """The weights file: `asked`, else $INCEPTION_WEIGHTS, else the cache, which one process of a machine fills.
 
-    UserError on all processes if there is none: none waits for another."""
-    named, refused = asked or os.environ.get(VARIABLE, ""), None
+    If one process fails, all raise a UserError, so that none waits for another."""
+    named, error = asked or os.environ.get(VARIABLE, ""), ""
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        try:
-            if named and not Path(named).is_file():
-                raise UserError(f"no file {named!r}, given by {'--inception' if asked else VARIABLE}; {advice()}")
-            if not named and not any(path.is_file() for path in cached()):
-                fetch()
-        except UserError as e:
-            refused = e
-    failed = machine.add_up(torch.tensor([float(refused is not None)], device=place.device), place)
-    if failed.item():
-        raise refused or UserError("another process has no Inception weights; its message says why")
+        if named and not Path(named).is_file():
+            error = f"no file {named!r}, given by {'--inception' if asked else VARIABLE}"
+        elif not named and not any(path.is_file() for path in cached()):
+            error = download()
+    if machine.add_up(torch.tensor([float(bool(error))], device=place.device), place).item():
+        raise UserError(f"{error}; {ADVICE}{cached()[0]}" if error else "another process has no Inception weights; its "
+                        "message says why")
     return Path(named) if named else next((path for path in cached() if path.is_file()), cached()[0])
 
 
-def fetch() -> None:
-    """Put the file into the cache, from the first of URLS that has it, its whole hash checked. UserError if none."""
-    said = []
+def download() -> str:
+    """Fill the cache from the first mirror that answers, checking the whole hash. Returns the error if none does."""
+    errors = []
     for url, path in zip(URLS, cached()):
-        checkpoint.say(f"fetching {MEGABYTES} MB of Inception weights from {url}")
+        checkpoint.say(f"downloading 95.6 MB of Inception weights from {url}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            return torch.hub.download_url_to_file(url, str(path), hash_prefix=SHA256, progress=False)
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=SHA256, progress=False)
+            return ""
         except (OSError, RuntimeError) as e:
-            said.append(str(e))
-    raise UserError(f"FID, KID and IS need the Inception weights, and no mirror gave them ({'; '.join(said)}); "
-                    f"{advice()}")
-
-
-def advice() -> str:
-    """How to bring the file to a machine without a network."""
-    return (f"on a machine with a network fetch {URLS[0]} or {URLS[1]} ({MEGABYTES} MB, sha256 {SHA256}), put it at "
-            f"{cached()[0]} or name it by --inception=FILE or {VARIABLE}. Without it there is no FID")
+            errors.append(str(e))
+    return f"FID, KID and IS need the Inception weights, and no mirror answered: {'; '.join(errors)}"
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of the file, whose every byte is hashed first. UserError for any other file."""
+    """The tensors of the file. UserError for a file with another sha256."""
     try:
         content = path.read_bytes()
-    except OSError as e:
-        raise UserError(f"cannot read the Inception weights {path}: {e.strerror or e}") from e
-    if (found := hashlib.sha256(content).hexdigest()) != SHA256:
-        raise UserError(f"{path} has sha256 {found}, which is not that of the Inception of FID; {advice()}")
-    try:
+        if (found := hashlib.sha256(content).hexdigest()) != SHA256:
+            raise UserError(f"{path} has sha256 {found}, which is not that of the Inception of FID; "
+                            f"{ADVICE}{cached()[0]}")
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as e:
-        raise UserError(f"{path} cannot be read: {e}") from e
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as e:
+        raise UserError(f"cannot read the Inception weights {path}: {e}") from e
 
 
 class Extractor:
-    """The published Inception and the resize before it. Its `name`, `sha256` and `resize` go with every number.
+    """The published Inception after a resize. Its `name`, `sha256` and `resize` go with every number.
 
-    resize: a key of RESIZE. UserError for another one, for missing weights, for weights that are not those of FID."""
+    resize: a key of RESIZE. UserError for another one, and for missing or other weights."""
     name, dim, classes = NAME, DIM, CLASSES
 
     def __init__(self, weights: str, resize: str, place: machine.Place) -> None:

@@ -24,7 +24,7 @@ import machine
 import sample
 from config import UserError, parse, run
 from inception import precise
-from measures_shared import Mean, mean_over, mean_pair_distance, size_groups
+from fid import Mean, mean_over, mean_pair_distance, size_groups
 
 SIZES = {"all": (64, 128, 256, 512, 1024), "hr": (256, 512, 1024)}  # [COND] table 2a: LPIPS and, at 256 px, LPIPS/HR
 TRUNK = "alexnet-owt-7be5be79.pth"

@@ -3,7 +3,7 @@ from clip_score import CLIP, PROTOCOLS, clip_score  # noqa: F401
 from clip_score import main as main_clip
 from lpips_score import load_lpips, lpips_diversity, lpips_features  # noqa: F401
 from lpips_score import main as main_lpips
-from measures_shared import Mean, mean_over, mean_pair_distance, size_groups  # noqa: F401
+from fid import Mean, mean_over, mean_pair_distance, size_groups  # noqa: F401
 
 
 def main(argv: list[str]) -> None:

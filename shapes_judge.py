@@ -31,7 +31,7 @@ from config import Config, UserError, parse, run
 from rng import seed64
 from distances import FeatureStats, frechet_distance
 from fid_files import open_pictures
-from measures_shared import Mean, mean_over, mean_pair_distance, size_groups
+from fid import Mean, mean_over, mean_pair_distance, size_groups
 from sample import settled
 from shapes import NATIVE, VERSION, Shapes, canvas, render
 from shapes_grammar import BACKGROUNDS, COLORS, SHAPES

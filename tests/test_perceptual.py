@@ -19,12 +19,12 @@ import clip_score as clips
 import coco
 import lpips_score
 import machine
-import measures_shared
+import fid
 import sample
 from clip_score import CLIP, CONFIG, PROTOCOLS, clip_score
 from config import UserError
 from lpips_score import lpips_diversity
-from measures_shared import mean_over, mean_pair_distance, size_groups
+from fid import mean_over, mean_pair_distance, size_groups
 from outside import library
 from rng import seed64
 from test_drawing import run_folder
@@ -360,7 +360,7 @@ def test_groups_of_latents_are_decoded_and_of_the_file_that_is_named(tmp_path, m
     def decoder_of(about, path, channels, device):
         seen.append((about["file"], path, channels))
         return lambda z: z[:, :3].repeat(1, 1, 2, 2), 2
-    monkeypatch.setattr(measures_shared, "decoder_of", decoder_of)
+    monkeypatch.setattr(fid, "decoder_of", decoder_of)
     tensors, header = checkpoint.read_weights(out / "weights.safetensors")
     header = {k: v for k, v in header.items() if k != "sha256"}
     for file, scale in (("weights.safetensors", 1), ("wide.safetensors", 0.5)):
