@@ -14,7 +14,6 @@ pixels of the crop), K objects in a batch that share a native size, p side of th
 pixels.
 """
 import hashlib
-import importlib
 import math
 from functools import lru_cache
 from typing import Sequence
@@ -353,10 +352,3 @@ def draw(shape: np.ndarray, x: np.ndarray, y: np.ndarray, r: np.ndarray, n: int,
 def canvas(R: int) -> int:
     """Return the side S of the canvas for which a crop of side R is as wide as the image."""
     return round(1.25 * R)
-
-
-def __getattr__(name: str) -> object:
-    """Lend the notebooks what moved to shapes_score.py, until they import it from there."""
-    if name in ("score", "sharpness", "cut"):
-        return getattr(importlib.import_module("shapes_score"), name)
-    raise AttributeError(f"module 'shapes' has no attribute {name!r}")
