@@ -32,7 +32,7 @@ from config import Config, ModelConfig, UserError, parse
 from outside import library
 
 CLASSES = 4                             # folders of the pictures that are made
-GFLOP = 237.2                           # of a forward pass of DiT-XL/2 at 256 px; python model.py --table
+GFLOP = 237.2                           # of a forward pass of DiT-XL/2 at 256 px; python tables.py
 SHARE = 0.4                             # of an accelerator's peak that training is assumed to reach
 
 

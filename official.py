@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import checkpoint
+import model
 from conditioning import sincos_2d
 from config import SIZES, Config, ModelConfig, UserError, parse, to_json
 
@@ -62,6 +63,14 @@ def read_official(path: str | Path, heads: int = 0) -> tuple[dict[str, Tensor], 
     if (table := tensors.pop("pos_embed", None)) is not None:
         check_positions(table, cfg, path)
     return drop_sigma(tensors, cfg), cfg
+
+
+def load_official_dit(path: str | Path, heads: int = 0) -> tuple[model.Denoiser, ModelConfig]:
+    """[DiT]: the network of published weights, loaded strictly by name, and its config. heads as in read_official."""
+    state, cfg = read_official(path, heads)
+    net = model.build(cfg)
+    checkpoint.load_strictly(net, state, str(path))
+    return net.eval().requires_grad_(False), cfg
 
 
 # ---------------------------------------------------------------- files
