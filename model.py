@@ -28,7 +28,7 @@ from schedule import SCHEDULES, alpha_bar_table, to_sigma, velocity_to_eps
 
 SEMANTICS = ("none", "class", "text")
 PREDICTIONS = ("eps", "v")
-OPTIONS = ("preserve",)                 # fields of ModelConfig that only those architectures take whose class names them
+OPTIONS = ("preserve",)                 # fields of ModelConfig that an architecture takes only if its class lists them
 POSITIONS = {                           # (h, w, D, base) -> (h w, D), base in patches a side
     "grid": lambda h, w, D, base: sincos_2d(h, w, D),
     "resample": sincos_2d,
@@ -65,7 +65,7 @@ def preserved(cfg: ModelConfig) -> tuple[str, ...]:
 
 # A block is Block(D, H, last, parts), forward(x, ctx, c) -> x, ctx with x (B, N, D) image tokens, ctx (B, L, D) context
 # tokens and c (B, D) the modulation vector; `parts` of LAYOUT say how c modulates. DiTBlock does not use context and
-# returns it unchanged. So does the last block of any network (`last`), which owns no context weights that nothing reads.
+# returns it unchanged. So does the last block of any network (`last`), which owns no weights that nothing reads.
 
 class DiTBlock(nn.Module):
     """[DiT] fig. 3, adaLN-Zero: attention and MLP, each shifted, scaled and gated by c."""
@@ -207,8 +207,8 @@ class Denoiser(nn.Module):
         self.register_buffer("alpha_bar", table, persistent=False)              # (T,)
         self.initialize()
 
-    @classmethod
-    def check_options(cls, cfg: ModelConfig) -> None:
+    @staticmethod
+    def check_options(cfg: ModelConfig) -> None:
         """Raise a UserError for options that this architecture cannot combine."""
 
     def make(self, cfg: ModelConfig) -> None:
@@ -280,7 +280,7 @@ class DiT(Denoiser):
     semantics = ("none", "class")
 
     @staticmethod
-    def make_y_embedder(cfg: ModelConfig) -> nn.Module | None:
+    def make_y_embedder(cfg: ModelConfig) -> LabelEmbedder | None:
         return LabelEmbedder(cfg.classes, cfg.width) if cfg.semantics == "class" else None
 
     def condition(self, i: Tensor, cond: Condition) -> tuple[Tensor, None]:
@@ -315,8 +315,8 @@ class MPDenoiser(Denoiser):
     weights."""
     options = ("preserve",)
 
-    @classmethod
-    def check_options(cls, cfg: ModelConfig) -> None:
+    @staticmethod
+    def check_options(cfg: ModelConfig) -> None:
         have = preserved(cfg)
         if "stream" in have and "weights" not in have:
             raise UserError(f"model.preserve={cfg.preserve!r}: stream, without a norm between layers, needs weights")
@@ -366,7 +366,7 @@ class MPDiT(MPDenoiser):
     semantics = ("none", "class")
 
     @staticmethod
-    def make_y_embedder(cfg: ModelConfig) -> nn.Module | None:
+    def make_y_embedder(cfg: ModelConfig) -> LabelEmbedder | None:
         unit = "stream" in preserved(cfg)
         return LabelEmbedder(cfg.classes, cfg.width, mp=unit) if cfg.semantics == "class" else None
 
@@ -378,9 +378,9 @@ class MPMMDiT(MPDenoiser):
     """mmDiT's twin: the class or the caption enters as tokens of unit magnitude; time and controls modulate."""
     Block = MPMMDiTBlock
 
-    @classmethod
-    def check_options(cls, cfg: ModelConfig) -> None:
-        super().check_options(cfg)
+    @staticmethod
+    def check_options(cfg: ModelConfig) -> None:
+        MPDenoiser.check_options(cfg)
         if not {*FULL} <= {*preserved(cfg)}:
             raise UserError(f"model.preserve={cfg.preserve!r}: model.arch={cfg.arch!r} needs all of {'+'.join(FULL)}")
 
@@ -414,10 +414,10 @@ def position_table(cfg: ModelConfig, h: int, w: int) -> Tensor:
 
 # ---------------------------------------------------------------- building, loading, counting
 
-# A class, or "module:Class" for a network whose trunk differs. Every class has semantics, options, check_options and
-# blocks, as Denoiser has.
-ARCHS: dict[str, type[nn.Module] | str] = {"dit": DiT, "mmdit": MMDiT, "ditatt": DiTAtt, "sd3": SD3, "mpdit": MPDiT,
-                                           "mpmmdit": MPMMDiT}
+# A class, or "module:Class" for a network whose trunk differs. Like Denoiser, every class has `semantics`, `options`,
+# `check_options` and `zero_layers`, and a network has `blocks`.
+ARCHS: dict[str, type[nn.Module] | str] = {
+    "dit": DiT, "mmdit": MMDiT, "ditatt": DiTAtt, "sd3": SD3, "mpdit": MPDiT, "mpmmdit": MPMMDiT}
 
 
 def arch_class(arch: str) -> type[nn.Module]:
