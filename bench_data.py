@@ -26,7 +26,7 @@ from PIL import Image
 import data
 from config import Config, ModelConfig, UserError, parse, run
 
-GFLOP = 237.2                           # of a forward pass of DiT-XL/2 at 256 px; python model.py --table
+GFLOP = 237.2                           # of a forward pass of DiT-XL/2 at 256 px; python tables.py
 PEAK, SHARE = 312e12, 0.4               # bf16 FLOP/s of an A100, and the share of it that training reaches
 MICRO = 16                              # images that are read together
 

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layers import mlp
 from mp_layers import FULL, MPMLP, MPEmbedding, MPFourier, normalize
 
 NULL_LABEL = -1                         # "no class"; the embedding maps it to the last row of its table
@@ -106,17 +107,6 @@ def guide(eps_cs: Tensor, eps_s: Tensor, eps_null: Tensor, lam: float, beta: flo
 
 # ---------------------------------------------------------------- time, class, text
 
-class Linear(nn.Linear):
-    """A linear layer that computes in the type of its input and keeps its own weights in fp32."""
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
-
-
-def mlp(K: int, D: int) -> nn.Sequential:
-    """The two-layer SiLU network K -> D -> D through which every condition goes."""
-    return nn.Sequential(Linear(K, D), nn.SiLU(), Linear(D, D))
-
-
 def timestep_embedding(x: Tensor, dim: int) -> Tensor:
     """[DiT], [COND] 1.2: [cos(x f_k), sin(x f_k)], f_k = 10000^(-2k/dim), k < dim/2. x (B,) -> (B, dim), fp32"""
     f = torch.exp(-math.log(10000) / (dim // 2) * torch.arange(dim // 2, dtype=torch.float32, device=x.device))
@@ -134,19 +124,8 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(timestep_embedding(i, TIME_FEATURES))
 
 
-class LabelEmbedder(nn.Module):
-    """[DiT] sec. 3.2: a table of classes + 1 rows, the last one for "no class". label (B,) -> (B, D)"""
-    def __init__(self, classes: int, D: int) -> None:
-        super().__init__()
-        self.embedding_table = nn.Embedding(classes + 1, D)
-
-    def forward(self, label: Tensor) -> Tensor:
-        null = self.embedding_table.num_embeddings - 1
-        return self.embedding_table(torch.where(label == NULL_LABEL, null, label))
-
-
 class MPTimestepEmbedder(nn.Module):
-    """[MAG] MPMLP(features(i)); of "stream" they are random waves, smooth in i, else [DiT]'s. i (B,) -> (B, D)"""
+    """[MAG] MPMLP(features(i)): of random waves, smooth in i, with "stream", else of [DiT]'s. i (B,) -> (B, D)"""
     def __init__(self, D: int, T: int, preserve: tuple[str, ...]) -> None:
         super().__init__()
         waves = partial(timestep_embedding, dim=TIME_FEATURES)
@@ -157,75 +136,60 @@ class MPTimestepEmbedder(nn.Module):
         return self.mlp(self.features(i))
 
 
-class MPLabelEmbedder(LabelEmbedder):
-    """[MAG] LabelEmbedder with rows of unit magnitude. label (B,) -> (B, D)"""
-    def __init__(self, classes: int, D: int) -> None:
-        nn.Module.__init__(self)
-        self.embedding_table = MPEmbedding(classes + 1, D)
+class LabelEmbedder(nn.Module):
+    """[DiT] sec. 3.2: a table of classes + 1 rows, the last one for "no class". label (B,) -> (B, D)
+
+    `mp`, here and in what follows, chooses rows and layers that preserve magnitude, [MAG]."""
+    def __init__(self, classes: int, D: int, mp: bool = False) -> None:
+        super().__init__()
+        self.embedding_table = (MPEmbedding if mp else nn.Embedding)(classes + 1, D)
+
+    def forward(self, label: Tensor) -> Tensor:
+        null = self.embedding_table.num_embeddings - 1
+        return self.embedding_table(torch.where(label == NULL_LABEL, null, label))
 
 
 class ClassContext(nn.Module):
     """[COND] sec. 2: the class as one context token, an embedding and a two-layer MLP. label (B,) -> (B, 1, D)"""
-    def __init__(self, classes: int, D: int) -> None:
+    def __init__(self, classes: int, D: int, mp: bool = False) -> None:
         super().__init__()
-        self.table = LabelEmbedder(classes, D)
-        self.mlp = mlp(D, D)
+        self.mp, self.table = mp, LabelEmbedder(classes, D, mp)
+        self.mlp = MPMLP(D, D, D, FULL) if mp else mlp(D, D)
 
     def forward(self, cond: Condition, dtype: torch.dtype) -> Tensor:
-        return self.mlp(self.table(cond.label).to(dtype))[:, None]
+        row = self.table(cond.label)
+        return self.mlp(row if self.mp else row.to(dtype))[:, None].to(dtype)
 
 
 class TextContext(nn.Module):
-    """[COND] sec. 2: every text token through one two-layer MLP. text (B, L, E) -> (B, L, D)"""
-    def __init__(self, E: int, D: int) -> None:
+    """[COND] sec. 2: every text token through one two-layer MLP. text (B, L, E) -> (B, L, D)
+
+    mp: tokens have unit magnitude, each with the number 1 beside it, and the pair is brought to unit magnitude too. So
+    an empty token, all zeros, is a vector to be learned."""
+    def __init__(self, E: int, D: int, mp: bool = False) -> None:
         super().__init__()
-        self.mlp = mlp(E, D)
+        self.mp = mp
+        self.mlp = MPMLP(E + 1, D, D, FULL) if mp else mlp(E, D)
 
     def forward(self, cond: Condition, dtype: torch.dtype) -> Tensor:
-        return self.mlp(cond.text.to(dtype))
+        text = cond.text
+        if self.mp:
+            text = normalize(text.float())
+            text = normalize(torch.cat([text, torch.ones_like(text[..., :1])], dim=-1))
+        return self.mlp(text.to(dtype))
 
 
 class LearnedContext(nn.Module):
     """No semantics: one learned context token, so that every block keeps its form. -> (1, 1, D)"""
-    def __init__(self, D: int) -> None:
+    def __init__(self, D: int, mp: bool = False) -> None:
         super().__init__()
-        self.token = nn.Parameter(torch.randn(1, 1, D) * 0.02)
+        self.mp = mp
+        self.token = MPEmbedding(1, D) if mp else nn.Parameter(torch.randn(1, 1, D) * 0.02)
 
     def forward(self, cond: Condition, dtype: torch.dtype) -> Tensor:
+        if self.mp:
+            return self.token(torch.zeros(1, 1, dtype=torch.long, device=self.token.weight.device)).to(dtype)
         return self.token.to(dtype)
-
-
-class MPClassContext(nn.Module):
-    """ClassContext with rows and layers that preserve magnitude. label (B,) -> (B, 1, D)"""
-    def __init__(self, classes: int, D: int) -> None:
-        super().__init__()
-        self.table, self.mlp = MPLabelEmbedder(classes, D), MPMLP(D, D, D, FULL)
-
-    def forward(self, cond: Condition, dtype: torch.dtype) -> Tensor:
-        return self.mlp(self.table(cond.label))[:, None].to(dtype)
-
-
-class MPTextContext(nn.Module):
-    """TextContext for tokens brought to unit magnitude, each with the number 1 beside it. text (B, L, E) -> (B, L, D)
-
-    An empty token, all zeros, is a vector to be learned: its 1 alone is brought to unit magnitude."""
-    def __init__(self, E: int, D: int) -> None:
-        super().__init__()
-        self.mlp = MPMLP(E + 1, D, D, FULL)
-
-    def forward(self, cond: Condition, dtype: torch.dtype) -> Tensor:
-        text = normalize(cond.text.float())
-        return self.mlp(normalize(torch.cat([text, torch.ones_like(text[..., :1])], dim=-1)).to(dtype))
-
-
-class MPLearnedContext(nn.Module):
-    """LearnedContext of unit magnitude. -> (1, 1, D)"""
-    def __init__(self, D: int) -> None:
-        super().__init__()
-        self.token = MPEmbedding(1, D)
-
-    def forward(self, cond: Condition, dtype: torch.dtype) -> Tensor:
-        return self.token(torch.zeros(1, 1, dtype=torch.long, device=self.token.weight.device)).to(dtype)
 
 
 # ---------------------------------------------------------------- short captions

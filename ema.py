@@ -1,15 +1,14 @@
-"""Averages of the weights over the steps of a run, in fp32; of any width, after the run, from snapshots of two.
+"""Averages of the weights over the steps of a run, in fp32; of any width after the run, from snapshots of two widths.
 
 python ema.py --out=out/shapes --std=0.08            writes out/shapes/weights-ema0.08.safetensors
 
 A run with --snapshots=N keeps averages of WIDTHS and writes them N times into <out>/snapshots, each a weights file of
-its own. [EDM2] sec. 3.2: an average of another width is, nearly, a weighted sum of them.
+its own. [EDM2] sec. 3.2: an average of another width is nearly a weighted sum of them.
 Dimensions: S snapshots; an average has the shapes of the weights.
 """
 import copy
 import math
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,16 +16,16 @@ import torch
 from torch import Tensor, nn
 
 import checkpoint
-from config import UserError, parse
+from config import UserError, parse, run
 
 WIDTHS = (0.05, 0.10)                   # of the averages in snapshots, [EDM2] sec. 3.2
 NAME = re.compile(r"step-(\d{8,})-ema(0\.\d+)\.safetensors")
 TINY = 1e-13                            # singular values below this share of the largest do not count
-ROUGH = 0.1                             # a profile met worse than this is worth a note
+ROUGH = 0.1                             # error of a reconstructed profile above which the command warns
 
 
 def std_to_gamma(std: float) -> float:
-    """[EDM2] eq. 123: the exponent gamma of the profile t^gamma whose relative width is `std`.
+    """[EDM2] eq. 123: the exponent gamma of the profile t^gamma of relative width `std`.
 
     sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)), a cubic in gamma, solved by bisection."""
     if not 0 < std < math.sqrt(1 / 12):
@@ -42,20 +41,20 @@ def std_to_gamma(std: float) -> float:
 class PowerEMA:
     """[EDM2] eq. 121-127: theta_hat = beta theta_hat + (1 - beta) theta, beta = (1 - 1/n)^(gamma + 1), step n >= 1.
 
-    Its width is a share of the run so far, so it never has to be matched to a run's length. Decay is a function of
-    the step alone; the first update copies the weights. `net` is the average, a network of its own."""
+    Its width is a share of the run so far, so it suits a run of any length. Decay is a function of the step alone; the
+    first update copies the weights. `net` is the average, a network of its own."""
     def __init__(self, net: nn.Module, std: float) -> None:
         self.gamma = std_to_gamma(std)
         self.net = copy.deepcopy(net).float().eval().requires_grad_(False)
 
     @torch.no_grad()
     def update(self, net: nn.Module, step: int) -> None:
-        """Take in the weights after step `step` = 1, 2, ... of the run."""
+        """Average in the weights after step `step` = 1, 2, ... of the run."""
         beta = (1 - 1 / step) ** (self.gamma + 1)
         torch._foreach_lerp_(list(self.net.parameters()), [p.detach() for p in net.parameters()], 1 - beta)
 
 
-# ---------------------------------------------------------------- snapshots, while a run goes on
+# ---------------------------------------------------------------- snapshots, during a run
 
 def averages(net: nn.Module, std: float, snapshots: int) -> dict[float, PowerEMA]:
     """The averages that a run keeps, by width: its own first, and WIDTHS as well if it takes snapshots."""
@@ -63,18 +62,18 @@ def averages(net: nn.Module, std: float, snapshots: int) -> dict[float, PowerEMA
 
 
 def update(kept: dict[float, PowerEMA], net: nn.Module, step: int) -> None:
-    """Take in the weights after step `step` = 1, 2, ... into every average."""
+    """Average the weights after step `step` = 1, 2, ... into each of `kept`."""
     for average in kept.values():
         average.update(net, step)
 
 
 def due(step: int, steps: int, snapshots: int) -> bool:
-    """Whether a snapshot is taken after `step` = 1, 2, ...: evenly over the run, the last of them at its end."""
+    """Whether a snapshot follows `step` = 1, 2, ...: they spread evenly over the run, the last at its end."""
     return step * snapshots // steps > (step - 1) * snapshots // steps
 
 
 def take_snapshot(out: Path, step: int, kept: dict[float, PowerEMA], about: dict[str, str]) -> None:
-    """Write the averages of WIDTHS after `step` unless they are there; about: what train.py puts into a header."""
+    """Write the averages of WIDTHS after `step` where they are missing; `about` is train.py's header of weights."""
     for std in WIDTHS:
         path = out / "snapshots" / f"step-{step:08d}-ema{std:g}.safetensors"
         if path.exists():
@@ -86,14 +85,14 @@ def take_snapshot(out: Path, step: int, kept: dict[float, PowerEMA], about: dict
 
 
 def rewind(out: Path, step: int) -> None:
-    """Drop snapshots newer than the checkpoint that a run goes on from, and what a kill has left unfinished."""
+    """Delete snapshots newer than the checkpoint from which a run resumes, and unfinished files of a killed run."""
     for path in (out / "snapshots").glob("*"):
         name = NAME.fullmatch(path.name)
         if path.name.startswith(checkpoint.TEMPORARY) or name and int(name[1]) > step:
             path.unlink()
 
 
-# ---------------------------------------------------------------- any width, afterwards
+# ---------------------------------------------------------------- any width, after a run
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -108,7 +107,7 @@ def found(out: Path) -> list[Snapshot]:
     names = [NAME.fullmatch(path.name) for path in sorted((out / "snapshots").glob("*"))]
     kept = [Snapshot(out / "snapshots" / n[0], int(n[1]), float(n[2])) for n in names if n]
     if not kept:
-        raise UserError(f"no snapshots in {out / 'snapshots'}; train.py writes them when given --snapshots=20")
+        raise UserError(f"no snapshots in {out / 'snapshots'}; train.py writes them with --snapshots=20")
     return kept
 
 
@@ -124,13 +123,13 @@ def inner(t_a: Tensor, gamma_a: Tensor, t_b: Tensor, gamma_b: Tensor) -> Tensor:
 def coefficients(snapshots: list[Snapshot], std: float) -> tuple[Tensor, float]:
     """[EDM2] app. C: x (S,) such that sum_s x_s p_s is closest to the profile of width `std` at the last snapshot.
 
-    Least squares in float64 among those x whose sum is 1, which keep constant weights. Also |sum_s x_s p_s - p| /
-    |p|: the error of the average as a share of its noise, were the weights of all steps independent. UserError with
-    fewer than two steps, or a width that there is not."""
+    Least squares in float64 among those x with sum 1, which keep constant weights. Also |sum_s x_s p_s - p| / |p|: the
+    error of the average as a share of its noise, were the weights of all steps independent. UserError for fewer than
+    two steps or an impossible width."""
     gamma_r = torch.tensor(std_to_gamma(std), dtype=torch.float64)
     if len({s.step for s in snapshots}) < 2:
-        raise UserError(f"one snapshot, {snapshots[0].path.name}, is too few for another width; two or more are "
-                        f"needed, train.py writes as many as --snapshots says")
+        raise UserError(f"one snapshot, {snapshots[0].path.name}, is too few for another width, which needs two or "
+                        "more; train.py writes as many as --snapshots says")
     last = max(s.step for s in snapshots)
     t = torch.tensor([s.step / last for s in snapshots], dtype=torch.float64)               # (S,)
     gamma = torch.tensor([std_to_gamma(s.std) for s in snapshots], dtype=torch.float64)
@@ -149,8 +148,8 @@ def coefficients(snapshots: list[Snapshot], std: float) -> tuple[Tensor, float]:
 def posthoc(snapshots: list[Snapshot], std: float) -> dict[str, Tensor]:
     """[EDM2] sec. 3.2: the average of width `std` at the last of the snapshots, from all of them, by name.
 
-    Summed in float64, one file in memory at a time. UserError as for `coefficients`, and for a file that is damaged,
-    renamed or of another model."""
+    Summed in float64, with one file in memory at a time. UserError as for `coefficients`, and for a file that is
+    damaged, renamed or of another model."""
     x, _ = coefficients(snapshots, std)
     total: dict[str, Tensor] = {}
     for share, s in zip(x.tolist(), snapshots):
@@ -170,7 +169,7 @@ def posthoc(snapshots: list[Snapshot], std: float) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Options:
-    """Which average to make."""
+    """The average to reconstruct."""
     out: str = "out/shapes"         # run folder, as given to train.py
     std: float = 0.1                # width of the average, as a share of the run so far, below 0.289
     step: int = 0                   # of a snapshot: the average at this step; 0 = at the last
@@ -186,14 +185,13 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--step={o.step} has no snapshot; there are {', '.join(map(str, steps))}")
     name = o.name or f"weights-ema{o.std:g}" + (f"-step-{o.step:08d}" if o.step else "")
     if Path(name).name != name or name == "weights":
-        raise UserError(f"--name={name!r} is to be the name of a new file in {out}: no folders, and not 'weights'")
+        raise UserError(f"--name={name!r} must name a new file in {out}: no folders, and not 'weights'")
     used = [s for s in every if s.step <= (o.step or steps[-1])]
     _, error = coefficients(used, o.std)
     tensors, header = posthoc(used, o.std), checkpoint.read_header(used[-1].path)
     path = out / f"{name}.safetensors"
-    header = {**header, "ema": f"{o.std:g}"}
     header.pop("sha256")                                    # that of the snapshot
-    checkpoint.write_weights(path, tensors, header)
+    checkpoint.write_weights(path, tensors, {**header, "ema": f"{o.std:g}"})
     print(f"average of width {o.std:g} at step {used[-1].step:,} from {len(used)} snapshots, its profile met to "
           f"{100 * error:.2g} %: {path}")
     if error > ROUGH:
@@ -202,8 +200,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as e:
-        checkpoint.say(f"error: {e}.")
-        sys.exit(2)
+    run(main)

@@ -1,97 +1,483 @@
-"""Denoisers by their config: what can be built, building, loading, and what each costs.
+"""Denoisers: one trunk, one small class a block, plain and magnitude preserving side by side. net(x_t, i, cond) -> eps
 
-Dimensions: N = h w image tokens, L context tokens, D width, C channels, P patch.
+net = build(ModelConfig(arch="mmdit", semantics="text", text_dim=24, text_length=16))
+net, cfg = load("out/shapes")
 
-python model.py --table        parameters and FLOPs of every architecture and size, and beside those of the papers
+To add an architecture, add a class and a row of ARCHS. Its class says which semantics and options it takes.
+Dimensions: B batch, N = h w image tokens, L context tokens, D width, H heads, C channels, P patch, T noise steps.
 """
-import sys
-from dataclasses import replace
+from functools import lru_cache, partial
+from importlib import import_module
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
-from blocks import ungated
-from conditioning import CONTROL_WEIGHTS, CONTROLS
-from config import SIZES, Config, ModelConfig, UserError, from_json
-from mp_layers import FULL, LAYOUT
-from official import read_official
-from schedule import SCHEDULES
-from trunk import ARCHS, POSITIONS, Denoiser, control_names, modulation_parts, preserved
+from conditioning import (CONTROL_WEIGHTS, CONTROLS, ClassContext, Condition, ControlEmbedding, LabelEmbedder,
+                          LearnedContext, MPControlEmbedding, MPTimestepEmbedder, TextContext, TimestepEmbedder,
+                          interpolate_2d, sincos_2d)
+from config import Config, ModelConfig, UserError, from_json
+from layers import (ADALN, LAYOUT, MLP, MLP_RATIO, Attention, DualAttention, FinalLayer, JointAttention,
+                    NormedAttention, PatchEmbed, gated_sum, modulation, norm, split_parts, steer, ungated)
+from mp_layers import (BOTH, FULL, MPMLP, PRESERVE, RESIDUAL, Modulation, MPAttention, MPFinalLayer, MPJointAttention,
+                       MPPatchEmbed, identity, mp_gated_sum, mp_sum, normalize)
+from schedule import SCHEDULES, alpha_bar_table, to_sigma, velocity_to_eps
 
+SEMANTICS = ("none", "class", "text")
 PREDICTIONS = ("eps", "v")
-MP = ("mpdit", "mpmmdit")               # architectures with a model.preserve
+OPTIONS = ("preserve",)                 # fields of ModelConfig that an architecture takes only if its class lists them
+POSITIONS = {                           # (h, w, D, base) -> (h w, D), base in patches a side
+    "grid": lambda h, w, D, base: sincos_2d(h, w, D),
+    "resample": sincos_2d,
+    "interpolate": interpolate_2d,
+}
 
 
-def zero_layers(net: Denoiser) -> list[nn.Module]:
-    """The layers of a network that start at zero."""
-    return net.zero_layers()
+# ---------------------------------------------------------------- lists in a config
+
+def names(cfg: ModelConfig, key: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    """The list in field `key` of a config ("crop+flip"), in the order of `known`. UserError for an unknown name."""
+    listed = [name for name in getattr(cfg, key).split("+") if name]
+    if unknown := [name for name in listed if name not in known]:
+        raise UserError(f"model.{key}={getattr(cfg, key)!r} names {unknown[0]!r}; there are {', '.join(known)}")
+    return tuple(name for name in known if name in listed)
 
 
-# ---------------------------------------------------------------- building, loading
+def control_names(cfg: ModelConfig) -> tuple[str, ...]:
+    """The controls of a config, in the order of CONTROLS."""
+    return names(cfg, "controls", tuple(CONTROLS))
+
+
+def modulation_parts(cfg: ModelConfig) -> tuple[str, ...]:
+    """The parts by which time and class modulate a sub-layer, in the order of their weights."""
+    return names(cfg, "modulation", tuple(LAYOUT))
+
+
+def preserved(cfg: ModelConfig) -> tuple[str, ...]:
+    """The magnitude-preserving changes of a network that has them: all of [MAG]'s unless the config lists some."""
+    return FULL if not cfg.preserve else () if cfg.preserve == "none" else names(cfg, "preserve", PRESERVE)
+
+
+# ---------------------------------------------------------------- blocks
+
+# A block is Block(D, H, last, parts), forward(x, ctx, c) -> x, ctx with x (B, N, D) image tokens, ctx (B, L, D) context
+# tokens and c (B, D) the modulation vector; `parts` of LAYOUT say how c modulates. DiTBlock does not use context and
+# returns it unchanged. So does the last block of any network (`last`), which owns no weights that nothing reads.
+
+class DiTBlock(nn.Module):
+    """[DiT] fig. 3, adaLN-Zero: attention and MLP, each shifted, scaled and gated by c."""
+    def __init__(self, D: int, H: int, last: bool, parts: tuple[str, ...] = ADALN) -> None:
+        super().__init__()
+        self.groups = parts, parts
+        self.attn = Attention(D, H)
+        self.mlp = MLP(D)
+        self.adaLN_modulation = modulation(D, *self.groups)
+
+    def forward(self, x: Tensor, ctx: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        a, m = split_parts(self.adaLN_modulation(c), *self.groups)
+        x = gated_sum(x, a, self.attn(steer(norm(x), a)))
+        return gated_sum(x, m, self.mlp(steer(norm(x), m))), ctx
+
+
+class MPDiTBlock(nn.Module):
+    """[MAG] DiTBlock's twin: x <- mp_sum(x, (1 + gate) attn(R (x (1 + scale) + shift))), the same with the MLP."""
+    def __init__(self, D: int, H: int, last: bool, parts: tuple[str, ...] = ADALN,
+                 preserve: tuple[str, ...] = FULL) -> None:
+        super().__init__()
+        self.norm, self.add = (identity, mp_gated_sum) if "stream" in preserve else (norm, gated_sum)
+        self.attn = MPAttention(D, H, preserve)
+        self.mlp = MPMLP(D, MLP_RATIO * D, D, preserve)
+        self.attn_modulation = Modulation(D, parts, preserve)
+        self.mlp_modulation = Modulation(D, parts, preserve)
+
+    def forward(self, x: Tensor, ctx: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        a, m = self.attn_modulation(c), self.mlp_modulation(c)
+        x = self.add(x, a, self.attn(steer(self.norm(x), a)))
+        return self.add(x, m, self.mlp(steer(self.norm(x), m))), ctx
+
+
+class DiTAttBlock(nn.Module):
+    """[COND] table A1, DiT by attention: the class is one more token of DiTBlock's attention, under the same weights.
+
+    Its token has a shift, scale and gate of its own, also from c, and no MLP. `last`: no gate."""
+    def __init__(self, D: int, H: int, last: bool, parts: tuple[str, ...] = ADALN) -> None:
+        super().__init__()
+        self.last = last
+        self.groups = parts, parts, ungated(parts) if last else parts
+        self.attn = NormedAttention(D, H)
+        self.mlp = MLP(D)
+        self.adaLN_modulation = modulation(D, *self.groups)
+
+    def forward(self, x: Tensor, ctx: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        a, m, a_ctx = split_parts(self.adaLN_modulation(c), *self.groups)
+        tokens = self.attn(torch.cat([steer(norm(ctx), a_ctx), steer(norm(x), a)], 1))      # (B, L+N, D)
+        x = gated_sum(x, a, tokens[:, ctx.shape[1]:])
+        x = gated_sum(x, m, self.mlp(steer(norm(x), m)))
+        return x, ctx if self.last else gated_sum(ctx, a_ctx, tokens[:, :ctx.shape[1]])
+
+
+class MMDiTBlock(nn.Module):
+    """[COND] sec. 2, the block that its parameter counts suggest: DiTBlock with joint attention.
+
+    Context is normalised, not modulated; attention alone updates it, without an MLP."""
+    def __init__(self, D: int, H: int, last: bool, parts: tuple[str, ...] = ADALN) -> None:
+        super().__init__()
+        self.last = last
+        self.groups = parts, parts
+        self.attn = JointAttention(D, H, last)
+        self.mlp = MLP(D)
+        self.adaLN_modulation = modulation(D, *self.groups)
+
+    def forward(self, x: Tensor, ctx: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        a, m = split_parts(self.adaLN_modulation(c), *self.groups)
+        out, out_ctx = self.attn(steer(norm(x), a), norm(ctx))
+        x = gated_sum(x, a, out)
+        x = gated_sum(x, m, self.mlp(steer(norm(x), m)))
+        return x, ctx if self.last else ctx + out_ctx
+
+
+class MPMMDiTBlock(nn.Module):
+    """MMDiTBlock's twin: MPDiTBlock with joint cosine attention. Attention alone updates context, in mp_sum.
+
+    It has every change but heads, which `preserve` may add."""
+    def __init__(self, D: int, H: int, last: bool, parts: tuple[str, ...] = ADALN,
+                 preserve: tuple[str, ...] = FULL) -> None:
+        super().__init__()
+        self.last = last
+        self.attn = MPJointAttention(D, H, last, preserve)
+        self.mlp = MPMLP(D, MLP_RATIO * D, D, preserve)
+        self.attn_modulation = Modulation(D, parts, preserve)
+        self.mlp_modulation = Modulation(D, parts, preserve)
+
+    def forward(self, x: Tensor, ctx: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        a, m = self.attn_modulation(c), self.mlp_modulation(c)
+        out, out_ctx = self.attn(steer(x, a), ctx)
+        x = mp_gated_sum(x, a, out)
+        x = mp_gated_sum(x, m, self.mlp(steer(x, m)))
+        return x, ctx if self.last else mp_sum(ctx, out_ctx, RESIDUAL)
+
+
+class SD3Block(nn.Module):
+    """[SD3] fig. 2, mmDiT as published: context, a second stream, has its own modulation, projections and MLP.
+
+    `last`: context is modulated for its k and v, and ends there."""
+    def __init__(self, D: int, H: int, last: bool, parts: tuple[str, ...] = ADALN) -> None:
+        super().__init__()
+        self.last = last
+        self.groups, self.ctx_groups = (parts, parts), (ungated(parts),) if last else (parts, parts)
+        self.attn = DualAttention(D, H, last)
+        self.mlp = MLP(D)
+        self.ctx_mlp = None if last else MLP(D)
+        self.adaLN_modulation = modulation(D, *self.groups)
+        self.ctx_adaLN_modulation = modulation(D, *self.ctx_groups)
+
+    def forward(self, x: Tensor, ctx: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        a, m = split_parts(self.adaLN_modulation(c), *self.groups)
+        a_ctx, *m_ctx = split_parts(self.ctx_adaLN_modulation(c), *self.ctx_groups)
+        out, out_ctx = self.attn(steer(norm(x), a), steer(norm(ctx), a_ctx))
+        x = gated_sum(x, a, out)
+        x = gated_sum(x, m, self.mlp(steer(norm(x), m)))
+        if self.last:
+            return x, ctx
+        ctx = gated_sum(ctx, a_ctx, out_ctx)
+        return x, gated_sum(ctx, *m_ctx, self.ctx_mlp(steer(norm(ctx), *m_ctx)))
+
+
+# ---------------------------------------------------------------- trunk
+
+class Denoiser(nn.Module):
+    """The trunk: patches and positions in, `blocks`, patches out. x_t (B, C, h P, w P), i (B,) index -> eps like x_t
+
+    `semantics` and `options` (of OPTIONS) are those that the architecture takes. `dtype` is the type of the tokens;
+    weights, angles and the returned eps stay fp32."""
+    Block: type[nn.Module]
+    semantics: tuple[str, ...] = SEMANTICS
+    options: tuple[str, ...] = ()
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.cfg, self.dtype = cfg, torch.float32
+        grid = cfg.resolution // cfg.patch
+        self.make(cfg)
+        self.register_buffer("pos_embed", position_table(cfg, grid, grid), persistent=False)
+        table = alpha_bar_table(cfg.schedule, cfg.noise_steps, cfg.rescale).float()
+        self.register_buffer("alpha_bar", table, persistent=False)              # (T,)
+        self.initialize()
+
+    @staticmethod
+    def check_options(cfg: ModelConfig) -> None:
+        """Raise a UserError for options that this architecture cannot combine."""
+
+    def make(self, cfg: ModelConfig) -> None:
+        """Make the layers; their order decides which weights the generator draws for each."""
+        D, P, parts = cfg.width, cfg.patch, modulation_parts(cfg)
+        self.x_embedder = PatchEmbed(cfg.channels, P, D)
+        self.t_embedder = TimestepEmbedder(D)
+        self.y_embedder = self.make_y_embedder(cfg)
+        self.control_embedder = control_embedding(ControlEmbedding, cfg)
+        self.blocks = nn.ModuleList(self.Block(D, cfg.heads, k == cfg.depth - 1, parts) for k in range(cfg.depth))
+        self.final_layer = FinalLayer(D, P, cfg.channels, parts)
+
+    @staticmethod
+    def make_y_embedder(cfg: ModelConfig) -> nn.Module | None:
+        """The module that reads the class or the caption."""
+        return context(cfg, mp=False)
+
+    def condition(self, i: Tensor, cond: Condition) -> tuple[Tensor, Tensor | None]:
+        """c (B, D), which modulates the blocks, and ctx (B, L, D), to which they attend."""
+        ctx = self.y_embedder(cond, self.dtype)                                 # (B or 1, L, D)
+        return self.time(i, cond).to(self.dtype), ctx.expand(len(i), -1, -1)
+
+    def initialize(self) -> None:
+        """[DiT] sec. 3.2: Xavier for linear layers, 0.02 for the class table, zero for layers that must not act yet."""
+        for m in self.modules():
+            if isinstance(m, (nn.Linear, nn.Conv2d)):
+                nn.init.xavier_uniform_(m.weight.view(m.weight.shape[0], -1))
+                nn.init.zeros_(m.bias)
+            elif isinstance(m, nn.Embedding):
+                nn.init.normal_(m.weight, std=0.02)
+        for layer in self.zero_layers():
+            nn.init.zeros_(layer.weight)
+
+    def zero_layers(self) -> list[nn.Module]:
+        """The layers that start at zero: every modulation, the output, the end of every control MLP."""
+        ends = [m[1] for name, m in self.named_modules() if name.endswith("adaLN_modulation")]
+        ends += [mlp[2] for mlp in self.control_embedder.mlps.values()] if self.control_embedder is not None else []
+        return ends + [self.final_layer.linear]
+
+    def time(self, i: Tensor, cond: Condition) -> Tensor:
+        """[COND] eq. 1: MLP(sinusoid(i)), plus the controls. (B, D)"""
+        c = self.t_embedder(i)
+        if self.control_embedder is not None:
+            c = c + self.control_embedder(cond, i / (self.cfg.noise_steps - 1))
+        return c
+
+    def positions(self, h: int, w: int) -> Tensor:
+        """(h w, D): the stored table of the training resolution, or a new one for any other grid."""
+        grid = self.cfg.resolution // self.cfg.patch
+        return self.pos_embed if (h, w) == (grid, grid) else position_table(self.cfg, h, w).to(self.pos_embed)
+
+    def embed(self, x_t: Tensor, h: int, w: int) -> Tensor:
+        """Patches plus their positions. (B, C, h P, w P) -> (B, h w, D)"""
+        return self.x_embedder(x_t.to(self.dtype)) + self.positions(h, w).to(self.dtype)
+
+    def forward(self, x_t: Tensor, i: Tensor, cond: Condition) -> Tensor:
+        h, w = (n // self.cfg.patch for n in x_t.shape[2:])
+        x = self.embed(x_t, h, w)                                               # (B, N, D)
+        c, ctx = self.condition(i, cond)
+        for block in self.blocks:
+            x, ctx = block(x, ctx, c)
+        out = self.final_layer(x, c, h, w).float()                              # (B, C, h P, w P)
+        return out if self.cfg.prediction == "eps" else velocity_to_eps(out, x_t, self.alpha_bar[i.long()])
+
+
+class DiT(Denoiser):
+    """[DiT]: the class joins the time vector and modulates. State dict as in the official weights."""
+    Block = DiTBlock
+    semantics = ("none", "class")
+
+    @staticmethod
+    def make_y_embedder(cfg: ModelConfig) -> LabelEmbedder | None:
+        return LabelEmbedder(cfg.classes, cfg.width) if cfg.semantics == "class" else None
+
+    def condition(self, i: Tensor, cond: Condition) -> tuple[Tensor, None]:
+        c = self.time(i, cond)
+        if self.y_embedder is not None:
+            c = c + self.y_embedder(cond.label)
+        return c.to(self.dtype), None
+
+
+class MMDiT(Denoiser):
+    """[COND] sec. 2: the image attends to the class or the caption as tokens; time alone modulates."""
+    Block = MMDiTBlock
+
+
+class DiTAtt(Denoiser):
+    """[COND] table A1, DiT by attention: a class token or a learned one joins the image's in self-attention."""
+    Block = DiTAttBlock
+    semantics = ("none", "class")
+
+
+class SD3(Denoiser):
+    """[SD3] fig. 2: mmDiT as published, with a second full stream for context; without the pooled text, as [COND]."""
+    Block = SD3Block
+
+
+# ---------------------------------------------------------------- the magnitude-preserving trunk
+
+class MPDenoiser(Denoiser):
+    """[MAG]: the trunk of layers that preserve magnitude, as far as cfg.preserve says (mp_layers.py). c stays in fp32.
+
+    x_t has magnitude 1 at every noise level where images have: standardised latents do. Each layer draws its own
+    weights."""
+    options = ("preserve",)
+
+    @staticmethod
+    def check_options(cfg: ModelConfig) -> None:
+        have = preserved(cfg)
+        if "stream" in have and "weights" not in have:
+            raise UserError(f"model.preserve={cfg.preserve!r}: stream, without a norm between layers, needs weights")
+        if control_names(cfg) and "stream" not in have:
+            raise UserError(f"model.controls={cfg.controls!r} of model.arch={cfg.arch!r} needs stream, got "
+                            f"model.preserve={cfg.preserve!r}")
+
+    def make(self, cfg: ModelConfig) -> None:
+        D, P, parts, preserve = cfg.width, cfg.patch, modulation_parts(cfg), preserved(cfg)
+        self.x_embedder = MPPatchEmbed(cfg.channels, P, D, preserve)
+        self.t_embedder = MPTimestepEmbedder(D, cfg.noise_steps, preserve)
+        self.y_embedder = self.make_y_embedder(cfg)
+        self.control_embedder = control_embedding(MPControlEmbedding, cfg)
+        last = cfg.depth - 1
+        self.blocks = nn.ModuleList(self.Block(D, cfg.heads, k == last, parts, preserve) for k in range(cfg.depth))
+        self.final_layer = MPFinalLayer(D, P, cfg.channels, parts, preserve)
+        self.stream = "stream" in preserve
+        self.join = partial(mp_sum, t=BOTH) if self.stream else torch.add
+
+    def initialize(self) -> None:
+        """Only a class table without unit rows needs it: 0.02, as in [DiT]."""
+        for m in self.modules():
+            if isinstance(m, nn.Embedding):
+                nn.init.normal_(m.weight, std=0.02)
+
+    def zero_layers(self) -> list[nn.Module]:
+        return [m for m in self.modules() if getattr(m, "zero", False)]
+
+    def embed(self, x_t: Tensor, h: int, w: int) -> Tensor:
+        """Patches and their positions, with equal weights. (B, C, h P, w P) -> (B, h w, D)"""
+        where = normalize(self.positions(h, w)) if self.stream else self.positions(h, w)
+        return self.join(self.x_embedder(x_t.to(self.dtype)), where.to(self.dtype))
+
+    def time(self, i: Tensor, cond: Condition) -> Tensor:
+        """The time vector, that of the class (where it has no tokens), then the controls. (B, D)"""
+        c = self.t_embedder(i)
+        if isinstance(self.y_embedder, LabelEmbedder):
+            c = self.join(c, self.y_embedder(cond.label))
+        if self.control_embedder is not None:
+            c = self.control_embedder(c, cond, i / (self.cfg.noise_steps - 1))
+        return c
+
+
+class MPDiT(MPDenoiser):
+    """[MAG]: DiT's twin. c = mp_sum(time, class, 0.5)."""
+    Block = MPDiTBlock
+    semantics = ("none", "class")
+
+    @staticmethod
+    def make_y_embedder(cfg: ModelConfig) -> LabelEmbedder | None:
+        unit = "stream" in preserved(cfg)
+        return LabelEmbedder(cfg.classes, cfg.width, mp=unit) if cfg.semantics == "class" else None
+
+    def condition(self, i: Tensor, cond: Condition) -> tuple[Tensor, None]:
+        return self.time(i, cond), None
+
+
+class MPMMDiT(MPDenoiser):
+    """mmDiT's twin: the class or the caption enters as tokens of unit magnitude; time and controls modulate."""
+    Block = MPMMDiTBlock
+
+    @staticmethod
+    def check_options(cfg: ModelConfig) -> None:
+        MPDenoiser.check_options(cfg)
+        if not {*FULL} <= {*preserved(cfg)}:
+            raise UserError(f"model.preserve={cfg.preserve!r}: model.arch={cfg.arch!r} needs all of {'+'.join(FULL)}")
+
+    @staticmethod
+    def make_y_embedder(cfg: ModelConfig) -> nn.Module:
+        return context(cfg, mp=True)
+
+    def condition(self, i: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
+        return self.time(i, cond), self.y_embedder(cond, self.dtype).expand(len(i), -1, -1).contiguous()
+
+
+def context(cfg: ModelConfig, mp: bool) -> nn.Module:
+    """The module that makes context tokens of the class or the caption, magnitude preserving or not."""
+    if cfg.semantics == "text":
+        return TextContext(cfg.text_dim, cfg.width, mp)
+    return ClassContext(cfg.classes, cfg.width, mp) if cfg.semantics == "class" else LearnedContext(cfg.width, mp)
+
+
+def control_embedding(kind: type[ControlEmbedding], cfg: ModelConfig) -> ControlEmbedding | None:
+    """The module that reads the controls of a config; None without controls."""
+    if not (controls := control_names(cfg)):
+        return None
+    sigma = to_sigma(alpha_bar_table(cfg.schedule, cfg.noise_steps)).float()    # gamma_c is of i: no rescale
+    return kind(controls, cfg.width, cfg.control_weight, cfg.control_alpha, sigma)
+
+
+def position_table(cfg: ModelConfig, h: int, w: int) -> Tensor:
+    """[COND] sec. 2.3: the position vectors of h x w patches; cfg.positions relates them to resolution. (h w, D)"""
+    return POSITIONS[cfg.positions](h, w, cfg.width, cfg.base or cfg.resolution // cfg.patch)
+
+
+# ---------------------------------------------------------------- building, loading, counting
+
+# A class, or "module:Class" for a network whose trunk differs. Like Denoiser, every class has `semantics`, `options`,
+# `check_options` and `zero_layers`, and a network has `blocks`.
+ARCHS: dict[str, type[nn.Module] | str] = {
+    "dit": DiT, "mmdit": MMDiT, "ditatt": DiTAtt, "sd3": SD3, "mpdit": MPDiT, "mpmmdit": MPMMDiT}
+
+
+def arch_class(arch: str) -> type[nn.Module]:
+    """The class of a row of ARCHS; a "module:Class" is imported."""
+    row = ARCHS[arch]
+    if isinstance(row, str):
+        module, _, name = row.partition(":")
+        return getattr(import_module(module), name)
+    return row
+
 
 def check(cfg: ModelConfig) -> None:
-    """UserError for a model that cannot be built, with the value and what would do."""
-    if cfg.arch not in ARCHS:
-        raise UserError(f"unknown model.arch={cfg.arch!r}; there are {', '.join(ARCHS)}")
-    if cfg.semantics not in ("none", "class", "text"):
-        raise UserError(f"unknown model.semantics={cfg.semantics!r}; there are none, class, text")
-    if cfg.arch in ("dit", "ditatt", "mpdit") and cfg.semantics == "text":
-        raise UserError(f"model.arch={cfg.arch!r} takes a class or nothing; for text use model.arch='mmdit', "
-                        "'sd3' or 'mpmmdit'")
-    for key in ("width", "depth", "heads", "patch", "channels", "resolution"):
-        if getattr(cfg, key) < 1:
-            raise UserError(f"model.{key}={getattr(cfg, key)} must be at least 1")
-    if cfg.resolution % cfg.patch:
-        raise UserError(f"model.resolution={cfg.resolution} is not divisible by model.patch={cfg.patch}")
-    if cfg.width % cfg.heads:
-        raise UserError(f"model.width={cfg.width} is not divisible by model.heads={cfg.heads}")
-    if cfg.width % 4:
-        raise UserError(f"model.width={cfg.width} is not divisible by 4, which sine-cosine positions need")
-    if cfg.semantics == "class" and cfg.classes < 1:
-        raise UserError(f"model.semantics='class' needs model.classes, got {cfg.classes}")
-    if cfg.semantics == "text" and min(cfg.text_dim, cfg.text_length) < 1:
-        raise UserError(f"model.semantics='text' needs model.text_dim and model.text_length, got {cfg.text_dim} and "
-                        f"{cfg.text_length}")
-    for key, known in (("schedule", SCHEDULES), ("prediction", PREDICTIONS), ("positions", POSITIONS)):
+    """Raise a UserError for a model that cannot be built; it names the value and the alternatives."""
+    for key, known in (("arch", ARCHS), ("semantics", SEMANTICS), ("schedule", SCHEDULES),
+                       ("prediction", PREDICTIONS), ("positions", POSITIONS)):
         if getattr(cfg, key) not in known:
             raise UserError(f"unknown model.{key}={getattr(cfg, key)!r}; there are {', '.join(known)}")
+    check_arch(cfg)
+    for key, least in (*((key, 1) for key in ("width", "depth", "heads", "patch", "channels", "resolution")),
+                       ("noise_steps", 2), ("base", 0)):
+        if getattr(cfg, key) < least:
+            raise UserError(f"model.{key}={getattr(cfg, key)} must be at least {least}")
+    for key, by in (("resolution", "patch"), ("width", "heads")):
+        if getattr(cfg, key) % getattr(cfg, by):
+            raise UserError(f"model.{key}={getattr(cfg, key)} is not divisible by model.{by}={getattr(cfg, by)}")
+    if cfg.width % 4:
+        raise UserError(f"model.width={cfg.width} is not divisible by 4, which sine-cosine positions need")
+    for key in {"none": (), "class": ("classes",), "text": ("text_dim", "text_length")}[cfg.semantics]:
+        if getattr(cfg, key) < 1:
+            raise UserError(f"model.semantics={cfg.semantics!r} needs model.{key}, got {getattr(cfg, key)}")
     if not 0.001 <= cfg.rescale <= 1000:
         raise UserError(f"model.rescale={cfg.rescale} must be between 0.001 and 1000")
-    if cfg.base < 0:
-        raise UserError(f"model.base={cfg.base} must be a number of patches, or 0 for this resolution's")
-    if cfg.noise_steps < 2:
-        raise UserError(f"model.noise_steps={cfg.noise_steps} must be at least 2")
     if control_names(cfg) and cfg.control_weight not in CONTROL_WEIGHTS:
-        raise UserError(f"unknown model.control_weight={cfg.control_weight!r}; there are "
-                        f"{', '.join(CONTROL_WEIGHTS)}")
+        raise UserError(f"unknown model.control_weight={cfg.control_weight!r}; there are {', '.join(CONTROL_WEIGHTS)}")
     if control_names(cfg) and not cfg.control_alpha > 0:
         raise UserError(f"model.control_alpha={cfg.control_alpha} must be positive")
     if not ungated(modulation_parts(cfg)):
-        raise UserError(f"model.modulation={cfg.modulation!r} leaves the last layer blind; it needs one or more of "
+        raise UserError(f"model.modulation={cfg.modulation!r} gives the last layer no conditioning; add one or more of "
                         f"{', '.join(ungated(tuple(LAYOUT)))}")
-    check_preserve(cfg)
 
 
-def check_preserve(cfg: ModelConfig) -> None:
-    """UserError for magnitude-preserving changes that do not go together, or not with the architecture."""
-    if cfg.arch not in MP and cfg.preserve:
-        raise UserError(f"model.preserve={cfg.preserve!r} is of {', '.join(MP)}; model.arch={cfg.arch!r} has none")
-    have = preserved(cfg)
-    if "stream" in have and "weights" not in have:
-        raise UserError(f"model.preserve={cfg.preserve!r}: stream, without a norm between layers, needs weights")
-    if cfg.arch == "mpmmdit" and not {*FULL} <= {*have}:
-        raise UserError(f"model.preserve={cfg.preserve!r}: model.arch='mpmmdit' needs all of {'+'.join(FULL)}")
-    if cfg.arch in MP and control_names(cfg) and "stream" not in have:
-        raise UserError(f"model.controls={cfg.controls!r} of model.arch={cfg.arch!r} needs stream, got "
-                        f"model.preserve={cfg.preserve!r}")
+def check_arch(cfg: ModelConfig) -> None:
+    """Raise a UserError for semantics or options that the architecture does not take."""
+    kind = arch_class(cfg.arch)
+    if cfg.semantics not in kind.semantics:
+        others = [arch for arch in ARCHS if cfg.semantics in arch_class(arch).semantics]
+        raise UserError(f"model.arch={cfg.arch!r} takes model.semantics {' or '.join(kind.semantics)}; for "
+                        f"{cfg.semantics!r} use one of {', '.join(map(repr, others))}")
+    for key in OPTIONS:
+        if key not in kind.options and getattr(cfg, key) != getattr(ModelConfig, key):
+            others = [arch for arch in ARCHS if key in arch_class(arch).options]
+            raise UserError(f"model.{key}={getattr(cfg, key)!r} is an option of {', '.join(others)}, not of "
+                            f"model.arch={cfg.arch!r}")
+    kind.check_options(cfg)
 
 
 def build(cfg: ModelConfig) -> Denoiser:
-    """A network with fresh weights, drawn from torch's default generator. UserError if the config cannot be built."""
+    """A network with fresh weights from torch's default generator. UserError if the config cannot be built."""
     check(cfg)
-    return ARCHS[cfg.arch](cfg)
+    return arch_class(cfg.arch)(cfg)
 
 
 def load(path: str | Path) -> tuple[Denoiser, Config]:
@@ -104,152 +490,22 @@ def load(path: str | Path) -> tuple[Denoiser, Config]:
     return net.eval().requires_grad_(False), cfg
 
 
-def load_official_dit(path: str | Path, heads: int = 0) -> tuple[Denoiser, ModelConfig]:
-    """[DiT]: the network of published weights, a .pt file or diffusers folder, strictly by name (official.py)."""
-    state, cfg = read_official(path, heads)
-    net = build(cfg)
-    checkpoint.load_strictly(net, state, str(path))
-    return net.eval().requires_grad_(False), cfg
+def zero_layers(net: Denoiser) -> list[nn.Module]:
+    """The layers of a network that start at zero."""
+    return net.zero_layers()
 
 
-# ---------------------------------------------------------------- counting
-
-def block_products(cfg: ModelConfig, last: bool, N: int, L: int) -> int:
-    """Multiply-adds of one block: modulation, then the layers on N image and L context tokens, then q k^T and a v."""
-    D, M, Q = cfg.width, N + L, N if last else N + L        # keys; queries, in blocks whose last drops context's
-    parts = modulation_parts(cfg)
-    m, before = (sum(LAYOUT[part] for part in p) for p in (parts, ungated(parts)))      # halves of D a sub-layer
-    modulation, layers, attention = {
-        "dit": (2 * m, 12 * N, N * N),
-        "mmdit": (2 * m, 12 * N + (2 if last else 4) * L, Q * M),
-        "ditatt": (2 * m + (before if last else m), 12 * N + 4 * L, M * M),
-        "sd3": (2 * m + (before if last else 2 * m), 12 * N + (2 if last else 12) * L, Q * M),
-    }[cfg.arch.removeprefix("mp")]
-    return modulation * D * D // 2 + layers * D * D + 2 * attention * D
-
-
+@lru_cache(maxsize=None)
 def flops(cfg: ModelConfig, h: int | None = None, w: int | None = None) -> int:
-    """FLOPs of one forward pass of one image, two for every multiply-add of a matrix product, nothing else counted.
+    """FLOPs of one forward pass of one image, two for every multiply-add of a matrix product; nothing else counts.
 
-    DiT    2 [ depth (12 D^2 N + 2 N^2 D + 6 D^2) + N D P^2 2 C + 2 D^2 + (256 + D) D ]
-    Others have context tokens besides, in their blocks and in the layers that make them; controls add an MLP a group;
-    MP architectures have the number 1 beside a patch and beside a token of text.
+    Torch counts them on tensors without values. For DiT they are
+    2 [ depth (12 D^2 N + 2 N^2 D + 6 D^2) + N D P^2 2 C + 2 D^2 + (256 + D) D ].
     A training step costs three of these, sampling costs steps x passes."""
-    D, P, N = cfg.width, cfg.patch, ((h or cfg.resolution) // cfg.patch) * ((w or cfg.resolution) // cfg.patch)
-    L, one = {"none": 1, "class": 1, "text": cfg.text_length}[cfg.semantics], cfg.arch in MP
-    mac = sum(block_products(cfg, k == cfg.depth - 1, N, L) for k in range(cfg.depth))
-    mac += N * D * (2 * P * P * cfg.channels + one) + (256 + D) * D
-    mac += sum(LAYOUT[part] for part in ungated(modulation_parts(cfg))) * D * D // 2
-    if cfg.arch not in ("dit", "mpdit"):
-        mac += {"none": 0, "class": 2 * D * D, "text": L * D * (cfg.text_dim + one + D)}[cfg.semantics]
-    rows = [CONTROLS[c] for c in control_names(cfg)]
-    groups = [sum(row.width for row in rows if row.group == group) for group in ("high", "low")]
-    return 2 * (mac + sum(256 * n * D + D * D for n in groups if n))
-
-
-# ---------------------------------------------------------------- tables
-
-# [COND] table A1: millions of parameters that our best reading of each model has, and that are printed; GFLOP printed
-# for 256 and for 512 pixels. 0 = not in the paper.
-TABLE_A1 = {
-    "DiT class": (dict(arch="dit", semantics="class"), 678.210, 679.09, 237.4, 1050),
-    "DiT by attention, class": (dict(arch="ditatt", semantics="class"), 792.440, 792.44, 237.93, 1050),
-    "mmDiT class": (dict(arch="mmdit", semantics="class"), 792.440, 679.09, 237.93, 1050),
-    "mmDiT text": (dict(arch="mmdit", semantics="text"), 790.845, 791.64, 397.06, 1260),
-    "mmDiT of SD3, text": (dict(arch="sd3", semantics="text"), 1331.351, 0, 0, 0),
-}
-XL2 = ModelConfig(classes=1000, text_dim=768, text_length=256, resolution=32, channels=4, patch=2, **SIZES["XL"])
-
-
-def parameters(cfg: ModelConfig) -> int:
-    """Number of weights of a network that is not built."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in build(cfg).parameters())
-
-
-def control_parameters(n: int, D: int) -> int:
-    """[COND]: weights and biases of the MLP of n controls, 256 n -> D -> D."""
-    return 256 * n * D + D + D * D + D
-
-
-def counted_alike(cfg: ModelConfig) -> int:
-    """Parameters with [COND]'s baseline's one control MLP over six scalars in place of ours, and its position table.
-
-    The table, which is fixed, counts among the weights of [DiT]'s code and is no parameter here."""
-    table = (cfg.resolution // cfg.patch) ** 2 * cfg.width
-    return parameters(replace(cfg, controls="")) + control_parameters(6, cfg.width) + table
-
-
-def table() -> str:
-    """Parameters and forward GFLOPs of every architecture and size, patch 2 on 32 x 32 x 4 latents, 1000 classes."""
-    rows = [f"{'model':12} {'parameters':>13} {'GFLOP/image':>12}"]
-    for arch in ARCHS:
-        for name, size in SIZES.items():
-            cfg = replace(XL2, arch=arch, semantics="class", **size)
-            rows.append(f"{arch + '-' + name + '/2':12} {parameters(cfg):13,} {flops(cfg) / 1e9:12.2f}")
-    return "\n".join(rows)
-
-
-def table_a1() -> str:
-    """The XL/2 models beside [COND] table A1, each difference in percent of the number before it."""
-    share = lambda ours, theirs: f"{100 * (ours / theirs - 1):+6.2f}%"
-    beside = lambda ours, theirs: f"{theirs:8g} {share(ours, theirs)}" if theirs else f"{'-':>8} {'':7}"
-    ours, theirs = f"{'here':>8}", f"{'paper':>8} {'':7}"
-    rows = [f"{'XL/2':23} {'millions of parameters':>26} {'':26}   {'GFLOP at 256':>20} {'':7} {'GFLOP at 512':>20}",
-            f"{'':23} {ours} {'alike':>8} {'reading':>8} {'':7} {theirs}   {ours} {theirs}   {ours} {theirs}"]
-    for name, (fields, reading, *paper) in TABLE_A1.items():
-        cfg = replace(XL2, controls="crop+flip+size", **fields)
-        alike, cost = counted_alike(cfg) / 1e6, [flops(cfg, side, side) / 1e9 for side in (32, 64)]
-        rows.append(f"{name:23} {parameters(cfg) / 1e6:8.2f} {alike:8.2f} {beside(alike, reading)} "
-                    f"{beside(alike, paper[0])}   {cost[0]:8.2f} {beside(cost[0], paper[1])}   "
-                    f"{cost[1]:8.2f} {beside(cost[1], paper[2])}")
-    D, L = XL2.width, XL2.text_length
-    high, low, one = (control_parameters(n, D) for n in (3, 2, 6))
-    return "\n".join(row.rstrip() for row in rows) + f"""
-
-here     with two control MLPs: {high:,} parameters for crop and flip, {low:,} for size
-alike    with the paper's one of six scalars instead, {one:,}, and with its fixed position table, {256 * D:,}
-reading  the model that the paper's parameters and FLOPs suggest; ours lacks what nothing would read in the last block
-         and has the gains of the RMSNorm of q and k
-paper    table A1; 679.09 for mmDiT class is probably a slip, for its FLOPs are those of DiT by attention
-GFLOP    two for every multiply-add of a matrix product. In a block each of the {L} text tokens has 4 D^2 of them
-         here and probably 7 D^2 in the paper, where the image's q, k, v see it too"""
-
-
-# The columns of [MAG]'s table of modulations, and the models that the paper trains or that its code offers.
-MODULATIONS = ("scale", "rotate", "scale+shift", "scale+rotate", "scale+gate", "rotate+gate", "scale+shift+gate",
-               "scale+rotate+gate", "scale+shift+rotate+gate")
-MAG_SIZES = ("XS/2", "S/4", "B/4", "XL/2")
-
-
-def mag_config(size: str, modulation: str) -> ModelConfig:
-    """[MAG]'s model of a size ("S/4") on latents of 4 x 16 x 16, 1000 classes."""
-    name, patch = size.split("/")
-    return ModelConfig(arch="mpdit", semantics="class", classes=1000, resolution=16, channels=4, patch=int(patch),
-                       modulation=modulation, **SIZES[name])
-
-
-def counted_as_mag(cfg: ModelConfig) -> int:
-    """Parameters with [MAG]'s output, which has a variance beside every channel: P^2 C rows of D more than ours."""
-    return parameters(cfg) + cfg.patch ** 2 * cfg.channels * cfg.width
-
-
-def table_mag() -> str:
-    """Parameters of the MP-DiT with every modulation, counted as [MAG] does, and what rotation for shift saves."""
-    short = {m: m.replace("scale", "sc").replace("shift", "sh").replace("rotate", "rot") for m in MODULATIONS}
-    rows = ["".join([f"{'mpdit':6}", *(f"{short[m]:>15}" for m in MODULATIONS), f"{'saved':>9}"])]
-    for size in MAG_SIZES:
-        counts = {m: counted_as_mag(mag_config(size, m)) for m in MODULATIONS}
-        saved = 1 - counts["scale+rotate+gate"] / counts["scale+shift+gate"]
-        rows.append("".join([f"{size:6}", *(f"{n:15,}" for n in counts.values()), f"{100 * saved:8.3f}%"]))
-    return "\n".join(rows) + """
-
-sc scale, sh shift, rot rotate. Counted with a variance beside every output channel, as in the paper; ours has none
-saved    by sc+rot+gate of sc+sh+gate: depth D^2 + D^2 / 2 parameters. The paper says about 5.4 %;
-         5.387 % at S/4 if what the last layer saves is left out"""
-
-
-if __name__ == "__main__":
-    if sys.argv[1:] != ["--table"]:
-        sys.exit(__doc__)
-    print(table(), table_a1(), table_mag(), sep="\n\n")
+    with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        net, i = build(cfg).requires_grad_(False), torch.zeros(1)
+        controls = {name: torch.zeros(1, CONTROLS[name].width) for name in control_names(cfg)}
+        cond = Condition(label=torch.zeros(1, dtype=torch.long), text=torch.zeros(1, cfg.text_length, cfg.text_dim),
+                         steered=i, **controls)
+        net(torch.zeros(1, cfg.channels, h or cfg.resolution, w or cfg.resolution), i, cond)
+    return counter.get_total_flops()

@@ -1,10 +1,19 @@
-"""Magnitude-preserving operations and layers, and modulation by rotation. [MAG], after [EDM2].
+"""Magnitude-preserving operations and layers: [MAG], after [EDM2].
 
 Magnitude is the root mean square, M[x] = sqrt((1/n) sum_i E[x_i^2]); means are not removed. An operation preserves it
-if independent inputs of magnitude 1 give an output of magnitude 1: in expectation, for fresh weights. MPLinear and
-MPEmbedding divide their weights by their rows' norms on every use, so that the norms have no say. Forward changes no
-weight. Norms, angles and Fourier features are in fp32, whatever the type of the tokens.
-Dimensions: B batch, N tokens, K inputs and M outputs of a linear layer, D width.
+if independent inputs of magnitude 1 give an output of magnitude 1, in expectation and for fresh weights. MPLinear and
+MPEmbedding divide their weights by the norms of their rows on every use, so row norms have no effect. Forward changes
+no weight. Norms, angles and Fourier features are in fp32, whatever the type of the tokens.
+
+`preserve` lists the changes of [MAG] that a network has:
+cosine    q and k of every head have unit magnitude
+weights   every linear layer divides its rows by their norms
+stream    sums, SiLU, embeddings and positions preserve magnitude, and no layer normalises tokens between them
+heads     not in [MAG]: attention averages, so each head's output is brought back to unit magnitude
+The paper's ladder: A none; B cosine; C cosine+weights; D as C, with the training step normalising rows (--normalize);
+E is D with stream. Without stream the sums, the norms and the gates are DiT's.
+Dimensions: B batch, N = h w image tokens, L context tokens, K inputs and M outputs of a linear layer, D width, H heads,
+d = D/H, C channels, P patch.
 """
 import math
 
@@ -12,32 +21,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-EPS = 1e-4                              # added to a norm before something is divided by it
+from layers import ADALN, at_least_fp32, attention, patchify, rows, split_heads, steer, ungated, unpatchify
+from layers import norm as layer_norm
+from layers import rotate  # noqa: F401  rotation belongs to [MAG] too
+
+EPS = 1e-4                              # added to a norm before a division by it
 SILU_MAGNITUDE = 0.5964692111227131     # sqrt(E[silu(z)^2]) of z ~ N(0, 1)
 RESIDUAL = 0.3                          # t of mp_sum where a branch joins the trunk, [EDM2]
 BOTH = 0.5                              # t of mp_sum for patch and position, time and class
-FULL = ("cosine", "weights", "stream")  # [MAG]'s changes to a network, mp_blocks.py says which; configuration E
-PRESERVE = (*FULL, "heads")             # all that there are
-LAYOUT = {"shift": 2, "scale": 2, "rotate": 1, "gate": 2}       # rows of each part of a modulation, in halves of D
-ADALN = ("shift", "scale", "gate")      # the parts of [DiT]
+FULL = ("cosine", "weights", "stream")  # [MAG]'s changes, configuration E
+PRESERVE = (*FULL, "heads")             # every change
 
 
 # ---------------------------------------------------------------- operations
 
 def magnitude(x: Tensor) -> Tensor:
     """[MAG] the root mean square of all elements, in fp32. A scalar"""
-    return _wide(x).square().mean().sqrt()
+    return at_least_fp32(x).square().mean().sqrt()
 
 
 def norm(x: Tensor) -> Tensor:
     """Length of every vector along the last axis, in fp32; its gradient at zero is zero. (..., n) -> (..., 1)"""
-    x = _wide(x)
+    x = at_least_fp32(x)
     return (torch.linalg.vecdot(x, x) + torch.finfo(x.dtype).tiny).sqrt()[..., None]
 
 
 def normalize(x: Tensor, eps: float = EPS) -> Tensor:
     """[MAG] N(x) = sqrt(n) x / (|x| + eps) along the last axis: unit magnitude. N(0) = 0. (..., n) -> (..., n)"""
-    return (_wide(x) * (math.sqrt(x.shape[-1]) / (norm(x) + eps))).to(x.dtype)
+    return (at_least_fp32(x) * (math.sqrt(x.shape[-1]) / (norm(x) + eps))).to(x.dtype)
 
 
 def mp_sum(a: Tensor, b: Tensor, t: float) -> Tensor:
@@ -61,31 +72,19 @@ def mp_silu(x: Tensor) -> Tensor:
     return F.silu(x) * (1 / SILU_MAGNITUDE)
 
 
-def rotate(x: Tensor, theta: Tensor) -> Tensor:
-    """[MAG] eq. 6: every pair (x_2i, x_2i+1) turned by theta_i, in fp32. x (..., D), theta (..., D/2) -> (..., D)
-
-    A pair is a complex number, times e^(i theta). Lengths stay; theta = 0 is the identity to the last bit."""
-    theta, pairs = _wide(theta), _wide(x).contiguous().unflatten(-1, (-1, 2))           # (..., D/2, 2)
-    if torch.compiler.is_compiling():                       # torch.compile makes no code for complex numbers
-        a, b, c, s = *pairs.unbind(-1), theta.cos(), theta.sin()
-        turned = torch.stack([a * c - b * s, a * s + b * c], dim=-1)
-    else:                                                   # 20 times as fast as the above on a CPU
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.polar(torch.ones_like(theta), theta))
-    return turned.flatten(-2).to(x.dtype)
+def identity(x: Tensor) -> Tensor:
+    """x, where a network does not normalise."""
+    return x
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-# ---------------------------------------------------------------- layers
+# ---------------------------------------------------------------- linear layers and embeddings
 
 class MPLinear(nn.Module):
     """[MAG] lemma 3: W_i = gain w_i / (|w_i| + eps) for every row, without bias. (..., K) -> (..., M)
 
-    M[W x] = M[x] if the rows' directions are random, or the x_i uncorrelated. w ~ N(0, 1); `gain` is a scalar to be
-    learned, or None for 1. A layer that must not act at first has gain 0, never zero weights. `normed`: the training
-    step keeps all rows at |w_i| = sqrt(K), and forward relies on it: W_i = gain w_i / sqrt(K)."""
+    M[W x] = M[x] if the rows' directions are random, or the x_i uncorrelated. w ~ N(0, 1); `gain` is a learned scalar,
+    or None for 1. A layer that must not act at first has gain 0, never zero weights. `normed`: the training step keeps
+    all rows at |w_i| = sqrt(K), and forward relies on it: W_i = gain w_i / sqrt(K)."""
     def __init__(self, K: int, M: int, gain: float | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(M, K))
@@ -111,7 +110,7 @@ class BareLinear(nn.Module):
 
 
 def linear_of(preserve: tuple[str, ...]) -> type[MPLinear] | type[BareLinear]:
-    """The linear layer of a network with these changes."""
+    """The class of a network's linear layers."""
     return MPLinear if "weights" in preserve else BareLinear
 
 
@@ -128,7 +127,7 @@ class MPMLP(nn.Module):
 
 
 class MPEmbedding(nn.Module):
-    """[MAG] a table whose rows have unit magnitude. `normed` as in MPLinear. index (...) -> (..., D), fp32"""
+    """[MAG] a table with rows of unit magnitude. `normed` as in MPLinear. index (...) -> (..., D), fp32"""
     def __init__(self, rows: int, D: int) -> None:
         super().__init__()
         self.num_embeddings, self.normed = rows, False
@@ -143,7 +142,7 @@ class MPFourier(nn.Module):
     """[EDM2] eq. 75: sqrt(2) cos(2 pi (f t + u)), f ~ N(0, bandwidth^2), u ~ U(0, 1). t (B,) -> (B, n), fp32
 
     Unit magnitude for every t. Features of t and t + d have correlation exp(-(2 pi bandwidth d)^2 / 2). f and u are
-    drawn once, in fp32, and kept with the weights."""
+    random, fixed, in fp32, and saved with the weights."""
     def __init__(self, n: int, bandwidth: float = 1.0) -> None:
         super().__init__()
         self.register_buffer("frequency", 2 * math.pi * bandwidth * torch.randn(n))
@@ -157,63 +156,81 @@ class MPFourier(nn.Module):
 def normalize_weights_(net: nn.Module) -> None:
     """[MAG] forced weight normalisation: every row of every MPLinear and MPEmbedding to unit magnitude, in place.
 
-    It leaves the function alone, and keeps the size of a step relative to the weights from shrinking as they grow.
-    The training step does the same, once an optimizer step, with optim.renormalize_."""
+    It does not change the function, and stops growing weights from making steps relatively smaller. The training step
+    does the same, once an optimizer step, with optim.renormalize_."""
     for m in net.modules():
         if isinstance(m, (MPLinear, MPEmbedding)):
             m.weight.copy_(normalize(m.weight))
 
 
 def rely_on_norms_(net: nn.Module, normed: bool) -> None:
-    """Set `normed` of all layers: before training, where the step keeps the rows normalised. Not for an average."""
+    """Set `normed` of all layers: before training whose step keeps the rows normalised. Not for an average."""
     for m in net.modules():
         if isinstance(m, (MPLinear, MPEmbedding)):
             m.normed = normed
 
 
-# ---------------------------------------------------------------- modulation
+# ---------------------------------------------------------------- attention
 
-def rows(parts: tuple[str, ...], D: int) -> int:
-    """Width of all of these parts of a modulation together."""
-    return sum(LAYOUT[part] for part in parts) * D // 2
+def normalize_heads(a: Tensor, H: int) -> Tensor:
+    """Bring each of the H parts of every token to unit magnitude. (B, N, H d) -> (B, N, H d)
 
-
-def split_parts(m: Tensor, *groups: tuple[str, ...]) -> list[dict[str, Tensor]]:
-    """One dict a group, from parts to their vectors in m (B, all rows). (B, 1, D) each, rotate (B, 1, D/2)"""
-    named = [(k, part) for k, group in enumerate(groups) for part in group]
-    half = m.shape[-1] // sum(LAYOUT[part] for _, part in named)
-    found: list[dict[str, Tensor]] = [{} for _ in groups]
-    for (k, part), v in zip(named, m[:, None].split([half * LAYOUT[part] for _, part in named], dim=-1)):
-        found[k][part] = v
-    return found
+    A head gives sum_j p_j v_j: for uncorrelated v_j of magnitude 1 that is sqrt(sum_j p_j^2) < 1, and nearer to 1 for
+    correlated ones, as those of an image are. To divide by sqrt(sum_j p_j^2) is right only for the former; in a deep
+    network, where tokens grow alike, the error multiplies from block to block. This gives 1 in either case."""
+    return normalize(a.unflatten(-1, (H, -1))).flatten(-2)
 
 
-def steer(x: Tensor, m: dict[str, Tensor]) -> Tensor:
-    """[MAG] eqs. 4, 6: R(rotate) (x (1 + scale) + shift), as much of it as m has. (B, N, D)"""
-    if "scale" in m and "shift" in m:
-        x = torch.addcmul(m["shift"].to(x.dtype), x, (1 + m["scale"]).to(x.dtype))
-    elif "scale" in m:
-        x = x * (1 + m["scale"]).to(x.dtype)
-    elif "shift" in m:
-        x = x + m["shift"].to(x.dtype)
-    return rotate(x, m["rotate"]) if "rotate" in m else x
+class MPAttention(nn.Module):
+    """[MAG] cosine attention: softmax(N(q) N(k)^T / sqrt(d)) v, logits sqrt(d) cos(q, k). (B, N, D) -> (B, N, D)
+
+    v is not normalised."""
+    def __init__(self, D: int, H: int, preserve: tuple[str, ...] = FULL) -> None:
+        super().__init__()
+        self.H, linear = H, linear_of(preserve)
+        self.qkv, self.proj = linear(D, 3 * D), linear(D, D)
+        self.qk_norm = normalize if "cosine" in preserve else identity
+        self.heads = "heads" in preserve
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = split_heads(self.qkv(x), 3, self.H)                           # (B, H, N, d) each
+        a = attention(self.qk_norm(q), self.qk_norm(k), v)                      # (B, N, D)
+        return self.proj(normalize_heads(a, self.H) if self.heads else a)
 
 
-def gated_sum(x: Tensor, m: dict[str, Tensor], branch: Tensor) -> Tensor:
-    """[DiT] adaLN-Zero: x + gate branch, nothing of the branch at first; without a gate all of it. (B, N, D)"""
-    return torch.addcmul(x, m["gate"].to(x.dtype), branch) if "gate" in m else x + branch
+class MPJointAttention(nn.Module):
+    """JointAttention as cosine attention: over [context; image], with one output projection.
 
+    `last`: context gives only k and v and stays as it is. x (B, N, D), ctx (B, L, D) -> (B, N, D), (B, L, D) or None"""
+    def __init__(self, D: int, H: int, last: bool, preserve: tuple[str, ...] = FULL) -> None:
+        super().__init__()
+        self.H, self.last, self.heads = H, last, "heads" in preserve
+        self.qkv = MPLinear(D, 3 * D)
+        self.ctx_qkv = MPLinear(D, (2 if last else 3) * D)                      # last: k and v
+        self.proj = MPLinear(D, D)
+
+    def forward(self, x: Tensor, ctx: Tensor) -> tuple[Tensor, Tensor | None]:
+        L = ctx.shape[1]
+        q, k, v = split_heads(self.qkv(x), 3, self.H)                           # (B, H, N, d) each
+        *q_ctx, k_ctx, v_ctx = split_heads(self.ctx_qkv(ctx), 2 if self.last else 3, self.H)
+        q, k, v = torch.cat([*q_ctx, q], 2), torch.cat([k_ctx, k], 2), torch.cat([v_ctx, v], 2)
+        a = attention(normalize(q), normalize(k), v)                            # (B, L+N, D), last: (B, N, D)
+        a = self.proj(normalize_heads(a, self.H) if self.heads else a)
+        return (a, None) if self.last else (a[:, L:], a[:, :L])
+
+
+# ---------------------------------------------------------------- modulation, patches and the final layer
 
 def mp_gated_sum(x: Tensor, m: dict[str, Tensor], branch: Tensor) -> Tensor:
-    """[MAG] mp_sum(x, (1 + gate) branch, t = 0.3): all of the branch at first, gate or no gate. (B, N, D)"""
+    """[MAG] mp_sum(x, (1 + gate) branch, t = 0.3): the whole branch at first, with or without a gate. (B, N, D)"""
     return mp_sum(x, branch * (1 + m["gate"]).to(x.dtype) if "gate" in m else branch, RESIDUAL)
 
 
 class Modulation(nn.Module):
-    """[MAG] sec. 3: what c does to a sub-layer, any parts of LAYOUT, a layer each. c (B, D) -> {part: v}
+    """[MAG] sec. 3: modulation of a sub-layer by any parts of LAYOUT, one layer each. c (B, D) -> {part: v}
 
-    For steer before the sub-layer (scale, then shift, then rotate) and mp_gated_sum after it. Every layer's gain is
-    zero at first, and steer gives x back to the last bit. v (B, 1, D), rotate (B, 1, D/2) in radians; of c's type."""
+    For steer before the sub-layer (scale, then shift, then rotate) and mp_gated_sum after it. Every layer has gain zero
+    at first, so steer gives x back to the last bit. v (B, 1, D), rotate (B, 1, D/2) in radians; of c's type."""
     def __init__(self, D: int, parts: tuple[str, ...], preserve: tuple[str, ...] = FULL) -> None:
         super().__init__()
         linear = linear_of(preserve)
@@ -223,3 +240,30 @@ class Modulation(nn.Module):
     def forward(self, c: Tensor) -> dict[str, Tensor]:
         c = self.act(c)[:, None]                                                # (B, 1, D)
         return {part: layer(c) for part, layer in self.layers.items()}
+
+
+class MPPatchEmbed(nn.Module):
+    """[MAG] a patch and the number 1, the network's only bias, through one layer. (B, C, h P, w P) -> (B, h w, D)
+
+    It has unit magnitude wherever the pixels have: for noise, and for images of unit variance."""
+    def __init__(self, C: int, P: int, D: int, preserve: tuple[str, ...] = FULL) -> None:
+        super().__init__()
+        self.P = P
+        self.proj = linear_of(preserve)(P * P * C + 1, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = patchify(x, self.P)                                                 # (B, h w, C P P)
+        return self.proj(torch.cat([x, torch.ones_like(x[..., :1])], dim=-1))
+
+
+class MPFinalLayer(nn.Module):
+    """[MAG] modulation, then one layer to patches of gain zero at first. (B, h w, D) -> (B, C, h P, w P)"""
+    def __init__(self, D: int, P: int, C: int, parts: tuple[str, ...] = ADALN,
+                 preserve: tuple[str, ...] = FULL) -> None:
+        super().__init__()
+        self.P, self.norm = P, identity if "stream" in preserve else layer_norm
+        self.modulation = Modulation(D, ungated(parts), preserve)
+        self.linear = linear_of(preserve)(D, P * P * C, gain=0.0)
+
+    def forward(self, x: Tensor, c: Tensor, h: int, w: int) -> Tensor:
+        return unpatchify(self.linear(steer(self.norm(x), self.modulation(c))), self.P, h, w)

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import checkpoint
+import model
 from conditioning import sincos_2d
 from config import SIZES, Config, ModelConfig, UserError, parse, run, to_json
 
@@ -71,6 +72,14 @@ def read_official(path: str | Path, heads: int = 0) -> tuple[dict[str, Tensor], 
             raise UserError(f"{path} has positions {tuple(table.shape)} other than the sines and cosines of {grid} x "
                             f"{grid} patches; it is another architecture")
     return drop_sigma(tensors, cfg), cfg
+
+
+def load_official_dit(path: str | Path, heads: int = 0) -> tuple[model.Denoiser, ModelConfig]:
+    """[DiT]: the network of published weights, loaded strictly by name, and its config. heads as in read_official."""
+    state, cfg = read_official(path, heads)
+    net = model.build(cfg)
+    checkpoint.load_strictly(net, state, str(path))
+    return net.eval().requires_grad_(False), cfg
 
 
 # ---------------------------------------------------------------- files

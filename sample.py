@@ -354,7 +354,7 @@ def open_run(o: Options) -> tuple[model.Denoiser, Config, dict[str, str]]:
         if o.file != Options.file:
             raise UserError(f"--file={o.file} is of the run {o.out}, --weights={o.weights} are published ones; give "
                             f"one of them")
-        net, m = model.load_official_dit(o.weights)
+        net, m = official.load_official_dit(o.weights)
         return net, *official.as_run(o.weights, m)
     file = Path(o.out) / o.file
     return *model.load(file), checkpoint.read_header(file)

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import blocks
+import layers
+import model
 
 B, C, P, h, w, L, D, H = 4, 3, 2, 6, 9, 7, 40, 5
 EVERY = ("shift", "scale", "rotate", "gate")
@@ -21,13 +22,13 @@ def normal(*shape, seed=0):
 
 # ---------------------------------------------------------------- parts
 
-@pytest.mark.parametrize("n, m", [(6, 9), (9, 6), (3, blocks.PLAIN_ATTENTION + 1)])
+@pytest.mark.parametrize("n, m", [(6, 9), (9, 6), (3, layers.PLAIN_ATTENTION + 1)])
 def test_attention_is_the_softmax_formula(n, m):
     q, k, v = normal(B, H, n, 8), normal(B, H, m, 8, seed=1), normal(B, H, m, 8, seed=2)
     weight = torch.einsum("bhnd,bhmd->bhnm", q.double(), k.double() / math.sqrt(8)).exp()
     exact = torch.einsum("bhnm,bhmd->bnhd", weight / weight.sum(-1, keepdim=True), v.double()).reshape(B, n, H * 8)
-    assert torch.allclose(blocks.attention(q, k, v).double(), exact, atol=1e-5)
-    half = blocks.attention(*(x.bfloat16() for x in (q, k, v)))
+    assert torch.allclose(layers.attention(q, k, v).double(), exact, atol=1e-5)
+    half = layers.attention(*(x.bfloat16() for x in (q, k, v)))
     assert half.dtype == torch.bfloat16
     assert (half.double() - exact).square().mean().sqrt() < 0.01 * exact.square().mean().sqrt() * math.sqrt(m) ** 0.5
 
@@ -35,7 +36,7 @@ def test_attention_is_the_softmax_formula(n, m):
 def test_split_heads_gives_each_head_its_own_columns():
     n, tokens = 3, 4
     x = torch.arange(2 * tokens * n * D).view(2, tokens, n * D)
-    q, k, v = blocks.split_heads(x, n, H)
+    q, k, v = layers.split_heads(x, n, H)
     for part, got in enumerate((q, k, v)):
         assert got.shape == (2, H, tokens, 8)
         for head in range(H):
@@ -46,27 +47,27 @@ def test_split_heads_gives_each_head_its_own_columns():
 def test_norm_is_layer_norm_without_weights_in_fp32():
     x = normal(2, 5, D) * 30 + 7
     std = (x.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
-    assert torch.allclose(blocks.norm(x), (x - x.mean(-1, True)) / std, atol=1e-5)
-    error = blocks.norm(x.bfloat16()).float() - blocks.norm(x.bfloat16().float())
+    assert torch.allclose(layers.norm(x), (x - x.mean(-1, True)) / std, atol=1e-5)
+    error = layers.norm(x.bfloat16()).float() - layers.norm(x.bfloat16().float())
     assert error.abs().max() < 0.016                        # rounding of the result alone
 
 
 def test_rms_norm_divides_by_the_rms_and_has_a_gain():
-    norm = blocks.RMSNorm(8)
+    norm = layers.RMSNorm(8)
     nn.init.normal_(norm.weight)
     x = normal(2, H, 6, 8) * 30
     assert torch.allclose(norm(x), x / x.square().mean(-1, True).sqrt() * norm.weight, atol=1e-5)
 
 
 def test_patch_embed_is_a_strided_convolution():
-    embed, x = blocks.PatchEmbed(C, P, D), normal(B, C, h * P, w * P)
+    embed, x = layers.PatchEmbed(C, P, D), normal(B, C, h * P, w * P)
     direct = F.conv2d(x, embed.proj.weight, embed.proj.bias, stride=P)          # (B, D, h, w)
     assert torch.allclose(embed(x), direct.flatten(2).transpose(1, 2), atol=1e-5)
 
 
 def test_final_layer_puts_pixels_where_the_official_code_does():
     """Official DiT: reshape to (n, h, w, p, q, c), then einsum nhwpqc -> nchpwq."""
-    last = blocks.FinalLayer(D, P, C)
+    last = layers.FinalLayer(D, P, C)
     x, c = normal(B, h * w, D), normal(B, D, seed=1)
     shift, scale = last.adaLN_modulation(c)[:, None].chunk(2, dim=2)
     tokens = last.linear(F.layer_norm(x, (D,), eps=1e-6) * (1 + scale) + shift)
@@ -74,10 +75,10 @@ def test_final_layer_puts_pixels_where_the_official_code_does():
     assert torch.allclose(last(x, c, h, w), direct, atol=1e-5)
 
 
-def test_patches_taken_apart_and_put_together_are_the_picture():
+def test_patches_taken_apart_and_put_together_are_the_image():
     """With identities for both linear layers, up to the order in a patch: (C, P, P) going in, (P, P, C) coming out."""
     width = C * P * P
-    embed, last = blocks.PatchEmbed(C, P, width), blocks.FinalLayer(width, P, C)
+    embed, last = layers.PatchEmbed(C, P, width), layers.FinalLayer(width, P, C)
     order = torch.arange(width).view(C, P, P).permute(1, 2, 0).flatten()
     embed.proj.weight.data = torch.eye(width).view(width, C, P, P)
     embed.proj.bias.data.zero_()
@@ -93,7 +94,7 @@ def test_patches_taken_apart_and_put_together_are_the_picture():
 
 
 def test_dit_block_is_the_formula_of_the_paper():
-    block = blocks.DiTBlock(D, H, False)
+    block = model.DiTBlock(D, H, False)
     x, c = normal(B, 6, D), normal(B, D, seed=1)
     s1, g1, a1, s2, g2, a2 = block.adaLN_modulation[1](F.silu(c))[:, None].chunk(6, dim=2)
     plain = lambda v: F.layer_norm(v, (D,), eps=1e-6)
@@ -105,7 +106,7 @@ def test_dit_block_is_the_formula_of_the_paper():
 
 @pytest.mark.parametrize("parts", [("scale", "gate"), ("rotate",), ("shift", "rotate", "gate"), EVERY], ids="+".join)
 def test_a_dit_block_with_other_parts_scales_then_shifts_then_rotates_and_gates_after(parts):
-    block = blocks.DiTBlock(D, H, False, parts)
+    block = model.DiTBlock(D, H, False, parts)
     x, c = normal(B, 6, D), normal(B, D, seed=1)
     sizes = [D // 2 if part == "rotate" else D for part in parts]
     m = block.adaLN_modulation[1](F.silu(c))[:, None].split(2 * sizes, dim=2)
@@ -121,7 +122,7 @@ def test_a_dit_block_with_other_parts_scales_then_shifts_then_rotates_and_gates_
 
 
 def test_joint_attention_lets_image_and_context_see_each_other():
-    attn = blocks.JointAttention(D, H, False)
+    attn = layers.JointAttention(D, H, False)
     x, ctx = normal(B, 6, D), normal(B, L, D, seed=1)
     a, a_ctx = attn(x, ctx)
     assert a.shape == (B, 6, D) and a_ctx.shape == (B, L, D)
@@ -162,7 +163,7 @@ def made(Block, last):
 
 @pytest.mark.parametrize("last", [False, True])
 def test_dit_by_attention_is_dit_on_image_and_class_tokens_under_the_same_weights(last):
-    block, x, ctx, c = made(blocks.DiTAttBlock, last)
+    block, x, ctx, c = made(model.DiTAttBlock, last)
     m = block.adaLN_modulation[1](F.silu(c))[:, None].split(D, dim=2)           # shift, scale, gate three times
     assert len(m) == (8 if last else 9)
     tokens = torch.cat([plain(x) * (1 + m[1]) + m[0], plain(ctx) * (1 + m[7]) + m[6]], 1)  # order does not matter
@@ -177,7 +178,7 @@ def test_dit_by_attention_is_dit_on_image_and_class_tokens_under_the_same_weight
 
 @pytest.mark.parametrize("last", [False, True])
 def test_mmdit_block_is_dit_with_joint_attention_and_context_changed_by_attention_alone(last):
-    block, x, ctx, c = made(blocks.MMDiTBlock, last)
+    block, x, ctx, c = made(model.MMDiTBlock, last)
     m = block.adaLN_modulation[1](F.silu(c))[:, None].split(D, dim=2)
     a, a_ctx = block.attn(plain(x) * (1 + m[1]) + m[0], plain(ctx))
     y = x + m[2] * a
@@ -189,7 +190,7 @@ def test_mmdit_block_is_dit_with_joint_attention_and_context_changed_by_attentio
 
 @pytest.mark.parametrize("last", [False, True])
 def test_sd3_block_is_two_dit_blocks_that_share_attention(last):
-    block, x, ctx, c = made(blocks.SD3Block, last)
+    block, x, ctx, c = made(model.SD3Block, last)
     attn = block.attn
     m = block.adaLN_modulation[1](F.silu(c))[:, None].split(D, dim=2)
     n = block.ctx_adaLN_modulation[1](F.silu(c))[:, None].split(D, dim=2)

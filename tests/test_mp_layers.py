@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import layers
 import mp_layers as mp
 
 B, N, D, K, M = 4, 6, 40, 384, 512
@@ -293,7 +294,7 @@ def test_fourier_features_are_kept_with_the_weights_in_fp32():
 
 # ---------------------------------------------------------------- forced weight normalisation
 
-def layers():
+def network():
     torch.manual_seed(0)
     net = torch.nn.ModuleDict({"a": mp.MPLinear(K, D, gain=1.5), "b": mp.MPLinear(D, N), "t": mp.MPEmbedding(5, K),
                                "plain": torch.nn.Linear(N, 3), "bare": mp.BareLinear(3, 2)})
@@ -307,7 +308,7 @@ def run(net, x):
 
 
 def test_normalize_weights_makes_every_mp_row_unit_and_leaves_the_function_and_the_rest_alone():
-    net, x = layers(), normal(B, K)
+    net, x = network(), normal(B, K)
     y, before = run(net, x), {k: v.clone() for k, v in net.state_dict().items()}
     mp.normalize_weights_(net)
     after = {k: v.clone() for k, v in net.state_dict().items()}
@@ -321,7 +322,7 @@ def test_normalize_weights_makes_every_mp_row_unit_and_leaves_the_function_and_t
 
 
 def test_normalised_rows_may_be_relied_on_and_only_those():
-    net, x = layers(), normal(B, K)
+    net, x = network(), normal(B, K)
     y = run(net, x)
     mp.rely_on_norms_(net, True)
     assert not torch.allclose(run(net, x), y, rtol=0.1)
@@ -336,19 +337,19 @@ def test_normalised_rows_may_be_relied_on_and_only_those():
 
 def test_parts_lie_side_by_side_as_in_dit():
     m = normal(B, 6 * D)
-    a, b = mp.split_parts(m, mp.ADALN, mp.ADALN)
+    a, b = layers.split_parts(m, layers.ADALN, layers.ADALN)
     for got, exact in zip((a["shift"], a["scale"], a["gate"], b["shift"], b["scale"], b["gate"]), m.chunk(6, 1)):
         assert torch.equal(got, exact[:, None])
-    only, none, both = mp.split_parts(normal(B, 3 * D), ("rotate", "gate"), (), ("rotate", "scale"))
+    only, none, both = layers.split_parts(normal(B, 3 * D), ("rotate", "gate"), (), ("rotate", "scale"))
     assert [only["rotate"].shape, only["gate"].shape, both["scale"].shape] == [(B, 1, D // 2), (B, 1, D), (B, 1, D)]
-    assert none == {} and mp.rows(ORDER, D) == 7 * D // 2
+    assert none == {} and layers.rows(ORDER, D) == 7 * D // 2
 
 
 @pytest.mark.parametrize("parts", SUBSETS, ids="+".join)
 def test_modulation_by_any_parts_is_scale_then_shift_then_rotate_and_a_gate_after(parts):
     torch.manual_seed(0)
     modulation, x, c = mp.Modulation(D, parts), normal(B, N, D), normal(B, D, seed=1)
-    assert torch.equal(mp.steer(x, modulation(c)), x)       # at first, to the last bit
+    assert torch.equal(layers.steer(x, modulation(c)), x)   # at first, to the last bit
     for layer in modulation.layers.values():
         layer.gain.data.fill_(0.7)
     m = modulation(c)
@@ -357,9 +358,9 @@ def test_modulation_by_any_parts_is_scale_then_shift_then_rotate_and_a_gate_afte
     y = x * (1 + m["scale"]) if "scale" in m else x
     y = y + m["shift"] if "shift" in m else y
     y = mp.rotate(y, m["rotate"]) if "rotate" in m else y
-    assert torch.allclose(mp.steer(x, m), y, atol=1e-5)
+    assert torch.allclose(layers.steer(x, m), y, atol=1e-5)
     branch, gate = normal(B, N, D, seed=2), m.get("gate")
-    assert torch.allclose(mp.gated_sum(x, m, branch), x + (branch if gate is None else gate * branch), atol=1e-5)
+    assert torch.allclose(layers.gated_sum(x, m, branch), x + (branch if gate is None else gate * branch), atol=1e-5)
     whole = mp.mp_sum(x, branch if gate is None else branch * (1 + gate), 0.3)
     assert torch.allclose(mp.mp_gated_sum(x, m, branch), whole, atol=1e-5)
 
@@ -368,11 +369,12 @@ def test_scale_is_not_magnitude_preserving():
     """M[(1+s) x] = sqrt(1 + M[s]^2) M[x] for s of mean zero; the product of two normal numbers has kurtosis 9."""
     n = 40_000
     x, s = normal(1, 1, n), normal(1, 1, n, seed=1)
-    assert mp.magnitude(mp.steer(x, {"scale": s})).item() == pytest.approx(math.sqrt(2), rel=5 * 2 / math.sqrt(n))
+    assert mp.magnitude(layers.steer(x, {"scale": s})).item() == pytest.approx(math.sqrt(2), rel=5 * 2 / math.sqrt(n))
 
 
 def test_steering_keeps_the_type_of_tokens_and_the_angles_of_fp32():
     x, m = normal(B, N, D).bfloat16(), {p: normal(B, 1, D // 2 if p == "rotate" else D, seed=k)
                                         for k, p in enumerate(ORDER)}
-    assert mp.steer(x, m).dtype == mp.gated_sum(x, m, x).dtype == mp.mp_gated_sum(x, m, x).dtype == torch.bfloat16
-    assert torch.equal(mp.steer(x, {"rotate": m["rotate"]}), mp.rotate(x.float(), m["rotate"]).bfloat16())
+    assert all(y.dtype == torch.bfloat16
+               for y in (layers.steer(x, m), layers.gated_sum(x, m, x), mp.mp_gated_sum(x, m, x)))
+    assert torch.equal(layers.steer(x, {"rotate": m["rotate"]}), mp.rotate(x.float(), m["rotate"]).bfloat16())

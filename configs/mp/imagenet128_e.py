@@ -4,7 +4,7 @@ The other files beside it vary this one.
 
 torchrun --nproc_per_node=8 train.py --config=configs/mp/imagenet128_e.py
 
-imagenet128_a to imagenet128_e                    the ladder, what mp_blocks.py calls A to E
+imagenet128_a to imagenet128_e                    the ladder, what mp_layers.py calls A to E
 imagenet128_e, _scale, _rotate, _scale_rotate     the modulation, each with gate; E has that of adaLN
 --model.patch=2 --model.depth=6 --model.width=256 --model.heads=4          XS/2
 """

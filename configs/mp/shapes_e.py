@@ -2,7 +2,7 @@
 
 python train.py --config=configs/mp/shapes_e.py
 
-shapes_a to shapes_e                              the ladder, what mp_blocks.py calls A to E
+shapes_a to shapes_e                              the ladder, what mp_layers.py calls A to E
 shapes_e, _scale, _rotate, _scale_rotate          the modulation, each with gate; E has that of adaLN
 --model.preserve=cosine+weights+stream+heads      E with the output of every head brought back to unit magnitude
 """
