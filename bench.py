@@ -35,6 +35,7 @@ from log import Window
 from outside import library, mend_torchvision
 from sample import ddim, guided
 from schedule import add_noise, alpha_bar_table
+from text import make_encoder
 
 PASSES = {"forward": 1, "train": 3, "sample": 2}    # FLOPs of each step over those of one forward pass
 WARMUP, LEAST = 2, 3                    # untimed turns, and the fewest timed ones
@@ -86,7 +87,7 @@ def read_options(argv: list[str]) -> Options:
     if m.semantics == "class":
         m = replace(m, classes=m.classes or CLASSES)
     if m.semantics == "text" and not (m.text_dim and m.text_length):
-        encoder = data.text_encoder(o)
+        encoder = make_encoder(o)
         m = replace(m, text_dim=encoder.dim, text_length=encoder.length)
     o = replace(o, batch=o.batch or o.micro, micro=o.batch or o.micro, model=m)
     train.check(o, world=1)

@@ -102,7 +102,7 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         paths = {data.kind(o.data): o.data} if o.data else write_sources(Path(scratch), o.n)
         model = ModelConfig(semantics=o.semantics if o.data else "none", resolution=o.resolution)
-        sources = {name: data.KINDS[data.kind(path)](Config(data=path, augment="flip", model=model), "train")
+        sources = {name: data.SOURCES[data.kind(path)].open(Config(data=path, augment="flip", model=model), "train")
                    for name, path in paths.items()}
         rates = in_turns({f"{name}, {workers} workers": partial(read_images, source, o.n, int(workers))
                           for workers in o.workers.split(",") for name, source in sources.items()}, o.turns)

@@ -31,10 +31,11 @@ import magnitudes
 import model
 import sample
 from captions import SHAPES
-from conditioning import Condition, from_batch
+from conditioning import Condition, make_condition
 from config import Config, UserError, parse, run
 from demo import generate
 from distances import FeatureStats
+from rng import keyed_noise
 from schedule import add_noise, rescale_guidance
 from shapes_score import score, sharpness
 
@@ -196,9 +197,9 @@ def held_out(net: model.Denoiser, cfg: Config) -> float:
     """The plain eps loss on HELD images of the test split, each at its own noise level, the same at every call."""
     batch, alpha_bar = data.records(data.open_source(cfg, "test"), range(HELD), [0] * HELD), net.alpha_bar
     i = torch.arange(HELD) * len(alpha_bar) // HELD
-    eps = sample.noise_for(range(HELD), batch["image"].shape[1:], 0, "held out")
+    eps = keyed_noise(range(HELD), batch["image"].shape[1:], 0, "held out")
     x_t = add_noise(batch["image"], eps, alpha_bar[i])
-    cond = from_batch(batch, cfg.model.semantics, model.control_names(cfg.model))
+    cond = make_condition(batch, cfg.model.semantics, model.control_names(cfg.model))
     parts = [(net(x_t[k], i[k].float(), cond.map(lambda v: v[k])) - eps[k]).square().mean()
              for k in torch.arange(HELD).view(-1, 10).T]                    # each spans all noise levels
     return torch.stack(parts).mean().item()

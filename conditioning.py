@@ -95,9 +95,6 @@ def make_condition(batch: Mapping[str, Tensor], semantics: str, controls: Sequen
     return replace(cond, text=pad_text(cond.text, lengths, padding, padding_noise, generator))
 
 
-from_batch = make_condition             # by the name that calls without padding have
-
-
 def guide(eps_cs: Tensor, eps_s: Tensor, eps_null: Tensor, lam: float, beta: float) -> Tensor:
     """[COND] eq. 2: lambda [beta eps(c,s) + (1-beta) eps(0,s)] + (1-lambda) eps(0,0), c control, s semantics.
 

@@ -27,7 +27,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,7 +45,6 @@ from rng import permute, seed64
 from shapes import Shapes
 from text import WordVectors
 from shards import TarShards, is_shards
-from tokens import StoredText, check_same
 
 Record, Batch = dict[str, Any], dict[str, Any]
 Source, TextEncoder = Any, Any          # contracts, stated above and at text_encoder
@@ -134,7 +132,6 @@ SOURCES = {                             # the first that takes a value of --data
                        classes=False),
     "folder": SourceType(lambda where: True, open_folder),
 }
-KINDS = {name: source.open for name, source in SOURCES.items()}
 
 
 def kind(where: str) -> str:
@@ -155,41 +152,6 @@ def check_words(source: Source, encoder: TextEncoder | None, cfg: Config, most: 
             except UserError as e:
                 raise UserError(f"encoder=words knows the captions of the shapes only, and {cfg.data!r} has others, "
                                 f"e.g. {caption[:80]!r}; use --encoder=clip:PATH") from e
-
-
-def text_encoder(cfg: Config, stored: dict | None = None, device: str | torch.device = "cpu") -> TextEncoder | None:
-    """Has `dim` E, `length` L and `encode(captions) -> (tokens, lengths)`; None for a model without text.
-
-    stored: the `encoder` of a source; of that name the tower is loaded when it is needed. device: the tower runs on
-    a CUDA device, else on the CPU. UserError for an encoder that there is not, that is not the stored one, or for a
-    length that it cannot have."""
-    kind, colon, path = cfg.encoder.partition(":")
-    if (kind, bool(colon), bool(path)) not in (("words", False, False), ("clip", True, True)):
-        raise UserError(f"unknown encoder={cfg.encoder!r}; there are words and clip:PATH, where PATH is an open_clip "
-                        "model folder or hub name")
-    if cfg.model.semantics != "text":
-        return None
-    length = cfg.model.text_length
-    if kind == "words" and stored:
-        raise UserError(f"encoder='words', but the stored tokens are of {stored['name']!r}; say "
-                        f"--encoder={stored['name']}")
-    if kind == "words":
-        return WordVectors(length) if length else WordVectors()
-    if length not in (0, 77):
-        raise UserError(f"model.text_length={length}, but encoder={cfg.encoder!r} has 77 tokens; leave it at 0")
-    load = partial(open_clip_text, path, device if torch.device(device).type == "cuda" else "cpu")
-    if stored and cfg.encoder == stored["name"]:
-        return StoredText(stored, load)
-    encoder = load()
-    if stored:
-        check_same(encoder, stored)
-    return encoder
-
-
-def open_clip_text(path: str, device: str | torch.device) -> TextEncoder:
-    """CLIP's text tower, imported where it is needed."""
-    from text import CLIPText
-    return CLIPText(path, device=device)
 
 
 # ---------------------------------------------------------------- batches

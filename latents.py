@@ -36,6 +36,7 @@ import skipped
 from cached_latents import (FORMAT, META, ORIGINALS, RECORD, RESULT, SCALINGS, Latents, content, file_names, header,
                             is_latents, latent_scaling, latent_shape, pack, read_meta, shards)
 from config import Config, ModelConfig, UserError, help_text, parse, run
+from text import make_encoder
 from outside import library
 
 SHOWN = 8                               # images on the page of reconstructions
@@ -305,7 +306,7 @@ def encode(o: Encode) -> None:
     place, out, error = machine.setup(o.threads), Path(o.out), None
     source, vae = open_images(o), open_autoencoder(o.autoencoder, place.device)
     text = Config(encoder=o.encoder, model=ModelConfig(semantics="text"))
-    encoder = data.text_encoder(text, device=place.device) if o.encoder else None
+    encoder = make_encoder(text, device=place.device) if o.encoder else None
     meta = make_meta(o, source, vae, encoder)
     with ExitStack() as stack:
         if place.rank == 0:

@@ -24,10 +24,9 @@ from layers import (ADALN, LAYOUT, MLP, MLP_RATIO, Attention, DualAttention, Fin
                     NormedAttention, PatchEmbed, gated_sum, modulation, norm, split_parts, steer, ungated)
 from mp_layers import (BOTH, FULL, MPMLP, PRESERVE, RESIDUAL, Modulation, MPAttention, MPFinalLayer, MPJointAttention,
                        MPPatchEmbed, identity, mp_gated_sum, mp_sum, normalize)
-from schedule import SCHEDULES, alpha_bar_table, to_sigma, velocity_to_eps
+from schedule import PREDICTIONS, SCHEDULES, alpha_bar_table, to_sigma
 
 SEMANTICS = ("none", "class", "text")
-PREDICTIONS = ("eps", "v")
 OPTIONS = ("preserve",)                 # fields of ModelConfig that an architecture takes only if its class lists them
 POSITIONS = {                           # (h, w, D, base) -> (h w, D), base in patches a side
     "grid": lambda h, w, D, base: sincos_2d(h, w, D),
@@ -271,7 +270,7 @@ class Denoiser(nn.Module):
         for block in self.blocks:
             x, ctx = block(x, ctx, c)
         out = self.final_layer(x, c, h, w).float()                              # (B, C, h P, w P)
-        return out if self.cfg.prediction == "eps" else velocity_to_eps(out, x_t, self.alpha_bar[i.long()])
+        return PREDICTIONS[self.cfg.prediction](out, x_t, self.alpha_bar[i.long()])
 
 
 class DiT(Denoiser):

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import checkpoint
 import model
@@ -41,15 +41,6 @@ OURS = {r"pos_embed\.proj": "x_embedder.proj", r"proj_out_1": "final_layer.adaLN
         r"transformer_blocks\.(\d+)\.attn1\.to_out\.0": r"blocks.\1.attn.proj",
         r"transformer_blocks\.(\d+)\.ff\.net\.0\.proj": r"blocks.\1.mlp.fc1",
         r"transformer_blocks\.(\d+)\.ff\.net\.2": r"blocks.\1.mlp.fc2"}
-
-
-def load_official_dit(path: str | Path, heads: int = 0) -> tuple[nn.Module, ModelConfig]:
-    """[DiT]: build the network of published weights, strictly by name; also return its config. heads: read_official."""
-    import model                        # here, as model.py still imports this file
-    state, cfg = read_official(path, heads)
-    net = model.build(cfg)
-    checkpoint.load_strictly(net, state, str(path))
-    return net.eval().requires_grad_(False), cfg
 
 
 def read_official(path: str | Path, heads: int = 0) -> tuple[dict[str, Tensor], ModelConfig]:

@@ -34,12 +34,12 @@ import machine
 import model
 import official
 from autoencoder import decoder_of
-from conditioning import CONTROLS, Condition, concatenate, guide, make_condition, pad_text
+from conditioning import CONTROLS, Condition, concatenate, guide, make_condition
 from config import Config, UserError, parse, run
 from data import to_uint8
 from rng import keyed_noise, seed64
-from rng import keyed_noise as noise_for  # noqa: F401  (claims.py and the notebooks import it from here)
 from schedule import alpha_bar_table, ddim_indices, to_sigma
+from text import WordVectors, make_encoder
 from wording import BadCaption, choose, clean, decode
 
 Denoise = Callable[[Tensor, Tensor], Tensor]        # (x (B, C, h, w), i (B,)) -> eps like x
@@ -49,7 +49,7 @@ GRID = 64                                           # up to this many images als
 
 # ---------------------------------------------------------------- samplers
 
-def ddim(denoise: Denoise, noise: Tensor, alpha_bar: Tensor, steps: int, spacing: str = "trailing", eta: float = 0.0,
+def ddim(denoise: Denoise, noise: Tensor, alpha_bar: Tensor, steps: int, eta: float = 0.0, spacing: str = "trailing",
          draw: Callable[[int], Tensor] | None = None) -> Tensor:
     """[DDIM] eq. 12, 16: x0 = (x - sqrt(1-a) eps) / sqrt(a), x' = sqrt(a') x0 + sqrt(1-a'-s^2) eps + s z.
 
@@ -92,14 +92,13 @@ def heun(denoise: Denoise, noise: Tensor, alpha_bar: Tensor, steps: int, spacing
 
 
 class Sampler(NamedTuple):
-    """A row of SAMPLERS: run(denoise, noise, alpha_bar, steps, spacing), then eta and draw if it adds fresh noise."""
-    run: Callable[..., Tensor]
+    """A row of SAMPLERS: function(denoise, noise, alpha_bar, steps, spacing=), with eta= and draw= if it adds noise."""
+    function: Callable[..., Tensor]
     spacing: str                        # of its noise levels, unless --spacing says otherwise
     fresh: bool = False                 # adds noise at every step
 
 
 SAMPLERS = {"ddim": Sampler(ddim, "trailing", fresh=True), "heun": Sampler(heun, "linspace")}
-SPACING = {name: sampler.spacing for name, sampler in SAMPLERS.items()}
 
 
 def guided(net: Denoise, cond: Condition, lam: float, beta: float = 1.0,
@@ -245,11 +244,6 @@ def padding_generators(indices: Sequence[int], seed: int) -> list[torch.Generato
     return [torch.Generator().manual_seed(seed64(seed, "padding", int(k))) for k in indices]
 
 
-def pad(text: Tensor, lengths: Tensor, cfg: Config, indices: Sequence[int], seed: int) -> Tensor:
-    """Captions (B, L, E) padded as in training, with the noise of each image. (B, L, E)"""
-    return pad_text(text, lengths, cfg.padding, cfg.padding_noise, padding_generators(indices, seed))
-
-
 class Wishes:
     """The condition of every image of a run, by its number: prompt or class, and controls.
 
@@ -265,10 +259,10 @@ class Wishes:
         words = o.prompt or o.label
         self.asked = read_prompts(o.prompts, o.seed) if o.prompts else [a.strip() for a in words.split(";") if words]
         self.prompts_sha256 = hashlib.sha256("\n".join(self.asked).encode()).hexdigest() if o.prompts else ""
-        self.encoder = data.text_encoder(cfg, json.loads(header.get("encoder", "null")))
+        self.encoder = make_encoder(cfg, json.loads(header.get("encoder", "null")))
         if self.semantics == "text":
             self.source = None if self.asked else data.open_source(cfg, split="test")
-        for caption in self.asked if isinstance(self.encoder, data.WordVectors) else self.asked[:1]:
+        for caption in self.asked if isinstance(self.encoder, WordVectors) else self.asked[:1]:
             if self.encoder:                                # finds unknown words, or another encoder than in training,
                 self.encoder.encode([caption])              # before anything is drawn
         self.labels = [self.number(a) for a in self.asked] if self.semantics == "class" else []
@@ -343,21 +337,9 @@ def draw(net: Denoise, cfg: Config, cond: Condition, indices: Sequence[int], o: 
     def noise(purpose: str) -> Tensor:
         return keyed_noise(indices, (m.channels, *side(o, cfg)), o.seed, purpose).to(device)
 
-    fresh = (o.eta, lambda k: noise(f"step {k}")) if sampler.fresh else ()
+    fresh = dict(eta=o.eta, draw=lambda k: noise(f"step {k}")) if sampler.fresh else {}
     with torch.inference_mode():
-        return sampler.run(denoise, noise("sample"), alpha_bar, o.steps, o.spacing or sampler.spacing, *fresh)
-
-
-def open_run(o: Options) -> tuple[model.Denoiser, Config, dict[str, str]]:
-    """The network, its config and the header of its weights: from a run, or published. UserError for both."""
-    if o.weights:
-        if o.file != Options.file:
-            raise UserError(f"--file={o.file} is of the run {o.out}, --weights={o.weights} are published ones; give "
-                            f"one of them")
-        net, m = official.load_official_dit(o.weights)
-        return net, *official.as_run(o.weights, m)
-    file = Path(o.out) / o.file
-    return *model.load(file), checkpoint.read_header(file)
+        return sampler.function(denoise, noise("sample"), alpha_bar, o.steps, spacing=o.spacing or sampler.spacing, **fresh)
 
 
 class Run(NamedTuple):
@@ -377,8 +359,15 @@ class Run(NamedTuple):
 
 
 def load_run(o: Options, device: torch.device) -> Run:
-    """The run that the options name, on a device. UserError for options that it cannot meet."""
-    net, cfg, header = open_run(o)
+    """The run that the options name, or published weights, on a device. UserError for options that it cannot meet."""
+    if o.weights:
+        if o.file != Options.file:
+            raise UserError(f"--file={o.file} is of the run {o.out}, --weights={o.weights} are published ones; give "
+                            f"one of them")
+        net, m = official.load_official_dit(o.weights)
+        cfg, header = official.as_run(o.weights, m)
+    else:
+        (net, cfg), header = model.load(Path(o.out) / o.file), checkpoint.read_header(Path(o.out) / o.file)
     o = check(o, cfg)
     decoder = decoder_of(header, o.autoencoder, cfg.model.channels, device)
     net = net.to(device)

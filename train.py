@@ -33,16 +33,16 @@ import machine
 import magnitudes
 import model
 import sample
-import wishes
 from autoencoder import decoder_of
 from checkpoint import TRY, Nonfinite, check_resume, check_retry
-from conditioning import PADDINGS, Condition, from_batch, pad_text
+from conditioning import PADDINGS, Condition, make_condition
 from config import Config, UserError, check_fields, check_name, fields, read_config, to_json
 from log import RunLog, Window, say
 from optim import keep_rows, learning_rate, optimizer, renormalize_, set_rates, tangent_
 from plot import plot
 from rng import seed64
 from schedule import add_noise, alpha_bar_table, loss_weights
+from text import make_encoder
 from transfer import start_from
 
 PREVIEWS = 16                           # images on a page of previews
@@ -156,10 +156,8 @@ def inputs(batch: data.Batch, step: int, m: int, cfg: Config,
            device: torch.device) -> tuple[Tensor, Condition, torch.Generator]:
     """Images, their condition and the noise generator of microbatch m, on the device."""
     g = torch.Generator(device).manual_seed(seed64(cfg.seed, "noise", step, m))
-    cond = from_batch(batch, cfg.model.semantics, model.control_names(cfg.model)).to(device)
-    if cond.text is not None:
-        lengths = batch["lengths"].to(device, non_blocking=True)
-        cond = replace(cond, text=pad_text(cond.text, lengths, cfg.padding, cfg.padding_noise, g))
+    cond = make_condition(batch, cfg.model.semantics, model.control_names(cfg.model), cfg.padding, cfg.padding_noise, g,
+                          device)
     return batch["image"].to(device, non_blocking=True), cond, g
 
 
@@ -197,9 +195,8 @@ class Show:
         if path.exists():
             return
         batch, cfg = self.batch, self.cfg
-        cond = from_batch(batch, cfg.model.semantics, model.control_names(cfg.model))
-        if cond.text is not None:
-            cond = replace(cond, text=wishes.pad(cond.text, batch["lengths"], cfg, range(PREVIEWS), 0))
+        cond = make_condition(batch, cfg.model.semantics, model.control_names(cfg.model), cfg.padding,
+                              cfg.padding_noise, sample.padding_generators(range(PREVIEWS), 0))
         options = sample.Options(steps=min(PREVIEW_STEPS, cfg.model.noise_steps))
         images = sample.draw(net, cfg, cond, range(PREVIEWS), options, self.dist.device)
         png = io.BytesIO()
@@ -225,7 +222,7 @@ def main(argv: list[str], stack: ExitStack, status: log.Status) -> None:
     dist = machine.setup(cfg.threads)
     is_main, device, out = dist.rank == 0, dist.device, Path(cfg.out)
     source = data.open_source(cfg)
-    encoder = data.text_encoder(cfg, source.encoder, device)
+    encoder = make_encoder(cfg, source.encoder, device)
     cfg = complete(cfg, source, encoder)
     m = cfg.model
     alpha_bar = alpha_bar_table(m.schedule, m.noise_steps, m.rescale).float().to(device)
