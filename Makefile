@@ -7,7 +7,7 @@ MINUTES ?= 5
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 
 demo: $(VENV)/run.txt
-	$(BIN)/python demo.py --minutes=$(MINUTES)
+	$(BIN)/python -m experiments.demo --minutes=$(MINUTES)
 
 test: $(VENV)/dev.txt
 	$(BIN)/python -m pytest -q -n 2

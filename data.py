@@ -3,8 +3,8 @@
     python data.py --check PATH     decodes it and says what it holds, what is broken, what the network will see
     python data.py --check shapes   the same for the captioned shapes
 
-PATH is what --data takes: a folder of class folders or of captioned images (folders.py), tar shards (shards.py), or
-coco:PATH (coco.py). --data also takes shapes (shapes.py) and cached latents (cached.py).
+PATH is what --data takes: a folder of class folders or of captioned images (sources/folders.py), tar shards (sources/shards.py), or
+coco:PATH (sources/coco.py). --data also takes shapes (sources/shapes.py) and cached latents (sources/cached_latents.py).
 
 A source has len() and `records(indices, epochs) -> Batch` or `record(index, epoch) -> Record`, one row of it.
 A Batch is a dict; label and caption are in it if the source has them, text and lengths with an encoder:
@@ -35,16 +35,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cached import Latents, is_latents, open_latents  # noqa: F401  (data.Latents is a public name)
-from coco import CocoCaptions
 from conditioning import CONTROLS
 from config import Config, ModelConfig, UserError, parse, run
-from folders import BAD, CROPS, METADATA, SUFFIXES, Captions, ImageFolder, Pictures, find_files
-from pictures import grid
 from rng import permute, seed64
-from shapes import Shapes
+from runtime.plot import grid
+from sources.cached_latents import Latents, is_latents, open_latents
+from sources.coco import CocoCaptions
+from sources.folders import METADATA, Captions, ImageFolder, find_files
+from sources.images import BAD, CROPS, SUFFIXES, Pictures
+from sources.shapes import Shapes
+from sources.shards import TarShards, is_shards
 from text import WordVectors
-from shards import TarShards, is_shards
 
 Record, Batch = dict[str, Any], dict[str, Any]
 Source, TextEncoder = Any, Any          # contracts, stated above and at text_encoder

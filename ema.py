@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import checkpoint
 from config import UserError, parse, run
+from runtime import checkpoint
 
 WIDTHS = (0.05, 0.10)                   # of the averages in snapshots, [EDM2] sec. 3.2
 NAME = re.compile(r"step-(\d{8,})-ema(0\.\d+)\.safetensors")

@@ -29,16 +29,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import checkpoint
 import data
-import log
-import machine
 import model
 import sample
-from autoencoder import decoder_of
 from conditioning import Condition
 from config import Config, UserError, parse, run
-from fid_files import Folder, Stack, open_pictures
+from latents import decoder_of
+from runtime import checkpoint, distributed, log
+from sources.folders import Folder, Stack, open_pictures
 
 ENOUGH = 10_000                         # images below which the bias of FID matters
 BLOCK = 1024                            # rows of KID's kernel matrix in memory
@@ -75,9 +73,9 @@ class FeatureStats:
         self.sum += f.sum(0)
         self.outer.addmm_(f.T, f)
 
-    def all_reduce(self, place: machine.Place) -> None:
+    def all_reduce(self, place: distributed.Place) -> None:
         """Add up over the processes, once, at the end; a process may have seen no images."""
-        self.count, self.sum, self.outer = (machine.add_up(x, place) for x in (self.count, self.sum, self.outer))
+        self.count, self.sum, self.outer = (distributed.add_up(x, place) for x in (self.count, self.sum, self.outer))
 
     @property
     def n(self) -> int:
@@ -169,14 +167,14 @@ class Mean:
     n: int
 
 
-def mean_over(values: list[float], place: machine.Place) -> Mean:
+def mean_over(values: list[float], place: distributed.Place) -> Mean:
     """The mean over the values of all processes, any number each. UserError for fewer than two."""
     x, device = torch.tensor(values, dtype=torch.float64), _exact(place.device)
     sums = torch.tensor([x.sum().item(), len(x)], dtype=torch.float64, device=device)
-    total, n = machine.add_up(sums, place).tolist()
+    total, n = distributed.add_up(sums, place).tolist()
     if n < 2:
         raise UserError(f"a mean with a standard error needs at least 2 images or prompts, got {n:g}")
-    squares = machine.add_up((x - total / n).square().sum().to(device), place).item()
+    squares = distributed.add_up((x - total / n).square().sum().to(device), place).item()
     return Mean(total / n, math.sqrt(squares / (n - 1) / n), int(n))
 
 
@@ -256,7 +254,7 @@ class Failed(UserError):
 
 
 def collect(pictures: Callable, n: int, batch: int, extract: Any, metrics: set[str],
-            place: machine.Place) -> tuple[FeatureStats, dict[str, Tensor]]:
+            place: distributed.Place) -> tuple[FeatureStats, dict[str, Tensor]]:
     """Statistics of images 0 .. n - 1, and {"kid": features (n, D), "is": logits (n, K)} as `metrics` need them.
 
     The processes share the batches and all return the same. pictures(indices) returns uint8 (B, 3, H, W); `workers`
@@ -276,9 +274,9 @@ def collect(pictures: Callable, n: int, batch: int, extract: Any, metrics: set[s
         blank += int((flat.amax(1) == flat.amin(1)).sum())
 
     stats.all_reduce(place)
-    rows = {key: machine.add_up(found, place) for key, found in rows.items()}   # a row is zero on all processes but one
+    rows = {key: distributed.add_up(found, place) for key, found in rows.items()}   # a row is zero on all processes but one
     counts = torch.tensor([float(blank), float(pictures.broken)], device=place.device)
-    blank, broken = map(int, machine.add_up(counts, place).tolist())
+    blank, broken = map(int, distributed.add_up(counts, place).tolist())
     if stats.n != n:
         raise RuntimeError(f"counted {stats.n} images instead of {n}")
     if broken:
@@ -311,12 +309,12 @@ def wanted(metrics: str, n: int, reference: Reference | None) -> list[str]:
 
 
 def evaluate(pictures: Callable, n: int, batch: int, extract: Any, reference: Reference | None, metrics: str,
-             place: machine.Place) -> dict[str, dict]:
+             place: distributed.Place) -> dict[str, dict]:
     """{name: {value, se}} of n images on rank 0, {} elsewhere, with warnings. Arguments as for `collect`.
 
     A name is fid50k/inception-2015-12-05/tf1: only equal names are comparable. se is the standard error, None for FID,
     where the bias, which falls as 1/n, is larger. ValueError for other features than those of FID."""
-    import inception
+    from evaluation import inception
     if (extract.name, extract.sha256) != (inception.NAME, inception.SHA256):
         raise ValueError(f"{extract.name} is not the network of FID, KID and IS; name the metric after its own")
     names = wanted(metrics, n, reference)
@@ -342,7 +340,7 @@ class Drawn:
     workers = 0
 
     def __init__(self, o: sample.Options, net: nn.Module | None, cfg: Config, header: dict[str, str],
-                 place: machine.Place, strict: bool = True) -> None:
+                 place: distributed.Place, strict: bool = True) -> None:
         self.o, self.net, self.cfg, self.header, self.device = o, net, cfg, header, place.device
         self.strict, self.broken = strict, 0
         self.wishes = sample.Wishes(o, cfg, header)
@@ -364,14 +362,14 @@ class Drawn:
         return self.decode(sample.draw(self.net, self.cfg, cond, indices, self.o, self.device))
 
 
-def load_images(o: sample.Options, place: machine.Place) -> Drawn:
+def load_images(o: sample.Options, place: distributed.Place) -> Drawn:
     """The images of the run o.out. UserError for options that do not fit it."""
     net, cfg, header = sample.open_run(o)
-    net.dtype = machine.precision(place.device, o.dtype)
+    net.dtype = distributed.precision(place.device, o.dtype)
     return Drawn(sample.check(o, cfg), net.to(place.device), cfg, header, place)
 
 
-def size_groups(o: sample.Options, sizes: tuple[int, ...], place: machine.Place) -> Iterator[Tensor]:
+def size_groups(o: sample.Options, sizes: tuple[int, ...], place: distributed.Place) -> Iterator[Tensor]:
     """[COND] sec. 3.1: for each of o.n prompts an image at every requested size, all else equal. uint8 (P, K, 3, H, W)
 
     The processes share the prompts; an image depends on the number of its prompt and on its size alone."""
@@ -400,7 +398,7 @@ class Options(sample.Options):
     arr0: str = ""                  # also write the run's images into this .npz, for the evaluator of ADM
 
 
-def run_pictures(o: Options, place: machine.Place) -> tuple[Callable, dict]:
+def run_pictures(o: Options, place: distributed.Place) -> tuple[Callable, dict]:
     """The images of the run o.out, and their origin for the last line. UserError for options that do not fit it."""
     drawn = load_images(o, place)
     o, cfg, header = drawn.o, drawn.cfg, drawn.header
@@ -416,7 +414,7 @@ def run_pictures(o: Options, place: machine.Place) -> tuple[Callable, dict]:
     return (export(drawn, about, place) if o.arr0 else drawn), about
 
 
-def export(drawn: Drawn, about: dict, place: machine.Place) -> Stack:
+def export(drawn: Drawn, about: dict, place: distributed.Place) -> Stack:
     """Generate into the .npz o.arr0, resuming after a stop as sample.py does, and read the images from there."""
     o, path = drawn.o, npz_path("arr0", drawn.o.arr0)
     key = hashlib.sha256(json.dumps(about | {"n": o.n, "batch": o.batch}).encode()).hexdigest()[:8]
@@ -427,7 +425,7 @@ def export(drawn: Drawn, about: dict, place: machine.Place) -> Stack:
     if place.rank == 0:
         sample.write_npz(path, images)
     del images
-    machine.agree(0, place)                                 # the .npz is complete and no process reads the part
+    distributed.agree(0, place)                                 # the .npz is complete and no process reads the part
     if place.rank == 0:
         sample.discard(part)
     return Stack(path)
@@ -439,7 +437,7 @@ class Monitor:
     Make it in all processes before the first step, so that missing weights or references stop the run there, and call
     it in all. about: the header of weights.safetensors, with classes and controls. A measurement that fails is logged,
     and training continues."""
-    def __init__(self, o: Options, cfg: Config, about: dict[str, str], place: machine.Place) -> None:
+    def __init__(self, o: Options, cfg: Config, about: dict[str, str], place: distributed.Place) -> None:
         self.o, self.place = sample.check(o, cfg), place
         self.extract, self.reference = load_metrics(o, place)
         wanted(o.metrics, o.n, self.reference)
@@ -473,9 +471,9 @@ def npz_path(key: str, text: str) -> Path:
     return path
 
 
-def load_metrics(o: Options, place: machine.Place) -> tuple[Any, Reference | None]:
+def load_metrics(o: Options, place: distributed.Place) -> tuple[Any, Reference | None]:
     """The feature network and the reference that o.metrics need; the Inception Score needs no reference."""
-    import inception
+    from evaluation import inception
     extract = inception.Extractor(o.inception, o.resize, place)
     return extract, read_reference(o.ref, extract) if set(o.metrics.split("+")) - {"is"} else None
 
@@ -501,7 +499,7 @@ def main_fid(argv: list[str]) -> None:
     """FID, KID and Inception Score of a folder, an npz or a run."""
     o = parse(argv, Options())
     check_use(o)
-    place = machine.setup(o.threads)
+    place = distributed.setup(o.threads)
     extract, reference = load_metrics(o, place)
     if o.images:
         (pictures, n), about = first_pictures(o.images, o.n, o.square), {"samples": o.images}
@@ -541,9 +539,9 @@ class RefOptions:
 
 def main_ref(argv: list[str]) -> None:
     """Statistics of real images."""
-    import inception
+    from evaluation import inception
     o = parse(argv, RefOptions())
-    place, path = machine.setup(o.threads), npz_path("to", o.to)
+    place, path = distributed.setup(o.threads), npz_path("to", o.to)
     if not o.images:
         raise UserError("ref wants --images=FOLDER, the real images")
     pictures, n = first_pictures(o.images, o.n, o.square)
@@ -556,7 +554,8 @@ def main_ref(argv: list[str]) -> None:
 
 
 # A function here, or the module of evaluation/ that runs the command.
-COMMANDS = {"fid": main_fid, "ref": main_ref, "clip": "clip_score", "lpips": "lpips_score", "toy": "shapes_judge"}
+COMMANDS = {"fid": main_fid, "ref": main_ref, "clip": "evaluation.clip_score", "lpips": "evaluation.lpips",
+            "toy": "evaluation.shapes_judge"}
 
 
 def main(argv: list[str]) -> None:
@@ -572,4 +571,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(main, cleanup=machine.leave)
+    run(main, cleanup=distributed.leave)

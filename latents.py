@@ -9,7 +9,7 @@ A shard of --shard images appears whole or not at all, and a run resumes with th
 on the same machine gives the same bytes, however often the run was killed and with any number of processes.
 --autoencoder is a folder or a hub name of diffusers' AutoencoderKL, in safetensors; it runs frozen and in fp32.
 --encoder=clip:PATH also stores the text tokens of captions, and adds them to latents that have none, so that training
-with the same --encoder runs no text tower. cached_latents.py describes the files.
+with the same --encoder runs no text tower. sources/cached_latents.py describes the files.
 Dimensions: B batch, C channels, h x w latent, f h x f w image, R resolution, n images of a file with K crops and F
 mirror images each, T tokens of a file, E width of a token.
 """
@@ -29,15 +29,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import checkpoint
 import data
-import machine
-import skipped
-from cached_latents import (FORMAT, META, ORIGINALS, RECORD, RESULT, SCALINGS, Latents, content, file_names, header,
-                            is_latents, latent_scaling, latent_shape, pack, read_meta, shards)
 from config import Config, ModelConfig, UserError, help_text, parse, run
+from runtime import checkpoint, distributed, log
+from runtime.optional import library
+from sources.cached_latents import (FORMAT, META, ORIGINALS, RECORD, RESULT, SCALINGS, Latents, content, file_names,
+                                    header, is_latents, latent_scaling, latent_shape, pack, read_meta, shards)
 from text import make_encoder
-from outside import library
 
 SHOWN = 8                               # images on the page of reconstructions
 CHUNK = 8                               # images decoded at a time
@@ -303,7 +301,7 @@ def digest(path: Path) -> str:
 
 def encode(o: Encode) -> None:
     """Encode all images of a source into a folder of latents; the processes take shards in turn."""
-    place, out, error = machine.setup(o.threads), Path(o.out), None
+    place, out, error = distributed.setup(o.threads), Path(o.out), None
     source, vae = open_images(o), open_autoencoder(o.autoencoder, place.device)
     text = Config(encoder=o.encoder, model=ModelConfig(semantics="text"))
     encoder = make_encoder(text, device=place.device) if o.encoder else None
@@ -315,9 +313,9 @@ def encode(o: Encode) -> None:
                 start_or_resume(out, meta, source)
             except UserError as e:
                 error = e
-        if machine.agree(-1 if error else 0, place) < 0:
+        if distributed.agree(-1 if error else 0, place) < 0:
             raise error or UserError("rank 0 cannot start; see its message")
-        skipped.follow(source, out)
+        log.follow(source, out)
         parts, images = shards(meta), {key: value for key, value in meta.items() if key != "encoder"}
         todo = [s for s in range(place.rank, len(parts), place.world) if missing(out, meta, s)]
         with tqdm(total=meta["variants"] * sum(len(parts[s]) for s in todo), desc="encoding", unit="image",
@@ -329,7 +327,7 @@ def encode(o: Encode) -> None:
                     bar.update(meta["variants"] * len(parts[s]))
                 if encoder:
                     write_tokens(out, s, meta, encoder)
-        machine.add_up(torch.zeros(1, device=place.device), place).item()       # wait for every process
+        distributed.add_up(torch.zeros(1, device=place.device), place).item()       # wait for every process
         if place.rank == 0:
             if not read_meta(out, finished=False).keys() >= set(RESULT):
                 write_statistics(out, meta)
@@ -375,4 +373,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(main, cleanup=machine.leave)
+    run(main, cleanup=distributed.leave)

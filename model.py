@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import checkpoint
-from conditioning import (CONTROL_WEIGHTS, CONTROLS, ClassContext, Condition, ControlEmbedding, LabelEmbedder,
+from conditioning import (CONTROLS, CONTROL_WEIGHTS, ClassContext, Condition, ControlEmbedding, LabelEmbedder,
                           LearnedContext, MPControlEmbedding, MPTimestepEmbedder, TextContext, TimestepEmbedder,
                           interpolate_2d, sincos_2d)
 from config import Config, ModelConfig, UserError, from_json
 from layers import (ADALN, LAYOUT, MLP, MLP_RATIO, Attention, DualAttention, FinalLayer, JointAttention,
                     NormedAttention, PatchEmbed, gated_sum, modulation, norm, split_parts, steer, ungated)
-from mp_layers import (BOTH, FULL, MPMLP, PRESERVE, RESIDUAL, Modulation, MPAttention, MPFinalLayer, MPJointAttention,
-                       MPPatchEmbed, identity, mp_gated_sum, mp_sum, normalize)
+from mp_layers import (BOTH, FULL, MPMLP, PRESERVE, RESIDUAL, MPAttention, MPFinalLayer, MPJointAttention,
+                       MPPatchEmbed, Modulation, identity, mp_gated_sum, mp_sum, normalize)
+from runtime import checkpoint
 from schedule import PREDICTIONS, SCHEDULES, alpha_bar_table, to_sigma
 
 SEMANTICS = ("none", "class", "text")

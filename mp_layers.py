@@ -21,9 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layers import ADALN, at_least_fp32, attention, patchify, rows, split_heads, steer, ungated, unpatchify
-from layers import norm as layer_norm
-from layers import rotate  # noqa: F401  rotation belongs to [MAG] too
+from layers import (ADALN, at_least_fp32, attention, norm as layer_norm, patchify, rotate, rows, split_heads, steer,
+                    ungated, unpatchify)
 
 EPS = 1e-4                              # added to a norm before a division by it
 SILU_MAGNITUDE = 0.5964692111227131     # sqrt(E[silu(z)^2]) of z ~ N(0, 1)

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from conditioning import ControlEmbedding, MPTimestepEmbedder, TimestepEmbedder
 from config import Config, UserError
-from log import Window
-from machine import precision
 from mp_layers import MPEmbedding, MPLinear, rely_on_norms_
+from runtime.distributed import precision
+from runtime.log import Window
 
 SHORTEST = 1e-30                        # length at which a row counts as zero
 WAVES = 1 / 16                          # rate of weights that read sinusoids, over that of others

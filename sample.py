@@ -27,20 +27,19 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import checkpoint
-import coco
 import data
-import machine
 import model
-import official
-from autoencoder import decoder_of
+from baselines import official_dit
 from conditioning import CONTROLS, Condition, concatenate, guide, make_condition
 from config import Config, UserError, parse, run
 from data import to_uint8
+from latents import decoder_of
 from rng import keyed_noise, seed64
+from runtime import checkpoint, distributed
 from schedule import alpha_bar_table, ddim_indices, to_sigma
+from sources import coco
+from sources.images import BadCaption, choose, clean, decode
 from text import WordVectors, make_encoder
-from wording import BadCaption, choose, clean, decode
 
 Denoise = Callable[[Tensor, Tensor], Tensor]        # (x (B, C, h, w), i (B,)) -> eps like x
 
@@ -364,20 +363,20 @@ def load_run(o: Options, device: torch.device) -> Run:
         if o.file != Options.file:
             raise UserError(f"--file={o.file} is of the run {o.out}, --weights={o.weights} are published ones; give "
                             f"one of them")
-        net, m = official.load_official_dit(o.weights)
-        cfg, header = official.as_run(o.weights, m)
+        net, m = official_dit.load_official_dit(o.weights)
+        cfg, header = official_dit.as_run(o.weights, m)
     else:
         (net, cfg), header = model.load(Path(o.out) / o.file), checkpoint.read_header(Path(o.out) / o.file)
     o = check(o, cfg)
     decoder = decoder_of(header, o.autoencoder, cfg.model.channels, device)
     net = net.to(device)
-    net.dtype = machine.precision(device, o.dtype)
+    net.dtype = distributed.precision(device, o.dtype)
     return Run(o, net, cfg, header, Wishes(o, cfg, header), decoder, device)
 
 
 # ---------------------------------------------------------------- files
 
-def draw_all(images_of: Run, place: machine.Place, part: Path) -> np.ndarray:
+def draw_all(images_of: Run, place: distributed.Place, part: Path) -> np.ndarray:
     """All n images of a run, (n, f h, f w, C) uint8, in one file mapped to memory; the processes share the batches.
 
     A batch is marked once it is on the disk, so that the same command after a stop draws only the missing ones.
@@ -389,7 +388,7 @@ def draw_all(images_of: Run, place: machine.Place, part: Path) -> np.ndarray:
         discard(part)                                       # neither is of use without the other
         for shape, file in files:
             np.memmap(file, np.uint8, "w+", shape=shape).flush()
-    machine.agree(0, place)                                 # the files exist before anyone opens them
+    distributed.agree(0, place)                                 # the files exist before anyone opens them
     images, done = (np.memmap(file, np.uint8, "r+", shape=shape) for shape, file in files)
     mine = [b for b in range(place.rank, batches, place.world) if not done[b]]
     for b in tqdm(mine, desc="drawing", unit="batch", disable=place.rank > 0 or None):
@@ -401,7 +400,7 @@ def draw_all(images_of: Run, place: machine.Place, part: Path) -> np.ndarray:
         images.flush()
         done[b] = 1
         done.flush()
-    machine.add_up(torch.zeros(1, device=place.device), place).item()           # every process has finished
+    distributed.add_up(torch.zeros(1, device=place.device), place).item()           # every process has finished
     return images
 
 
@@ -430,7 +429,7 @@ def write_grid(path: Path, images: np.ndarray, titles: list[str]) -> None:
 
 def main(argv: list[str]) -> None:
     o = parse(argv, Options())
-    place = machine.setup(o.threads)
+    place = distributed.setup(o.threads)
     drawn = load_run(o, place.device)
     o, wishes, out = drawn.options, drawn.conditions, Path(o.out)
     protocol = {**asdict(o), "train_step": int(drawn.header["step"]), "weights_sha256": drawn.header["sha256"],
@@ -456,4 +455,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(main, cleanup=machine.leave)
+    run(main, cleanup=distributed.leave)

@@ -27,10 +27,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from shapes_grammar import WORDS, split
 from config import Config, UserError
 from rng import seed64
-from outside import library
+from runtime.optional import library
+from sources.shapes_grammar import WORDS, split
 
 MODEL, LENGTH = "ViT-L-14", 77          # [COND] sec. 2.1: the text encoder, and its number of token positions
 CACHE = 4096                            # captions to remember; a long one takes 0.24 MB

@@ -22,26 +22,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import cached
-import checkpoint
 import config
 import data
 import ema
 import latents
-import log
-import machine
-import magnitudes
 import model
 import sample
-from autoencoder import decoder_of
-from checkpoint import TRY, Nonfinite, check_resume, check_retry
 from conditioning import PADDINGS, Condition, make_condition
 from config import Config, UserError, check_fields, check_name, fields, read_config, to_json
-from log import RunLog, Window, say
+from latents import decoder_of
 from optim import keep_rows, learning_rate, optimizer, renormalize_, set_rates, tangent_
-from plot import plot
 from rng import seed64
+from runtime import checkpoint, distributed, log, magnitudes
+from runtime.checkpoint import TRY, Nonfinite, check_resume, check_retry
+from runtime.log import RunLog, Window, say
+from runtime.plot import plot
 from schedule import add_noise, alpha_bar_table, loss_weights
+from sources import cached_latents
 from text import make_encoder
 from transfer import start_from
 
@@ -60,7 +57,7 @@ class Stopped(Exception):
 def check(cfg: Config, world: int) -> None:
     """UserError for a config that cannot run, before anything is opened or built."""
     check_fields(cfg, world)
-    check_name("dtype", cfg.dtype, machine.DTYPES)
+    check_name("dtype", cfg.dtype, distributed.DTYPES)
     check_name("padding", cfg.padding, PADDINGS)
     m, open_ended = cfg.model, ("classes", "text_dim", "text_length")       # 0 = the data decide
     model.check(replace(m, **{key: getattr(m, key) or 1 for key in open_ended}))
@@ -80,7 +77,7 @@ def complete(cfg: Config, source: data.Source, encoder: data.TextEncoder | None)
     return replace(cfg, model=m)
 
 
-def begin(cfg: Config, dist: machine.Place, source: data.Source, tensors: dict[str, Tensor], stack: ExitStack,
+def begin(cfg: Config, dist: distributed.Place, source: data.Source, tensors: dict[str, Tensor], stack: ExitStack,
           status: log.Status) -> int:
     """Return the step of the newest good checkpoint after copying its state into `tensors`, or 0.
 
@@ -104,7 +101,7 @@ def begin(cfg: Config, dist: machine.Place, source: data.Source, tensors: dict[s
             refused = e
         except OSError as e:
             refused = UserError(f"cannot write to {out}: {e.strerror or e}")
-    step = machine.agree(-1 if refused else step, dist)
+    step = distributed.agree(-1 if refused else step, dist)
     if step < 0:
         raise refused or UserError("rank 0 does not start; its message says why")
     if step:
@@ -130,7 +127,7 @@ def about_weights(cfg: Config, source: data.Source) -> dict[str, str]:
         parts = [data.records(source, part, [0] * len(part)) for part in np.array_split(rows, -(-len(rows) // READ))]
         about["controls"] = json.dumps({k: torch.cat([part[k] for part in parts]).tolist() for k in controls})
     if isinstance(source, data.Latents):
-        about["latents"] = json.dumps(cached.header(source.meta))
+        about["latents"] = json.dumps(cached_latents.header(source.meta))
         about |= {"encoder": json.dumps(source.encoder)} if source.encoder else {}
     return about
 
@@ -169,7 +166,7 @@ class Show:
     Every process makes one before the first step, so that a missing decoder or metric stops the run there. Rank 0
     generates the previews, all measure FID."""
     def __init__(self, cfg: Config, source: data.Source, encoder: data.TextEncoder | None, about: dict[str, str],
-                 dist: machine.Place) -> None:
+                 dist: distributed.Place) -> None:
         self.cfg, self.names, self.dist, self.monitor = cfg, source.classes, dist, None
         if cfg.sample_every and dist.rank == 0:
             self.decode = decoder_of(about, "", cfg.model.channels, dist.device)[0]
@@ -181,7 +178,7 @@ class Show:
             options = fid.Options(out=cfg.out, ref=cfg.fid_ref, n=cfg.fid_n, batch=cfg.micro)
             self.monitor = fid.Monitor(options, cfg, about, dist)
             measured = [line["step"] for line in log.read(Path(cfg.out)) if "evaluation_s" in line]
-            self.measured = machine.agree(max(measured, default=0), dist)       # a resumed run has these in its log
+            self.measured = distributed.agree(max(measured, default=0), dist)       # a resumed run has these in its log
 
     def __call__(self, net: nn.Module, step: int) -> None:
         cfg, last = self.cfg, step == self.cfg.steps
@@ -208,7 +205,7 @@ class Show:
 
 # ---------------------------------------------------------------- the run
 
-def announce(cfg: Config, net: nn.Module, source: data.Source, dist: machine.Place, peak: float) -> None:
+def announce(cfg: Config, net: nn.Module, source: data.Source, dist: distributed.Place, peak: float) -> None:
     """Print the whole config, the size of the model and how the processes share the work."""
     say("\n".join(f"{key} = {value!r}" for key, _, value, _ in fields(cfg)))
     count, n = sum(p.numel() for p in net.parameters()), cfg.batch // cfg.micro
@@ -219,7 +216,7 @@ def announce(cfg: Config, net: nn.Module, source: data.Source, dist: machine.Pla
 def main(argv: list[str], stack: ExitStack, status: log.Status) -> None:
     cfg = read_config(argv)
     check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
-    dist = machine.setup(cfg.threads)
+    dist = distributed.setup(cfg.threads)
     is_main, device, out = dist.rank == 0, dist.device, Path(cfg.out)
     source = data.open_source(cfg)
     encoder = make_encoder(cfg, source.encoder, device)
@@ -227,13 +224,13 @@ def main(argv: list[str], stack: ExitStack, status: log.Status) -> None:
     m = cfg.model
     alpha_bar = alpha_bar_table(m.schedule, m.noise_steps, m.rescale).float().to(device)
     weight = loss_weights(alpha_bar, cfg.noise_weight)
-    stop, window = stack.enter_context(machine.Stop(loud=is_main)), Window(device)
+    stop, window = stack.enter_context(distributed.Stop(loud=is_main)), Window(device)
 
     # net: the weights; average: their average; ddp: what is called. The order of these lines keeps every name in a
     # checkpoint free of prefixes: net, averages, optimizer, resume, compile, DDP.
     torch.manual_seed(seed64(cfg.seed, "weights"))
     net = model.build(m).to(device)
-    net.dtype = machine.precision(device, cfg.dtype)
+    net.dtype = distributed.precision(device, cfg.dtype)
     if cfg.init and not any(out.glob("step-*")):            # a resumed run has weights of its own
         report = start_from(cfg.init, net, cfg, source)
         if is_main:
@@ -247,18 +244,18 @@ def main(argv: list[str], stack: ExitStack, status: log.Status) -> None:
     if cfg.compile == "on" or cfg.compile == "auto" and device.type == "cuda":
         for block in net.blocks:
             block.compile(fullgraph=True)
-    ddp = machine.parallel(net, dist)
+    ddp = distributed.parallel(net, dist)
 
     def fetch(step: int, m: int) -> data.Batch:
-        return machine.pinned(data.fetch(source, encoder, cfg.seed, cfg.batch, cfg.micro, step, m), dist)
+        return distributed.pinned(data.fetch(source, encoder, cfg.seed, cfg.batch, cfg.micro, step, m), dist)
 
     n, rounds = cfg.batch // cfg.micro, cfg.batch // cfg.micro // dist.world
     keys = ((step, m) for step in range(start, cfg.steps) for m in range(dist.rank, n, dist.world))
     batches = stack.enter_context(closing(data.prefetch(fetch, keys, cfg.workers)))
-    peak = machine.matmul_peak(device, net.dtype) * dist.world
+    peak = distributed.matmul_peak(device, net.dtype) * dist.world
     metadata = about_weights(cfg, source)
     meta = {"config": asdict(cfg), "data": source.fingerprint, "world": dist.world,
-            "threads": torch.get_num_threads(), **machine.versions()}
+            "threads": torch.get_num_threads(), **distributed.versions()}
     checkpoints = checkpoint.Checkpointer(out, net, tensors, start, meta, dist)
     previews = Show(cfg, source, encoder, metadata, dist)
     if is_main:
@@ -295,7 +292,7 @@ def main(argv: list[str], stack: ExitStack, status: log.Status) -> None:
             ema.take_snapshot(out, step, emas, metadata)
         if stop_signal or last:
             stop.deaf = True                                # torchrun signals the others as soon as the first has left
-            saved = machine.agree(checkpoints.saved, dist)  # wait until rank 0 has written
+            saved = distributed.agree(checkpoints.saved, dist)  # wait until rank 0 has written
         if last:
             break
         if stop_signal:
@@ -356,4 +353,4 @@ def run(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    config.run(run, cleanup=machine.leave)
+    config.run(run, cleanup=distributed.leave)

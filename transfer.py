@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import checkpoint
 import model
 from config import Config, ModelConfig, UserError, differences, from_json
+from runtime import checkpoint
 
 WEIGHTS = "weights.safetensors"
 MEANT = ("arch", "semantics", "resolution", "patch", "width", "depth")      # what the report calls a model by

@@ -4,7 +4,7 @@ python notebooks/build.py                               all of them, in place
 python notebooks/build.py --only=01,04                  some
 python notebooks/build.py --only=01 --to=out/copy       what it gives, without changing the notebook
 python notebooks/build.py --ship=out/shapes32:shapes    the averaged weights of a run, in half precision, as
-                                                        notebooks/shapes.safetensors; sample.py's model.load reads it
+                                                        weights/shapes.safetensors; sample.py's model.load reads it
 
 A notebook imports the library and holds no copy of it. With its outputs it stores a hash of its code, so that a test
 can tell when they are no longer those of the code above them. Needs pip install -r requirements-dev.txt.
@@ -22,9 +22,9 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-import checkpoint                                           # noqa: E402  (the library is one folder up)
-import model                                                # noqa: E402
-from config import UserError, parse, to_json                # noqa: E402
+import model  # noqa: E402
+from config import UserError, parse, to_json  # noqa: E402
+from runtime import checkpoint  # noqa: E402
 
 BYTES = 300_000                         # most bytes of a notebook's file
 COLORS = 128                            # of a picture's palette: a third of the bytes of full colour

@@ -5,10 +5,10 @@ import re
 import pytest
 import torch
 
-import bench
-import blocks
 import model
 from config import UserError
+from experiments import bench
+from runtime import distributed
 
 TINY = ["--model.width=24", "--model.depth=2", "--model.heads=2", "--model.resolution=8", "--threads=1",
         "--rounds=3", "--seconds=0.01", "--batch=3"]
@@ -79,7 +79,7 @@ def keep_globals():
 @pytest.fixture
 def quick(monkeypatch):
     """A machine that knows its peak without measuring it: 1 TFLOP/s."""
-    monkeypatch.setattr(bench.machine, "matmul_peak", lambda device, dtype: 1e12)
+    monkeypatch.setattr(distributed, "matmul_peak", lambda device, dtype: 1e12)
 
 
 def stub(monkeypatch, seconds):
@@ -147,7 +147,7 @@ def test_plain_and_preserving_networks_are_timed(quick, capsys):
 
 def test_compile_compiles_every_block(monkeypatch):
     compiled = []
-    monkeypatch.setattr(blocks.DiTBlock, "compile", lambda block, fullgraph: compiled.append(block))
+    monkeypatch.setattr(model.DiTBlock, "compile", lambda block, fullgraph: compiled.append(block))
     for choice in ("off", "auto", "on"):
         o = bench.read_options([*TINY, *CLASSES, f"--compile={choice}"])
         side, = bench.choose_sides(o, bench.make_inputs(o, CPU))
@@ -167,7 +167,7 @@ def test_against_diffusers(quick, capsys):
 
 def test_against_an_official_checkout(monkeypatch, tmp_path):
     """Compiled ours meets it three ways: in fp32, in fp32 compiled, and as shipped, here in bfloat16."""
-    monkeypatch.setattr(blocks.DiTBlock, "compile", lambda block, fullgraph: None)
+    monkeypatch.setattr(model.DiTBlock, "compile", lambda block, fullgraph: None)
     (tmp_path / "models.py").write_text(OFFICIAL.replace("SCALE", "1"))
     flags = [*TINY, *CLASSES, f"--peer={tmp_path}", "--compile=on", "--dtype=bfloat16"]
     o = bench.read_options(flags)

@@ -1,8 +1,8 @@
 """bench_data: what it reads and writes, that turns alternate, and how much training consumes."""
 import pytest
 
-import bench_data
 from config import UserError
+from experiments import bench_data
 
 
 def test_combinations_alternate_and_the_first_turn_is_not_counted(monkeypatch):

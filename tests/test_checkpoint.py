@@ -12,9 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-import checkpoint
-import log
 from config import UserError
+from runtime import checkpoint, log
 
 META = {"config": {"lr": 0.001, "out": "out/a"}, "data": "f00d", "world": 1, "threads": 2, "torch": "2.13.0"}
 

@@ -1,11 +1,11 @@
-"""claims.py: its table, which runs it measures on which captions, and a comparison from start to end."""
+"""experiments/claims.py: its table, which runs it measures on which captions, and a comparison from start to end."""
 import re
 
 import pytest
 
-import claims
 import data
 from config import UserError
+from experiments import claims
 
 
 def test_a_table_row_is_the_mean_and_the_sample_deviation_over_seeds():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import conditioning
-from conditioning import (CONTROL_WEIGHTS, CONTROLS, NULL_LABEL, PADDINGS, TIME_FEATURES, Condition, ControlEmbedding,
+from conditioning import (CONTROLS, CONTROL_WEIGHTS, NULL_LABEL, PADDINGS, TIME_FEATURES, Condition, ControlEmbedding,
                           LabelEmbedder, concatenate, control_weight, guide, interpolate_2d, make_condition, pad_text,
                           replicate_pad, sincos_2d, timestep_embedding)
 from schedule import rescale_alpha_bar, scaled_linear_alpha_bar, to_sigma

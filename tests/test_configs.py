@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-import checkpoint
 import data
 import model
-import preflight
+import train
 from config import SIZES, Config, UserError, load, to_json
+from runtime import checkpoint
 from schedule import alpha_bar_table, rescale_guidance, to_sigma
 from transfer import start_from
 
@@ -37,7 +37,7 @@ def complete(name):
     if m.semantics == "class":
         m = dataclasses.replace(m, classes=m.classes or 10)
     if m.semantics == "text" and not m.text_dim:
-        encoder = data.text_encoder(cfg)
+        encoder = data.make_encoder(cfg)
         m = dataclasses.replace(m, text_dim=encoder.dim, text_length=encoder.length)
     return dataclasses.replace(cfg, model=m)
 
@@ -64,7 +64,7 @@ def agrees(said, true):
 
 @each
 def test_its_run_may_begin(name):
-    preflight.check(load(str(FILES[name])), 1)
+    train.check(load(str(FILES[name])), 1)
 
 
 @each
@@ -136,10 +136,10 @@ def test_a_recipe_is_what_the_paper_says(name):
 @recipe
 def test_sixteen_processes_share_the_batch_of_a_recipe(name):
     cfg = load(str(FILES[name]))
-    preflight.check(cfg, 16)
+    train.check(cfg, 16)
     assert cfg.batch == 16 * cfg.micro
     with pytest.raises(UserError, match="17 processes"):
-        preflight.check(cfg, 17)
+        train.check(cfg, 17)
 
 
 @recipe

@@ -8,7 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 import config
-import demo
+import data
+import sample
+from experiments import demo
+from runtime import distributed
 from test_drawing import run_folder
 
 
@@ -55,8 +58,8 @@ def test_a_plan_is_made_once(monkeypatch, tmp_path):
 
 def test_the_scorecard_holds_pictures_against_chance_and_renders(monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "MEASURED", 70)
-    monkeypatch.setattr(demo.machine, "setup", lambda: SimpleNamespace(device=demo.torch.device("cpu")))
-    monkeypatch.setattr(demo.sample, "Options", partial(demo.sample.Options, steps=2))
+    monkeypatch.setattr(distributed, "setup", lambda: SimpleNamespace(device=demo.torch.device("cpu")))
+    monkeypatch.setattr(sample, "Options", partial(sample.Options, steps=2))
     out = run_folder(tmp_path / "run")
     lines = demo.scorecard(demo.Options(out=str(out))).splitlines()
     assert len(lines) == 1 + len(demo.ASKED)
@@ -67,15 +70,16 @@ def test_the_scorecard_holds_pictures_against_chance_and_renders(monkeypatch, tm
 
 def test_chance_is_measured_against_captions_of_others(monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "MEASURED", 70)
-    monkeypatch.setattr(demo.machine, "setup", lambda: SimpleNamespace(device=demo.torch.device("cpu")))
-    monkeypatch.setattr(demo.sample, "draw", lambda net, cfg, cond, indices, o, device:         # a perfect network
-                        demo.data.open_source(cfg, "test").records(indices, [0] * len(indices))["image"])
+    monkeypatch.setattr(distributed, "setup", lambda: SimpleNamespace(device=demo.torch.device("cpu")))
+    monkeypatch.setattr(sample, "draw", lambda net, cfg, cond, indices, o, device:         # a perfect network
+                        data.open_source(cfg, "test").records(indices, [0] * len(indices))["image"])
     out = run_folder(tmp_path / "run")
     color = demo.scorecard(demo.Options(out=str(out))).splitlines()[1].split()
     assert float(color[-5]) > 0.95 and float(color[-3]) < 0.3
 
 
 def test_every_prompt_of_the_demo_is_in_the_grammar():
-    from shapes import Shapes, WordVectors
+    from sources.shapes import Shapes
+    from text import WordVectors
     tokens, lengths = WordVectors(config.load("configs/shapes.py").model.text_length).encode(list(demo.PROMPTS))
     assert all(Shapes.describe(prompt).shapes for prompt in demo.PROMPTS) and lengths.min() > 0

@@ -12,12 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-import checkpoint
+import data
 import model
 import sample
 from config import Config, ModelConfig, UserError, to_json
+from runtime import checkpoint
 from sample import Options, Wishes, read_prompts
-from shapes import WordVectors
+from text import WordVectors
 
 ROOT = Path(__file__).parent.parent
 SMALL = ModelConfig(width=16, depth=2, heads=2, resolution=16, patch=4)
@@ -259,7 +260,7 @@ def test_a_grid_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatch
         def save(self, file, *format):
             (open(file, "wb") if isinstance(file, Path) else file).write(b"half")
             raise OSError("no space left on device")
-    monkeypatch.setattr(sample.data, "grid", lambda *args: Full())
+    monkeypatch.setattr(data, "grid", lambda *args: Full())
     (tmp_path / "x.png").write_bytes(b"old")
     with pytest.raises(OSError, match="no space"):
         sample.write_grid(tmp_path / "x.png", np.zeros((3, 5, 7, 3), np.uint8), ["a", "b", "c"])

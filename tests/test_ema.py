@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-import checkpoint
 import ema
 import model
 from config import Config, ModelConfig, UserError, to_json
 from ema import WIDTHS, PowerEMA, averages, coefficients, due, found, posthoc, rewind, std_to_gamma, take_snapshot
+from runtime import checkpoint
 
 
 def net(seed=0):

@@ -20,19 +20,17 @@ import pytest
 import torch
 from PIL import Image
 
-import checkpoint
 import fid
-import inception
-import log
-import machine
 import sample
 from config import UserError
+from evaluation import inception
 from fid import FeatureStats, frechet_distance, inception_score, kid, read_reference, write_reference
-from fid_files import open_pictures
+from runtime import checkpoint, distributed, log
+from sources.folders import open_pictures
 from test_drawing import drawn, run_folder
 
 ROOT = Path(__file__).parent.parent
-ALONE = machine.Place(torch.device("cpu"), 0, 1)
+ALONE = distributed.Place(torch.device("cpu"), 0, 1)
 D, K = 6, 11
 
 
@@ -652,9 +650,9 @@ def test_processes_without_broken_pictures_stop_with_those_that_have_some(few, m
         pictures = counted(lambda indices: torch.from_numpy(images(20)).permute(0, 3, 1, 2)[indices])
         pictures.broken = (0, 2, 1)[rank]
         with pytest.raises(fid.Failed, match="3 of 20 images are not finite"):
-            fid.collect(pictures, 20, 5, Few(), {"fid"}, machine.Place(torch.device("cpu"), rank, 3))
+            fid.collect(pictures, 20, 5, Few(), {"fid"}, distributed.Place(torch.device("cpu"), rank, 3))
         return rank
 
-    monkeypatch.setattr(machine, "add_up", add_up)
+    monkeypatch.setattr(distributed, "add_up", add_up)
     with ThreadPoolExecutor(3) as pool:
         assert list(pool.map(one, range(3))) == [0, 1, 2]

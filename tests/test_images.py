@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-import images
+from sources import images
 
 
 def smooth(h, w):

@@ -12,13 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import inception
-import machine
 from config import UserError
-from inception import Extractor, Inception, precise, tf1_resize
+from evaluation import inception
+from evaluation.inception import Extractor, Inception, precise, tf1_resize
+from runtime import distributed
 
 CPU = torch.device("cpu")
-ALONE = machine.Place(CPU, 0, 1)
+ALONE = distributed.Place(CPU, 0, 1)
 PUBLISHED = inception.SHA256
 
 # Features 0, 2 and 500, their mean, and logits 0 and 1000, of golden_image with formula weights in float64.
@@ -348,7 +348,7 @@ def test_a_download_is_checked_against_the_whole_hash(offline, monkeypatch):
 
 def test_a_process_whose_neighbour_has_no_weights_stops_too(offline, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(machine, "add_up", lambda x, place: x + 1)
+    monkeypatch.setattr(distributed, "add_up", lambda x, place: x + 1)
     with pytest.raises(UserError, match="another process has no Inception weights"):
-        inception.find_weights("", machine.Place(CPU, 1, 2))
+        inception.find_weights("", distributed.Place(CPU, 1, 2))
     assert not offline                                      # it asks nobody itself

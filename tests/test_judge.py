@@ -10,22 +10,22 @@ import torch
 import torch.nn.functional as F
 
 import fid
-import machine
 import model
-import shapes_judge as judge
 from config import UserError
-from distances import FeatureStats, frechet_distance
-from shapes import SCENES, Shapes
-from shapes_grammar import SHAPES
-from shapes_judge import Judge, JudgeFeatures, Reading, toy_fd, toy_leak
+from evaluation import shapes_judge
+from evaluation.shapes_judge import Judge, JudgeFeatures, Reading, toy_fd, toy_leak
+from fid import FeatureStats, frechet_distance
+from runtime import distributed
+from sources.shapes import SCENES, Shapes
+from sources.shapes_grammar import SHAPES
 from test_drawing import drawn, run_folder
 
-ALONE = machine.Place(torch.device("cpu"), 0, 1)
+ALONE = distributed.Place(torch.device("cpu"), 0, 1)
 
 
 @pytest.fixture(scope="module")
 def net():
-    return judge.load()
+    return shapes_judge.load()
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def renders():
 
 @pytest.fixture(scope="module")
 def reference(net):
-    return judge.render_stats(net, Shapes(32, split="test"), range(judge.FAR, judge.FAR + 800))
+    return shapes_judge.render_stats(net, Shapes(32, split="test"), range(shapes_judge.FAR, shapes_judge.FAR + 800))
 
 
 def byte(images):
@@ -56,14 +56,14 @@ def test_shapes_of_what_it_says_with_no_two_sizes_equal():
 @pytest.mark.parametrize("R, n", [(32, 200), (64, 100)])
 def test_it_is_right_on_whole_renders_of_the_test_split(net, R, n):
     batch = Shapes(R, split="test", crop=False).records(range(n))           # mirrored half the time
-    true, counts = judge.truth(batch["scene"])
-    seen, there = judge.read(net, batch["image"]), true.there
+    true, counts = shapes_judge.truth(batch["scene"])
+    seen, there = shapes_judge.read(net, batch["image"]), true.there
     assert counts.all() and (there.sum(1) == batch["scene"]["n"]).all()
     assert (seen.there > 0).eq(there).float().mean() > 0.999
     assert seen.shape.argmax(2).eq(true.shape)[there].float().mean() > 0.97
     assert seen.background.argmax(1).eq(true.background).float().mean() > 0.97
-    if R == judge.SIDE:                                                     # where sizes differ by a tenth
-        assert judge.largest(seen).eq(batch["label"]).float().mean() > 0.97
+    if R == shapes_judge.SIDE:                                                     # where sizes differ by a tenth
+        assert shapes_judge.largest(seen).eq(batch["label"]).float().mean() > 0.97
     for a, b, most in ((seen.x, true.x, 0.03), (seen.y, true.y, 0.03), (seen.r, true.r, 0.02)):
         assert (a - b)[there].abs().mean() < most
 
@@ -73,25 +73,25 @@ def test_an_object_that_is_gone_is_absent_and_one_that_is_half_gone_does_not_cou
     scene = dict(n=three([3]), shape=three([[1, 2, 3]]), color=three([[4, 5, 6]]), background=three([2]),
                  native=three([0]), x=three([[0.5, -0.1, -0.4]]), y=three([[0.5, 0.5, 0.5]]),
                  r=three([[0.2, 0.2, 0.2]]))
-    true, counts = judge.truth(scene)
+    true, counts = shapes_judge.truth(scene)
     assert true.there[0].nonzero().flatten().tolist() == [4] and true.shape[0, 4] == 1
     assert not counts[0, 5] and counts[0, [0, 1, 2, 3, 4, 6, 7]].all()
 
 
 @pytest.mark.slow
 def test_a_short_training_learns_where_things_are_and_is_repeatable():
-    small = judge.train(seed=3, steps=100, batch=48)
+    small = shapes_judge.train(seed=3, steps=100, batch=48)
     batch = Shapes(32, split="test", crop=False).records(range(200))
-    true, seen = judge.truth(batch["scene"])[0], judge.read(small, batch["image"])
+    true, seen = shapes_judge.truth(batch["scene"])[0], shapes_judge.read(small, batch["image"])
     assert (seen.there > 0).eq(true.there).all(1).float().mean() > 0.9
     assert (seen.x - true.x)[true.there].abs().mean() < 0.05
-    one, same, other = (judge.train(seed=s, steps=2, batch=8).state_dict() for s in (3, 3, 4))
+    one, same, other = (shapes_judge.train(seed=s, steps=2, batch=8).state_dict() for s in (3, 3, 4))
     assert all(torch.equal(one[k], same[k]) for k in one) and not torch.equal(one["r.weight"], other["r.weight"])
 
 
 def test_every_weight_is_trained():
     net, batch = Judge(), Shapes(32).records(range(16))
-    judge.loss(net(batch["image"]), batch["scene"]).backward()
+    shapes_judge.loss(net(batch["image"]), batch["scene"]).backward()
     dead = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()]
     assert not dead, dead
 
@@ -103,7 +103,7 @@ def test_toy_fd_is_the_frechet_distance_of_mean_features_of_8_bit_images(net, re
     means = [net.map(byte(x).float() / 127.5 - 1).mean((2, 3)).double() for x in (one, two)]
     want = frechet_distance(*(v for m in means for v in (m.mean(0), m.T.cov())))
     stats = FeatureStats(net.width)
-    judge.add_features(stats, net, two)
+    shapes_judge.add_features(stats, net, two)
     assert toy_fd(net, one, stats) == pytest.approx(want, rel=1e-6)
     assert toy_fd(net, byte(one).float() / 127.5 - 1, stats) == pytest.approx(want, rel=1e-6)
 
@@ -145,7 +145,7 @@ def test_the_floor_falls_as_one_over_n(net, reference, renders):
 
 def test_statistics_do_not_know_the_order_and_are_those_of_the_one_pass_of_fid(net):
     source, one = Shapes(32, split="test"), ALONE
-    whole, other = (judge.render_stats(net, source, order) for order in (range(150), range(149, -1, -1)))
+    whole, other = (shapes_judge.render_stats(net, source, order) for order in (range(150), range(149, -1, -1)))
 
     class Renders:
         workers, broken = 0, 0
@@ -168,7 +168,7 @@ def test_content_counts_a_lost_object_and_a_wrong_shape_as_stated():
         if there:
             seen.there[0, 3], seen.x[0, 3], seen.y[0, 3] = 50.0, x, y
         seen.shape[0, 3, shape] = 100.0
-        return judge.content(seen)
+        return shapes_judge.content(seen)
 
     def apart(a, b):
         return (one(*a) - one(*b)).square().sum().item()
@@ -181,7 +181,7 @@ def test_content_counts_a_lost_object_and_a_wrong_shape_as_stated():
 
 def test_the_leak_is_zero_for_equal_pictures_small_for_sharpness_and_large_for_other_scenes(net):
     source = Shapes(32, split="test", crop=False, flip=False)
-    sizes = judge.resized(source, range(40))
+    sizes = shapes_judge.resized(source, range(40))
     assert sizes.shape == (40, 6, 3, 32, 32) and sizes.dtype == torch.uint8
     assert (sizes[:, 0] != sizes[:, 5]).flatten(1).any(1).all()             # they do differ, in sharpness
     same = toy_leak(net, [sizes[:, :1].expand(-1, 6, -1, -1, -1)], ALONE)
@@ -196,42 +196,42 @@ def test_the_leak_is_zero_for_equal_pictures_small_for_sharpness_and_large_for_o
 def test_scenes_that_are_resized_are_those_of_the_data_set(kind):
     source = Shapes(24, split="test", crop=False, flip=False, scenes=kind)
     native = source.records(range(30))
-    sizes = judge.resized(source, range(30))
-    k = torch.tensor([judge.NATIVE.index(int(s)) for s in native["size"][:, 0]])
+    sizes = shapes_judge.resized(source, range(30))
+    k = torch.tensor([shapes_judge.NATIVE.index(int(s)) for s in native["size"][:, 0]])
     assert torch.equal(sizes[torch.arange(30), k], byte(native["image"]))
 
 
 # ---------------------------------------------------------------- files and the command
 
 def test_what_is_written_is_read_and_its_hash_follows_its_weights(tmp_path, net, renders):
-    judge.write(net, tmp_path / "a.safetensors", {"seed": 0})
-    again = judge.load(tmp_path / "a.safetensors")
+    shapes_judge.write(net, tmp_path / "a.safetensors", {"seed": 0})
+    again = shapes_judge.load(tmp_path / "a.safetensors")
     x = renders["image"][:20]
     assert torch.equal(again(x).x, net(x).x) and not again.training
     changed = Judge()
     changed.load_state_dict(net.state_dict() | {"r.bias": net.r.bias + 1e-6})
-    judge.write(changed, tmp_path / "b.safetensors", {"seed": 0})
-    assert judge.load(tmp_path / "b.safetensors").sha256 != again.sha256
+    shapes_judge.write(changed, tmp_path / "b.safetensors", {"seed": 0})
+    assert shapes_judge.load(tmp_path / "b.safetensors").sha256 != again.sha256
 
 
 def test_a_judge_that_is_missing_foreign_or_damaged_is_an_error(tmp_path, net, monkeypatch):
     with pytest.raises(UserError, match="no judge at .*--write="):
-        judge.load(tmp_path / "none.safetensors")
+        shapes_judge.load(tmp_path / "none.safetensors")
     file = tmp_path / "a.safetensors"
-    judge.write(net, file, {})
-    monkeypatch.setattr(judge, "VERSION", "shapes 99")
+    shapes_judge.write(net, file, {})
+    monkeypatch.setattr(shapes_judge, "VERSION", "shapes 99")
     with pytest.raises(UserError, match="no judge of 'shapes 99'"):
-        judge.load(file)
+        shapes_judge.load(file)
     monkeypatch.undo()
     content = bytearray(file.read_bytes())
     content[-5] ^= 1
     file.write_bytes(content)
     with pytest.raises(UserError, match="damaged"):
-        judge.load(file)
+        shapes_judge.load(file)
 
 
 def test_the_shipped_judge_is_small():
-    assert judge.JUDGE.stat().st_size < 1e6
+    assert shapes_judge.JUDGE.stat().st_size < 1e6
 
 
 @pytest.mark.parametrize("flags, says", [
@@ -241,36 +241,36 @@ def test_the_shipped_judge_is_small():
 def test_what_cannot_be_measured_is_said(flags, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=says):
-        judge.main(flags)
+        shapes_judge.main(flags)
 
 
 def test_images_of_a_run_are_measured(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(judge, "REFERENCE", 100)
+    monkeypatch.setattr(shapes_judge, "REFERENCE", 100)
     out = run_folder(tmp_path / "run", controls="size")
     path = drawn(out, "--n=20", "--name=x")[1]
     capsys.readouterr()
-    judge.main([f"--images={path}", "--threads=1"])
+    shapes_judge.main([f"--images={path}", "--threads=1"])
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
-    sha = judge.load().sha256
+    sha = shapes_judge.load().sha256
     assert line["metric"] == f"toy_fd20/judge-{sha[:8]}" and line["judge"] == sha and line["n"] == 20
     assert line["value"] > 2 * line["renders"] and line["by_pixels"]["count"][2] == 20
 
-    judge.main([f"--leak={out}", "--n=2", "--threads=1"])
+    shapes_judge.main([f"--leak={out}", "--n=2", "--threads=1"])
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (line["steps"], line["lam"], line["eta"]) == (50, 1.5, 0.25)      # the run's own
-    assert line["n"] == 2 and line["sizes"] == list(judge.NATIVE) and line["value"] >= 0 and line["renders"] > 0
+    assert line["n"] == 2 and line["sizes"] == list(shapes_judge.NATIVE) and line["value"] >= 0 and line["renders"] > 0
 
 
 def test_a_judge_is_made_by_the_command_and_examined(tmp_path, capsys):
     file = tmp_path / "small.safetensors"
-    judge.main([f"--write={file}", "--steps=1", "--threads=1"])
+    shapes_judge.main([f"--write={file}", "--steps=1", "--threads=1"])
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert line["judge"] == judge.load(file).sha256 and line["steps"] == 1 and line["by_class"][2] == 500
+    assert line["judge"] == shapes_judge.load(file).sha256 and line["steps"] == 1 and line["by_class"][2] == 500
 
 
 def test_pictures_of_an_older_version_are_read_by_their_options(tmp_path, monkeypatch, capsys):
     """Options that were not there yet, some that are gone, and the hash of the weights under the name of a path."""
-    monkeypatch.setattr(judge, "REFERENCE", 80)
+    monkeypatch.setattr(shapes_judge, "REFERENCE", 80)
     images, path = drawn(run_folder(tmp_path / "run"), "--n=6", "--batch=4", "--name=x")
     flags, said = [f"--images={path}", "--threads=1"], []
     asked = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
@@ -280,10 +280,10 @@ def test_pictures_of_an_older_version_are_read_by_their_options(tmp_path, monkey
         path.with_suffix(".json").write_text(json.dumps(options), encoding="utf-8")
         if lines == "none":
             path.with_suffix(".txt").unlink(missing_ok=True)
-        judge.main(flags)
+        shapes_judge.main(flags)
         said.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
     assert said[0] == said[1] == said[2] and said[0]["weights_sha256"] == asked["weights_sha256"]
     assert said[0]["by_pixels"]["count"][2] == 6
 
     path.with_suffix(".txt").write_text("a red ring\n" * 6, encoding="utf-8")     # what they were to be stands there
-    assert judge.asked_for(path, asked, model.load(path.parent.parent)[1], np.arange(6)) == ["a red ring"] * 6
+    assert shapes_judge.asked_for(path, asked, model.load(path.parent.parent)[1], np.arange(6)) == ["a red ring"] * 6

@@ -18,11 +18,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-import cached_latents
 import data
 import latents
-from cached_latents import Latents, header, latent_scaling, open_latents, read_meta
 from config import Config, ModelConfig, UserError
+from runtime import checkpoint
+from sources import cached_latents
+from sources.cached_latents import Latents, header, latent_scaling, open_latents, read_meta
 from test_stored_text import Encoder
 
 ROOT = Path(__file__).parent.parent
@@ -182,7 +183,7 @@ def test_captions_and_controls_of_any_source_go_with_the_latents(place, tmp_path
 
 def encode_and_die(command, monkeypatch, die_at):
     """Whether a run ends before write number die_at."""
-    count, write = [0], latents.checkpoint.write_bytes
+    count, write = [0], checkpoint.write_bytes
 
     def dying(path, content):
         if count[0] == die_at:
@@ -190,8 +191,8 @@ def encode_and_die(command, monkeypatch, die_at):
         count[0] += 1
         write(path, content)
     with monkeypatch.context() as m:
-        m.setattr(latents.checkpoint, "write_bytes", dying)
-        m.setattr(latents.checkpoint.log, "write_bytes", dying)                 # write_text calls this one
+        m.setattr(checkpoint, "write_bytes", dying)
+        m.setattr(checkpoint.log, "write_bytes", dying)                 # write_text calls this one
         try:
             latents.encode(command)
         except KeyboardInterrupt:

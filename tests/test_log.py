@@ -11,16 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-import cached
 import data
-import log
-import machine
-import plot
 from config import Config, UserError
-from log import SKIPPED, Skipped, follow
+from runtime import distributed, log, plot
+from runtime.log import SKIPPED, Skipped, follow
+from sources import cached_latents
 
 CPU = torch.device("cpu")
-ALONE = machine.Place(CPU, 0, 1)
+ALONE = distributed.Place(CPU, 0, 1)
 QUIET = SimpleNamespace(signal=0)
 
 
@@ -69,7 +67,7 @@ def test_a_window_remembers_the_first_bad_step(value):
     assert window.read(1, QUIET, ALONE)[2] == 2             # for good
 
 
-@pytest.mark.parametrize("number", machine.SIGNALS)
+@pytest.mark.parametrize("number", distributed.SIGNALS)
 def test_a_window_tells_which_signal_came(number):
     window = log.Window(CPU)
     window.add(torch.tensor([1.0]), torch.tensor([0]), 10)
@@ -149,7 +147,7 @@ def test_a_disk_that_takes_half_a_line_gets_none_of_it(tmp_path, monkeypatch):
 
 def test_a_line_for_people_and_for_the_file_on_rank_0_alone(tmp_path, capfd):
     entry = line(1200)
-    for place in (machine.Place(CPU, 1, 2), ALONE):
+    for place in (distributed.Place(CPU, 1, 2), ALONE):
         run_log = log.RunLog(tmp_path, 0, Config(steps=5000), 1, 1.0, place)
         run_log.report(entry.pop("step", 1200), entry)
         assert run_log.last == 1200
@@ -290,7 +288,7 @@ def test_the_messages_lead_to_the_file(tmp_path, capsys):
 
 
 def test_latents_that_are_not_finite_are_named_too(tmp_path):
-    source = cached.Latents.__new__(cached.Latents)
+    source = cached_latents.Latents.__new__(cached_latents.Latents)
     source.bad, source.lock, source.max_bad, source.meta = {}, threading.Lock(), 1.0, {"n": 9}
     follow(source, tmp_path)
     source.note_bad(5), source.note_bad(5)

@@ -14,18 +14,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import machine
 from config import UserError
+from runtime import distributed
 
 CPU = torch.device("cpu")
-ALONE = machine.Place(CPU, 0, 1)
-ROOT = Path(machine.__file__).parent
+ALONE = distributed.Place(CPU, 0, 1)
+ROOT = Path(distributed.__file__).parent
 
 
 @pytest.fixture
 def place():
     before = torch.get_num_threads()
-    yield machine.setup(threads=1)
+    yield distributed.setup(threads=1)
     torch.set_num_threads(before)
 
 
@@ -33,10 +33,10 @@ def place():
 
 def test_there_is_always_a_process_group(place, monkeypatch):
     assert dist.is_initialized() and (place.rank, place.world) == (0, 1) and torch.get_num_threads() == 1
-    assert machine.setup(threads=1) == place                # again is no error
-    machine.leave()
+    assert distributed.setup(threads=1) == place                # again is no error
+    distributed.leave()
     assert not dist.is_initialized()
-    machine.leave()
+    distributed.leave()
 
 
 def test_the_cores_that_a_process_may_use_are_shared_out(monkeypatch):
@@ -45,17 +45,17 @@ def test_the_cores_that_a_process_may_use_are_shared_out(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     for local, threads in (("1", 6), ("3", 2), ("8", 1)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
-        machine.setup()
+        distributed.setup()
         assert torch.get_num_threads() == threads
     monkeypatch.delattr(os, "sched_getaffinity")
-    assert machine.cores() == 64                            # macOS and Windows
+    assert distributed.cores() == 64                            # macOS and Windows
     torch.set_num_threads(before)
 
 
 def test_collectives_of_one_process_are_the_identity(place):
     x = torch.tensor([1.5, -2.0])
-    assert machine.add_up(x.clone(), place).equal(x) and machine.agree(-7, place) == -7
-    assert not machine.replicas_differ(torch.nn.Linear(2, 3), place)
+    assert distributed.add_up(x.clone(), place).equal(x) and distributed.agree(-7, place) == -7
+    assert not distributed.replicas_differ(torch.nn.Linear(2, 3), place)
 
 
 TWO = """
@@ -102,7 +102,7 @@ def test_two_processes_add_up_agree_average_and_notice_a_flipped_bit():
 def test_a_hanging_process_can_be_asked_where_it_is(place, capfd):
     if not hasattr(faulthandler, "register"):
         pytest.skip("not on Windows")
-    machine.setup(threads=1)
+    distributed.setup(threads=1)
     os.kill(os.getpid(), signal.SIGUSR2)
     assert "test_a_hanging_process_can_be_asked_where_it_is" in capfd.readouterr().err
 
@@ -112,32 +112,32 @@ def test_windows_has_no_such_signal_and_no_such_clock(monkeypatch):
     monkeypatch.delattr(faulthandler, "register", raising=False)
     monkeypatch.delattr(signal, "SIGUSR2", raising=False)
     monkeypatch.delattr(os, "uname", raising=False)
-    monkeypatch.setattr(machine, "resource", None)
-    assert machine.setup(1).world == 1 and machine.memory(CPU) != machine.memory(CPU)       # nan
-    assert set(machine.versions()) == {"python", "torch", "numpy", "pillow", "device"}
+    monkeypatch.setattr(distributed, "resource", None)
+    assert distributed.setup(1).world == 1 and distributed.memory(CPU) != distributed.memory(CPU)       # nan
+    assert set(distributed.versions()) == {"python", "torch", "numpy", "pillow", "device"}
     torch.set_num_threads(before)
 
 
 # ---------------------------------------------------------------- signals
 
 def test_a_signal_becomes_a_number_and_handlers_come_back(capfd):
-    before = [signal.getsignal(s) for s in machine.SIGNALS]
-    with machine.Stop(loud=True) as stop:
+    before = [signal.getsignal(s) for s in distributed.SIGNALS]
+    with distributed.Stop(loud=True) as stop:
         assert stop.signal == 0
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.signal == signal.SIGTERM
         os.kill(os.getpid(), signal.SIGINT)                 # at once: the same one, by another way
         assert stop.signal == signal.SIGTERM
-    assert [signal.getsignal(s) for s in machine.SIGNALS] == before
+    assert [signal.getsignal(s) for s in distributed.SIGNALS] == before
     assert capfd.readouterr().err.count("once more to stop at once") == 1
 
 
 def test_a_second_signal_later_ends_the_process_unless_it_is_deaf(monkeypatch):
     ended = []
     monkeypatch.setattr(os, "_exit", ended.append)
-    with machine.Stop(loud=False) as stop:
+    with distributed.Stop(loud=False) as stop:
         stop.note(signal.SIGINT, None)
-        stop.since -= machine.ECHO
+        stop.since -= distributed.ECHO
         stop.deaf = True
         stop.note(signal.SIGTERM, None)
         assert ended == []
@@ -149,7 +149,7 @@ def test_a_second_signal_later_ends_the_process_unless_it_is_deaf(monkeypatch):
 def test_elsewhere_than_in_the_main_thread_there_are_no_handlers():
     found = []
     def enter():
-        with machine.Stop(loud=False) as stop:
+        with distributed.Stop(loud=False) as stop:
             found.append((stop.signal, signal.getsignal(signal.SIGINT)))
     before = signal.getsignal(signal.SIGINT)
     thread = threading.Thread(target=enter)
@@ -162,34 +162,34 @@ def test_elsewhere_than_in_the_main_thread_there_are_no_handlers():
 
 def test_an_unknown_type_is_an_error_that_names_the_known(monkeypatch):
     with pytest.raises(UserError, match="dtype='half'; there are auto, float32, bfloat16"):
-        machine.precision(CPU, "half")
-    assert machine.precision(CPU, "float32") == torch.float32
+        distributed.precision(CPU, "half")
+    assert distributed.precision(CPU, "float32") == torch.float32
     for able in (True, False):
-        monkeypatch.setattr(machine, "multiplies_bfloat16", lambda device: able)
-        assert machine.precision(CPU, "auto") == (torch.bfloat16 if able else torch.float32)
+        monkeypatch.setattr(distributed, "multiplies_bfloat16", lambda device: able)
+        assert distributed.precision(CPU, "auto") == (torch.bfloat16 if able else torch.float32)
     torch.set_float32_matmul_precision("highest")
 
 
 def test_the_peak_is_that_of_the_best_product(monkeypatch):
     clock = iter(range(10 ** 6))                            # every look at the clock costs a second
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
-    assert machine.matmul_peak(CPU, torch.float32, seconds=4) == 2 * 1024 ** 3
+    assert distributed.matmul_peak(CPU, torch.float32, seconds=4) == 2 * 1024 ** 3
 
 
 def test_memory_counts_what_is_taken():
-    before = machine.memory(CPU)
+    before = distributed.memory(CPU)
     assert 0.05 < before < 100                              # GB: torch alone is more than 50 MB
     block = torch.ones(400_000_000, dtype=torch.uint8)
-    assert machine.memory(CPU) >= before and machine.memory(CPU) >= 0.4 and block[-1] == 1
+    assert distributed.memory(CPU) >= before and distributed.memory(CPU) >= 0.4 and block[-1] == 1
 
 
 def test_only_a_gpu_wants_pinned_memory():
     batch = {"image": torch.ones(2, 3), "caption": ["a", "b"]}
-    assert machine.pinned(batch, ALONE) is batch
+    assert distributed.pinned(batch, ALONE) is batch
     seen = []
     tensor = SimpleNamespace(pin_memory=lambda: seen.append("pinned"))
-    cuda = machine.Place(torch.device("cuda", 0), 0, 1)
+    cuda = distributed.Place(torch.device("cuda", 0), 0, 1)
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(machine, "Tensor", SimpleNamespace)
-        assert machine.pinned({"image": tensor, "caption": ["a"]}, cuda) == {"image": None, "caption": ["a"]}
+        m.setattr(distributed, "Tensor", SimpleNamespace)
+        assert distributed.pinned({"image": tensor, "caption": ["a"]}, cuda) == {"image": None, "caption": ["a"]}
     assert seen == ["pinned"]

@@ -11,12 +11,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-import log
-import magnitudes
 import model
-import plot
 from conditioning import Condition
 from config import ModelConfig, UserError
+from runtime import log, magnitudes, plot
 
 CFG = ModelConfig(arch="mmdit", semantics="class", classes=5, width=16, depth=3, heads=2, resolution=12)
 
@@ -176,7 +174,7 @@ def test_a_run_without_magnitudes_says_how_to_get_them(tmp_path):
 def test_a_folder_that_is_no_run_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match="no log.jsonl"):
         plot.main([f"--out={tmp_path}"])
-    monkeypatch.setattr(sys, "argv", ["plot.py", f"--out={tmp_path}"])
+    monkeypatch.setattr(sys, "argv", ["runtime/plot.py", f"--out={tmp_path}"])
     with pytest.raises(SystemExit) as e:
         runpy.run_path(str(Path(plot.__file__)), run_name="__main__")
     assert e.value.code == 2 and capsys.readouterr().err.startswith("error: --out=")

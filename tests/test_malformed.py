@@ -24,9 +24,8 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 import data
-import images
-import shards
 from config import UserError
+from sources import images, shards
 
 GOOD = 3
 

@@ -13,12 +13,12 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import checkpoint
 import model
-import tables
 from conditioning import Condition, sincos_2d
 from config import SIZES, Config, ModelConfig, UserError, to_json
+from experiments import tables
 from layers import LAYOUT, ungated
+from runtime import checkpoint
 from schedule import alpha_bar_table, to_sigma
 
 B, C, P, h, w, L, E, D, H, classes = 4, 3, 2, 6, 9, 7, 11, 40, 5, 10

@@ -13,10 +13,10 @@ from torch import nn
 
 import layers
 import model
-import mp_layers as mp
-import tables
+import mp_layers
 from conditioning import Condition, LabelEmbedder, MPTimestepEmbedder, TextContext, control_weight, sincos_2d
 from config import Config, ModelConfig, UserError, load
+from experiments import tables
 
 B, C, P, h, w, L, E, D, H, classes = 4, 3, 2, 6, 9, 7, 11, 40, 5, 10
 BASE = ModelConfig(arch="mpdit", semantics="class", classes=classes, width=D, depth=2, heads=H, patch=P, channels=C,
@@ -74,7 +74,7 @@ def softmax_attention(q, k, v):
 
 def test_attention_is_that_of_directions():
     torch.manual_seed(0)
-    attn, x = mp.MPAttention(D, H), normal(B, 6, D)
+    attn, x = mp_layers.MPAttention(D, H), normal(B, 6, D)
     q, k, v = heads(x @ weight(attn.qkv).T, 3)
     exact = softmax_attention(unit(q), unit(k), v) @ weight(attn.proj).T
     assert torch.allclose(attn(x), exact, atol=1e-5)
@@ -89,10 +89,10 @@ def test_attention_is_that_of_directions():
 @pytest.mark.parametrize("joint", [False, True])
 def test_logits_are_cosines_of_at_most_sqrt_d_and_do_not_follow_the_length_of_tokens(joint, monkeypatch):
     seen = []
-    monkeypatch.setattr(mp, "attention", lambda q, k, v: seen.append((q, k)) or layers.attention(q, k, v))
+    monkeypatch.setattr(mp_layers, "attention", lambda q, k, v: seen.append((q, k)) or layers.attention(q, k, v))
     torch.manual_seed(0)
     x, ctx = normal(B, 6, D), normal(B, L, D, seed=1)
-    net = mp.MPJointAttention(D, H, False) if joint else mp.MPAttention(D, H)
+    net = mp_layers.MPJointAttention(D, H, False) if joint else mp_layers.MPAttention(D, H)
     for scale in (1, 50):
         net(scale * x, scale * ctx) if joint else net(scale * x)
     (q, k), (q_long, k_long) = seen
@@ -106,12 +106,12 @@ def test_attention_averages_by_its_squared_weights(T, expected):
     """M[out] = sqrt(E sum p^2) for independent tokens; of one sequence all outputs share the v, so S values count."""
     S, d = 24, 64
     q, k, v = (normal(S, 1, T, d, seed=s) for s in (1, 2, 3))
-    out = layers.attention(mp.normalize(q), mp.normalize(k), v)
-    p = (mp.normalize(q) @ mp.normalize(k).transpose(-1, -2) / math.sqrt(d)).softmax(-1)
+    out = layers.attention(mp_layers.normalize(q), mp_layers.normalize(k), v)
+    p = (mp_layers.normalize(q) @ mp_layers.normalize(k).transpose(-1, -2) / math.sqrt(d)).softmax(-1)
     spread = p.square().sum(-1).mean().sqrt().item()
-    assert mp.magnitude(out).item() == pytest.approx(spread, rel=5 / math.sqrt(2 * S * d))
+    assert mp_layers.magnitude(out).item() == pytest.approx(spread, rel=5 / math.sqrt(2 * S * d))
     assert spread == pytest.approx(expected, rel=0.06)      # the notes average over other draws
-    assert mp.magnitude(mp.normalize_heads(out, 1)).item() == pytest.approx(1, abs=0.002)
+    assert mp_layers.magnitude(mp_layers.normalize_heads(out, 1)).item() == pytest.approx(1, abs=0.002)
 
 
 @pytest.mark.parametrize("rho", [0.5, 0.9])
@@ -121,22 +121,22 @@ def test_attention_of_correlated_tokens_averages_less_and_the_squared_weights_no
     q, k, own, shared = normal(S, 1, T, d, seed=1), normal(S, 1, T, d, seed=2), normal(S, 1, T, d, seed=3), \
         normal(S, 1, 1, d, seed=4)
     v = math.sqrt(rho) * shared + math.sqrt(1 - rho) * own
-    p = (mp.normalize(q) @ mp.normalize(k).transpose(-1, -2) / math.sqrt(d)).softmax(-1)
+    p = (mp_layers.normalize(q) @ mp_layers.normalize(k).transpose(-1, -2) / math.sqrt(d)).softmax(-1)
     s = p.square().sum(-1).mean().item()
-    out = layers.attention(mp.normalize(q), mp.normalize(k), v)
-    assert mp.magnitude(out).item() == pytest.approx(math.sqrt(rho + (1 - rho) * s), rel=5 / math.sqrt(2 * S * d))
-    assert mp.magnitude(out).item() / math.sqrt(s) > 3
-    assert mp.magnitude(mp.normalize_heads(out, 1)).item() == pytest.approx(1, abs=0.002)
+    out = layers.attention(mp_layers.normalize(q), mp_layers.normalize(k), v)
+    assert mp_layers.magnitude(out).item() == pytest.approx(math.sqrt(rho + (1 - rho) * s), rel=5 / math.sqrt(2 * S * d))
+    assert mp_layers.magnitude(out).item() / math.sqrt(s) > 3
+    assert mp_layers.magnitude(mp_layers.normalize_heads(out, 1)).item() == pytest.approx(1, abs=0.002)
 
 
 def test_heads_are_normalised_one_by_one_before_the_projection():
     torch.manual_seed(0)
     preserve = ("cosine", "weights", "stream", "heads")
-    attn, x = mp.MPAttention(D, H, preserve), normal(B, 6, D)
+    attn, x = mp_layers.MPAttention(D, H, preserve), normal(B, 6, D)
     q, k, v = heads(x @ weight(attn.qkv).T, 3)
     a = softmax_attention(unit(q), unit(k), v).unflatten(-1, (H, -1))
     assert torch.allclose(attn(x), unit(a).flatten(-2) @ weight(attn.proj).T, atol=1e-5)
-    joint, ctx = mp.MPJointAttention(D, H, False, preserve), normal(B, L, D, seed=1)
+    joint, ctx = mp_layers.MPJointAttention(D, H, False, preserve), normal(B, L, D, seed=1)
     joint.proj.weight.data = torch.eye(D)
     both = torch.cat(joint(x, ctx), 1).unflatten(-1, (H, -1)) * math.sqrt(D)
     assert torch.allclose(both.square().mean(-1).sqrt(), torch.tensor(math.sqrt(D)), rtol=1e-3)
@@ -145,7 +145,7 @@ def test_heads_are_normalised_one_by_one_before_the_projection():
 @pytest.mark.parametrize("last", [False, True])
 def test_joint_attention_is_the_formula(last):
     torch.manual_seed(0)
-    attn, x, ctx = mp.MPJointAttention(D, H, last), normal(B, 6, D), normal(B, L, D, seed=1)
+    attn, x, ctx = mp_layers.MPJointAttention(D, H, last), normal(B, 6, D), normal(B, L, D, seed=1)
     q, k, v = heads(x @ weight(attn.qkv).T, 3)
     *q_ctx, k_ctx, v_ctx = heads(ctx @ weight(attn.ctx_qkv).T, 2 if last else 3)
     k, v = torch.cat([unit(k), unit(k_ctx)], 2), torch.cat([v, v_ctx], 2)
@@ -226,14 +226,14 @@ def test_the_trunk_shrinks_by_its_weight_where_branches_are_dead(depth, left):
 
 def test_ends_of_the_trunk_are_their_formulas():
     torch.manual_seed(0)
-    embed, x = mp.MPPatchEmbed(C, P, D), normal(B, C, h * P, w * P)
+    embed, x = mp_layers.MPPatchEmbed(C, P, D), normal(B, C, h * P, w * P)
     assert embed.proj.weight.shape == (D, P * P * C + 1)
     kernel = weight(embed.proj)
     direct = F.conv2d(x, kernel[:, :-1].view(D, C, P, P), stride=P) + kernel[:, -1, None, None]
     assert torch.allclose(embed(x), direct.flatten(2).transpose(1, 2), atol=1e-5)
     tokens, c = normal(B, h * w, D), normal(B, D, seed=1)
-    for preserve, before in ((mp.FULL, lambda v: v), (("weights",), lambda v: F.layer_norm(v, (D,), eps=1e-6))):
-        last = random(mp.MPFinalLayer(D, P, C, ALL, preserve))
+    for preserve, before in ((mp_layers.FULL, lambda v: v), (("weights",), lambda v: F.layer_norm(v, (D,), eps=1e-6))):
+        last = random(mp_layers.MPFinalLayer(D, P, C, ALL, preserve))
         assert set(last.modulation.layers) == {"shift", "scale", "rotate"}
         y = steered(before(tokens), last.modulation(c)) @ weight(last.linear).T
         y = torch.einsum("nhwpqc->nchpwq", y.reshape(B, h, w, P, P, C)).reshape(B, C, h * P, w * P)
@@ -270,11 +270,11 @@ def test_no_bias_anywhere_and_row_lengths_have_no_say(cfg):
     assert not [n for n, m in net.named_modules() if isinstance(m, (nn.Linear, nn.Embedding, nn.LayerNorm, nn.Conv2d))]
     eps = net(x, i, cond)
     for k, m in enumerate(net.modules()):
-        if isinstance(m, (mp.MPLinear, mp.MPEmbedding)):
+        if isinstance(m, (mp_layers.MPLinear, mp_layers.MPEmbedding)):
             m.weight.data *= torch.rand(len(m.weight), 1, generator=torch.Generator().manual_seed(k)) * 9 + 1
     assert torch.allclose(net(x, i, cond), eps, atol=2e-3 * eps.abs().max().item())
-    mp.normalize_weights_(net)
-    mp.rely_on_norms_(net, True)
+    mp_layers.normalize_weights_(net)
+    mp_layers.rely_on_norms_(net, True)
     assert torch.allclose(net(x, i, cond), eps, atol=2e-3 * eps.abs().max().item())
 
 
@@ -282,8 +282,8 @@ def test_magnitudes_enter_the_trunk_at_one():
     cfg = replace(BASE, width=256, heads=4, classes=1000)
     net, (x, i, _) = build(cfg, acting=False), inputs(cfg)
     c = net.time(i, Condition(label=torch.tensor([1, 2, 3, -1])))
-    assert mp.magnitude(c).item() == pytest.approx(1, abs=5 / math.sqrt(2 * 256))       # one table row in common
-    assert mp.magnitude(net.embed(x, h, w)).item() == pytest.approx(1, abs=0.15)        # position has few directions
+    assert mp_layers.magnitude(c).item() == pytest.approx(1, abs=5 / math.sqrt(2 * 256))       # one table row in common
+    assert mp_layers.magnitude(net.embed(x, h, w)).item() == pytest.approx(1, abs=0.15)        # position has few directions
     table = net.embed(torch.zeros_like(x), h, w) * math.sqrt(2)
     flat = net.x_embedder(torch.zeros_like(x))
     assert torch.allclose(table - flat, unit(sincos_2d(h, w, 256)).expand_as(flat), atol=1e-4)
@@ -295,7 +295,7 @@ def test_a_network_keeps_its_magnitude_with_heads_normalised_and_slowly_loses_it
         cfg = ModelConfig(arch="mpdit", patch=2, preserve=preserve, **MAG, width=256, depth=6, heads=4)
         net, trunk = build(cfg, acting=False), []
         for block in net.blocks:
-            block.register_forward_hook(lambda block, args, out: trunk.append(mp.magnitude(out[0]).item()))
+            block.register_forward_hook(lambda block, args, out: trunk.append(mp_layers.magnitude(out[0]).item()))
         net(normal(2, 4, 16, 16), torch.tensor([100.0, 800]), Condition(label=torch.tensor([1, 700])))
         found[preserve] = trunk
     without, normalised = found.values()
@@ -308,7 +308,7 @@ def test_a_network_keeps_its_magnitude_with_heads_normalised_and_slowly_loses_it
 def test_time_features_are_smooth_from_step_to_step_with_stream_and_dit_s_without():
     torch.manual_seed(0)
     i = torch.tensor([0.0, 1, 400, 401, 998, 999])
-    features = MPTimestepEmbedder(D, 1000, mp.FULL).features(i).double()
+    features = MPTimestepEmbedder(D, 1000, mp_layers.FULL).features(i).double()
     near = F.cosine_similarity(features[::2], features[1::2])
     far = F.cosine_similarity(features[0], features[3], dim=0)
     assert near.min() > 0.99 and far.abs() < 5 / math.sqrt(256)
@@ -428,7 +428,7 @@ def test_what_does_not_go_together_is_a_user_error(changes, parts):
 
 
 def test_an_mp_architecture_has_every_change_of_the_paper_by_default():
-    assert model.preserved(BASE) == model.preserved(replace(BASE, preserve="weights+stream+cosine")) == mp.FULL
+    assert model.preserved(BASE) == model.preserved(replace(BASE, preserve="weights+stream+cosine")) == mp_layers.FULL
     assert model.preserved(replace(BASE, preserve="none")) == ()
     assert model.preserved(replace(BASE, preserve="heads+cosine")) == ("cosine", "heads")
 
@@ -462,7 +462,7 @@ def read(name):
 @pytest.mark.parametrize("data", ["shapes", "imagenet128"])
 def test_the_ladder_and_the_modulations_are_one_config_but_for_what_they_vary(data):
     e = read(f"{data}_e")
-    assert e.normalize and model.preserved(e.model) == mp.FULL and e.model.modulation == "scale+shift+gate"
+    assert e.normalize and model.preserved(e.model) == mp_layers.FULL and e.model.modulation == "scale+shift+gate"
     rungs = {k: (replace(e.model, preserve=LADDER["c" if k == "d" else k]), k == "d") for k in "abcd"}
     rungs |= {k: (replace(e.model, modulation=k.replace("_", "+") + "+gate"), True)
               for k in ("scale", "rotate", "scale_rotate")}

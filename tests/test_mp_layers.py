@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import layers
-import mp_layers as mp
+import mp_layers
 
 B, N, D, K, M = 4, 6, 40, 384, 512
 ORDER = ("shift", "scale", "rotate", "gate")
@@ -38,46 +38,46 @@ def gaussian(f):
 def test_magnitude_of_normal_numbers_is_their_deviation_and_means_count(sigma):
     n = 40_000
     x = sigma * normal(n)
-    assert mp.magnitude(x).item() == pytest.approx(sigma, rel=5 / math.sqrt(2 * n))
-    assert mp.magnitude(x + 2).item() == pytest.approx(math.hypot(sigma, 2), rel=5 / math.sqrt(n))
-    assert mp.magnitude(torch.full((7,), -2.0)).item() == 2.0
-    assert mp.magnitude(torch.full((4096,), 300.0).half()).dtype == torch.float32      # 300^2 is beyond fp16
+    assert mp_layers.magnitude(x).item() == pytest.approx(sigma, rel=5 / math.sqrt(2 * n))
+    assert mp_layers.magnitude(x + 2).item() == pytest.approx(math.hypot(sigma, 2), rel=5 / math.sqrt(n))
+    assert mp_layers.magnitude(torch.full((7,), -2.0)).item() == 2.0
+    assert mp_layers.magnitude(torch.full((4096,), 300.0).half()).dtype == torch.float32      # 300^2 is beyond fp16
 
 
 def test_normalize_adds_eps_to_the_norm():
     x = normal(5, K, seed=1, dtype=torch.float64) * torch.tensor([1e-6, 1e-2, 1, 30, 1e4], dtype=torch.float64)[:, None]
     length = x.norm(dim=-1)
-    assert torch.allclose(rms(mp.normalize(x)), length / (length + 1e-4), rtol=1e-12)
-    assert torch.allclose(mp.normalize(x, eps=0.5), math.sqrt(K) * x / (length[:, None] + 0.5), rtol=1e-12)
+    assert torch.allclose(rms(mp_layers.normalize(x)), length / (length + 1e-4), rtol=1e-12)
+    assert torch.allclose(mp_layers.normalize(x, eps=0.5), math.sqrt(K) * x / (length[:, None] + 0.5), rtol=1e-12)
     unit = torch.ones(K, dtype=torch.float64)
-    assert rms(mp.normalize(unit)).item() == pytest.approx(0.9999949, abs=1e-7)         # not 0.9999, eps on the RMS
-    chunks = mp.normalize(x[1:].view(2, 2, K)).view(4, K)
-    assert torch.equal(chunks, mp.normalize(x[1:]))
+    assert rms(mp_layers.normalize(unit)).item() == pytest.approx(0.9999949, abs=1e-7)         # not 0.9999, eps on the RMS
+    chunks = mp_layers.normalize(x[1:].view(2, 2, K)).view(4, K)
+    assert torch.equal(chunks, mp_layers.normalize(x[1:]))
 
 
 def test_normalize_of_zero_is_zero_forwards_and_backwards():
     x = torch.zeros(3, K, requires_grad=True)
-    y = mp.normalize(x)
+    y = mp_layers.normalize(x)
     y.sum().backward()
     assert (y == 0).all() and x.grad.isfinite().all()
 
 
 def test_norms_are_taken_in_fp32_under_bf16():
     x = normal(64, K).bfloat16()
-    assert mp.normalize(x).dtype == torch.bfloat16
-    assert torch.equal(mp.normalize(x), mp.normalize(x.float()).bfloat16())
+    assert mp_layers.normalize(x).dtype == torch.bfloat16
+    assert torch.equal(mp_layers.normalize(x), mp_layers.normalize(x.float()).bfloat16())
     big = torch.full((1, 3), 1e30).bfloat16()
-    assert torch.isinf(mp.norm(big)).all() == torch.isinf(mp.norm(big.float())).all()
+    assert torch.isinf(mp_layers.norm(big)).all() == torch.isinf(mp_layers.norm(big.float())).all()
 
 
 @pytest.mark.parametrize("t, trunk, branch", [(0.3, 0.919145, 0.393919), (0.5, 0.7071068, 0.7071068)])
 def test_mp_sum_has_the_weights_of_lemma_4(t, trunk, branch):
     one, none = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-    assert mp.mp_sum(one, none, t).item() == pytest.approx(trunk, abs=5e-7)
-    assert mp.mp_sum(none, one, t).item() == pytest.approx(branch, abs=5e-7)
+    assert mp_layers.mp_sum(one, none, t).item() == pytest.approx(trunk, abs=5e-7)
+    assert mp_layers.mp_sum(none, one, t).item() == pytest.approx(branch, abs=5e-7)
     alpha = (1 - t) ** 2 / ((1 - t) ** 2 + t ** 2)
     x, y = normal(9, dtype=torch.float64), normal(9, seed=1, dtype=torch.float64)
-    assert torch.allclose(mp.mp_sum(x, y, t), math.sqrt(alpha) * x + math.sqrt(1 - alpha) * y, rtol=1e-12)
+    assert torch.allclose(mp_layers.mp_sum(x, y, t), math.sqrt(alpha) * x + math.sqrt(1 - alpha) * y, rtol=1e-12)
 
 
 @pytest.mark.parametrize("tau, rho, expected", [
@@ -87,30 +87,30 @@ def test_mp_sum_of_other_magnitudes_and_correlated_terms(tau, rho, expected):
     n = 100_000
     x, z = normal(n), normal(n, seed=1)
     y = tau * (rho * x + math.sqrt(1 - rho ** 2) * z)
-    assert mp.magnitude(mp.mp_sum(x, y, 0.3)).item() == pytest.approx(expected, rel=5 / math.sqrt(2 * n) + 1e-5)
+    assert mp_layers.magnitude(mp_layers.mp_sum(x, y, 0.3)).item() == pytest.approx(expected, rel=5 / math.sqrt(2 * n) + 1e-5)
 
 
 @pytest.mark.parametrize("t", [0.2, 0.5])
 def test_mp_cat_gives_each_part_its_weight_whatever_its_width(t):
     a, b = torch.ones(3, 5, dtype=torch.float64), torch.ones(3, 11, dtype=torch.float64)
-    y = mp.mp_cat(a, b, t)
+    y = mp_layers.mp_cat(a, b, t)
     assert y.shape == (3, 16) and torch.allclose(rms(y), torch.ones(3, dtype=torch.float64), rtol=1e-12)
     shares = [part[0].square().sum().sqrt().item() for part in (y[:, :5], y[:, 5:])]
     assert shares[1] / shares[0] == pytest.approx(t / (1 - t), rel=1e-12)
 
 
 def test_mp_silu_has_its_exact_constant():
-    assert gaussian(lambda z: F.silu(z) ** 2) ** 0.5 == pytest.approx(mp.SILU_MAGNITUDE, abs=1e-14)
-    assert mp.SILU_MAGNITUDE == pytest.approx(0.5964692, abs=5e-8)
-    assert gaussian(lambda z: mp.mp_silu(z) ** 2) == pytest.approx(1, abs=1e-12)
-    assert gaussian(lambda z: mp.mp_silu(z)) == pytest.approx(0.2066210 / 0.5964692, abs=1e-6)
+    assert gaussian(lambda z: F.silu(z) ** 2) ** 0.5 == pytest.approx(mp_layers.SILU_MAGNITUDE, abs=1e-14)
+    assert mp_layers.SILU_MAGNITUDE == pytest.approx(0.5964692, abs=5e-8)
+    assert gaussian(lambda z: mp_layers.mp_silu(z) ** 2) == pytest.approx(1, abs=1e-12)
+    assert gaussian(lambda z: mp_layers.mp_silu(z)) == pytest.approx(0.2066210 / 0.5964692, abs=1e-6)
 
 
 @pytest.mark.parametrize("sigma, ratio", [(0.25, .857), (0.5, .902), (0.707, .945), (1, 1), (1.5, 1.070), (2, 1.112),
                                           (4, 1.169)])
 def test_mp_silu_of_other_magnitudes(sigma, ratio):
     """The notes divide by the rounded 0.596, which makes their ratios 1.0008 times as large."""
-    found = gaussian(lambda z: mp.mp_silu(sigma * z) ** 2) ** 0.5 / sigma
+    found = gaussian(lambda z: mp_layers.mp_silu(sigma * z) ** 2) ** 0.5 / sigma
     assert found == pytest.approx(ratio, abs=0.0005 + 0.0008 * ratio)
 
 
@@ -122,55 +122,55 @@ def test_rotation_turns_neighbours_by_their_own_angle():
     for k in range(D // 2):
         a, b, c, s = x[..., 2 * k], x[..., 2 * k + 1], theta[..., k].cos(), theta[..., k].sin()
         y[..., 2 * k], y[..., 2 * k + 1] = a * c - b * s, a * s + b * c
-    assert torch.allclose(mp.rotate(x, theta), y, atol=1e-6)
+    assert torch.allclose(mp_layers.rotate(x, theta), y, atol=1e-6)
     order = torch.cat([torch.arange(0, D, 2), torch.arange(1, D, 2)])      # pairs (i, i + D/2) of the permuted vector
     half = x[..., order]
     a, b = half.chunk(2, -1)
     turned = torch.cat([a * theta.cos() - b * theta.sin(), a * theta.sin() + b * theta.cos()], -1)
-    assert torch.allclose(mp.rotate(x, theta)[..., order], turned, atol=1e-6)
+    assert torch.allclose(mp_layers.rotate(x, theta)[..., order], turned, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype, atol", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_rotation_preserves_the_magnitude_of_every_token_and_plane(dtype, atol):
     x, theta = normal(B, N, D, dtype=dtype), 9 * normal(B, 1, D // 2, seed=1, dtype=dtype)
-    y = mp.rotate(x, theta)
+    y = mp_layers.rotate(x, theta)
     assert y.dtype == dtype and torch.allclose(rms(y), rms(x), atol=atol, rtol=0)
     planes = [v.unflatten(-1, (-1, 2)).norm(dim=-1) for v in (x, y)]
     assert torch.allclose(*planes, atol=atol, rtol=0)
-    assert torch.allclose(mp.rotate(y, -theta), x, atol=10 * atol)
-    assert torch.allclose(mp.rotate(x, theta + 2 * math.pi), y, atol=10 * atol)
+    assert torch.allclose(mp_layers.rotate(y, -theta), x, atol=10 * atol)
+    assert torch.allclose(mp_layers.rotate(x, theta + 2 * math.pi), y, atol=10 * atol)
 
 
 def test_no_angle_is_the_identity_to_the_last_bit():
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         x = normal(B, N, D).to(dtype)
-        assert torch.equal(mp.rotate(x, torch.zeros(B, 1, D // 2)), x)
+        assert torch.equal(mp_layers.rotate(x, torch.zeros(B, 1, D // 2)), x)
 
 
 def test_compiled_rotation_is_the_same():
     x, theta = normal(B, N, D), normal(B, 1, D // 2, seed=1)
-    compiled = torch.compile(mp.rotate, fullgraph=True, backend="eager")
-    assert torch.allclose(compiled(x, theta), mp.rotate(x, theta), atol=1e-6)
+    compiled = torch.compile(mp_layers.rotate, fullgraph=True, backend="eager")
+    assert torch.allclose(compiled(x, theta), mp_layers.rotate(x, theta), atol=1e-6)
     assert torch.equal(compiled(x, torch.zeros_like(theta)), x)
 
 
 def test_angles_are_in_fp32_under_bf16():
     x, theta = normal(B, N, D).bfloat16(), 50 * normal(B, 1, D // 2, seed=1)
-    assert torch.equal(mp.rotate(x, theta), mp.rotate(x.float(), theta).bfloat16())
-    assert not torch.equal(mp.rotate(x, theta), mp.rotate(x, theta.bfloat16()))
+    assert torch.equal(mp_layers.rotate(x, theta), mp_layers.rotate(x.float(), theta).bfloat16())
+    assert not torch.equal(mp_layers.rotate(x, theta), mp_layers.rotate(x, theta.bfloat16()))
 
 
 def test_rotation_commutes_with_a_number_and_not_with_a_vector():
     x, theta, s = normal(B, N, D), normal(B, 1, D // 2, seed=1), normal(D, seed=2)
-    assert torch.allclose(mp.rotate(3 * x, theta), 3 * mp.rotate(x, theta), atol=1e-5)
-    assert (mp.rotate(s * x, theta) - s * mp.rotate(x, theta)).abs().max() > 0.1
+    assert torch.allclose(mp_layers.rotate(3 * x, theta), 3 * mp_layers.rotate(x, theta), atol=1e-5)
+    assert (mp_layers.rotate(s * x, theta) - s * mp_layers.rotate(x, theta)).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("s", [0.5, 1.0])
 def test_random_angles_shrink_what_is_left_of_x_by_the_characteristic_function(s):
     n = 40_000
     x, theta = normal(1, n), s * normal(1, n // 2, seed=1)
-    left = (x * mp.rotate(x, theta)).sum() / x.square().sum()               # |x_i|^2-weighted mean of cos theta_i
+    left = (x * mp_layers.rotate(x, theta)).sum() / x.square().sum()               # |x_i|^2-weighted mean of cos theta_i
     spread = math.sqrt((1 + math.exp(-2 * s * s)) / 2 - math.exp(-s * s))
     assert left.item() == pytest.approx(math.exp(-s * s / 2), abs=5 * spread * math.sqrt(2) / math.sqrt(n / 2))
 
@@ -181,23 +181,23 @@ def test_random_angles_shrink_what_is_left_of_x_by_the_characteristic_function(s
 def test_a_linear_layer_preserves_any_magnitude(sigma):
     """Lemma 3. Outputs of one input are M independent normal numbers."""
     torch.manual_seed(0)
-    layer, x = mp.MPLinear(K, M), sigma * normal(B, K, seed=5)
+    layer, x = mp_layers.MPLinear(K, M), sigma * normal(B, K, seed=5)
     assert layer(x).shape == (B, M)
-    found = [mp.magnitude(y).item() / mp.magnitude(v).item() for y, v in zip(layer(x), x)]
+    found = [mp_layers.magnitude(y).item() / mp_layers.magnitude(v).item() for y, v in zip(layer(x), x)]
     assert found == pytest.approx([1] * B, abs=5 / math.sqrt(2 * M))
     uneven = x * torch.linspace(0, 2, K)                                    # features of unequal magnitude
-    assert mp.magnitude(layer(uneven)).item() == pytest.approx(mp.magnitude(uneven).item(), rel=5 / math.sqrt(2 * M))
+    assert mp_layers.magnitude(layer(uneven)).item() == pytest.approx(mp_layers.magnitude(uneven).item(), rel=5 / math.sqrt(2 * M))
 
 
 def test_lemma_3_needs_features_that_do_not_add_up():
-    layer = mp.MPLinear(K, M)
+    layer = mp_layers.MPLinear(K, M)
     layer.weight.data.fill_(0.7)
-    assert mp.magnitude(layer(torch.ones(1, K))).item() == pytest.approx(math.sqrt(K), rel=1e-4)
+    assert mp_layers.magnitude(layer(torch.ones(1, K))).item() == pytest.approx(math.sqrt(K), rel=1e-4)
 
 
 def test_linear_is_the_formula_and_keeps_fp32_weights_under_bf16():
     torch.manual_seed(0)
-    layer, x = mp.MPLinear(K, M, gain=0.8), normal(B, K)
+    layer, x = mp_layers.MPLinear(K, M, gain=0.8), normal(B, K)
     w = layer.weight.double()
     exact = 0.8 * x.double() @ (w / (w.norm(dim=1, keepdim=True) + 1e-4)).T
     assert torch.allclose(layer(x).double(), exact, atol=1e-5)
@@ -205,12 +205,12 @@ def test_linear_is_the_formula_and_keeps_fp32_weights_under_bf16():
     assert half.dtype == torch.bfloat16 and layer.weight.dtype == torch.float32
     assert rms((half.double() - exact).flatten()) < 0.01 * rms(exact.flatten())
     assert {n for n, _ in layer.named_parameters()} == {"weight", "gain"}
-    assert {n for n, _ in mp.MPLinear(3, 4).named_parameters()} == {"weight"}
+    assert {n for n, _ in mp_layers.MPLinear(3, 4).named_parameters()} == {"weight"}
 
 
 def test_gradients_are_at_right_angles_to_the_rows():
     torch.manual_seed(0)
-    layer = mp.MPLinear(K, M, gain=1.0)
+    layer = mp_layers.MPLinear(K, M, gain=1.0)
     layer(normal(64, K)).mul(normal(64, M, seed=1)).sum().backward()
     g, w = layer.weight.grad.double(), layer.weight.double()
     assert ((g * w).sum(1) / g.norm(dim=1) / w.norm(dim=1)).abs().max() < 1e-5
@@ -219,7 +219,7 @@ def test_gradients_are_at_right_angles_to_the_rows():
 
 def test_the_length_of_a_row_has_no_say_and_the_gain_has():
     torch.manual_seed(0)
-    layer, x = mp.MPLinear(K, M, gain=1.0), normal(B, K)
+    layer, x = mp_layers.MPLinear(K, M, gain=1.0), normal(B, K)
     y = layer(x).detach()
     layer.weight.data[::2] *= 1000
     layer.weight.data[1::2] *= 0.1
@@ -230,37 +230,37 @@ def test_the_length_of_a_row_has_no_say_and_the_gain_has():
 
 def test_a_layer_with_gain_zero_gives_zero_and_only_its_gain_learns():
     torch.manual_seed(0)
-    layer = mp.MPLinear(K, M, gain=0.0)
+    layer = mp_layers.MPLinear(K, M, gain=0.0)
     y = layer(normal(B, K))
     y.mul(normal(B, M, seed=1)).sum().backward()
     assert (y == 0).all() and layer.gain.grad != 0 and not layer.weight.grad.any() and layer.weight.any()
-    assert layer.zero and not mp.MPLinear(K, M).zero and not mp.MPLinear(K, M, gain=1.0).zero
+    assert layer.zero and not mp_layers.MPLinear(K, M).zero and not mp_layers.MPLinear(K, M, gain=1.0).zero
 
 
 def test_a_bare_layer_is_he_uniform():
     torch.manual_seed(0)
-    layer, x = mp.BareLinear(K, M), normal(B, K)
+    layer, x = mp_layers.BareLinear(K, M), normal(B, K)
     assert layer.weight.var().item() == pytest.approx(2 / K, rel=5 * math.sqrt(0.8 / (K * M)))
     assert layer.weight.abs().max() <= math.sqrt(6 / K)
     assert torch.allclose(layer(x), x @ layer.weight.T, atol=1e-5)
-    assert layer.zero is False and not mp.BareLinear(K, M, gain=0.0).weight.any()
+    assert layer.zero is False and not mp_layers.BareLinear(K, M, gain=0.0).weight.any()
 
 
 def test_an_embedding_has_rows_of_unit_magnitude():
     torch.manual_seed(0)
-    table = mp.MPEmbedding(7, K)
+    table = mp_layers.MPEmbedding(7, K)
     table.weight.data *= torch.arange(1.0, 8)[:, None]
     index = torch.tensor([[0, 6], [3, 3]])
     assert table(index).shape == (2, 2, K) and torch.allclose(rms(table(index)), torch.ones(2, 2).double(), atol=1e-5)
-    assert torch.allclose(table(index), mp.normalize(table.weight)[index])
+    assert torch.allclose(table(index), mp_layers.normalize(table.weight)[index])
 
 
 def test_mlp_is_its_formula():
     torch.manual_seed(0)
     x = normal(B, K)
-    for preserve, act in ((mp.FULL, mp.mp_silu), (("weights",), F.silu), ((), F.silu)):
-        net = mp.MPMLP(K, 50, D, preserve)
-        assert isinstance(net.fc1, mp.MPLinear if preserve else mp.BareLinear)
+    for preserve, act in ((mp_layers.FULL, mp_layers.mp_silu), (("weights",), F.silu), ((), F.silu)):
+        net = mp_layers.MPMLP(K, 50, D, preserve)
+        assert isinstance(net.fc1, mp_layers.MPLinear if preserve else mp_layers.BareLinear)
         assert torch.allclose(net(x), net.fc2(act(net.fc1(x)))) and net(x).shape == (B, D)
 
 
@@ -269,7 +269,7 @@ def test_mlp_is_its_formula():
 def test_fourier_features_have_unit_magnitude_at_any_time():
     torch.manual_seed(0)
     n = 2 ** 14
-    features = mp.MPFourier(n)(torch.linspace(-3, 3, 9))
+    features = mp_layers.MPFourier(n)(torch.linspace(-3, 3, 9))
     assert features.shape == (9, n)                         # of 2 cos^2 the variance is 1/2
     assert rms(features).tolist() == pytest.approx([1] * 9, abs=5 * math.sqrt(0.5 / n) / 2)
 
@@ -278,13 +278,13 @@ def test_fourier_features_have_unit_magnitude_at_any_time():
 def test_fourier_features_are_smooth_as_their_bandwidth_says(bandwidth):
     torch.manual_seed(0)
     n, distance = 2 ** 14, torch.tensor([0, 0.02, 0.05, 0.1, 0.3])
-    features = mp.MPFourier(n, bandwidth)(0.4 + distance).double()
+    features = mp_layers.MPFourier(n, bandwidth)(0.4 + distance).double()
     kernel = torch.exp(-(2 * math.pi * bandwidth * distance.double()) ** 2 / 2)
     assert torch.allclose((features[0] * features).mean(1), kernel, atol=5 / math.sqrt(n))
 
 
 def test_fourier_features_are_kept_with_the_weights_in_fp32():
-    one, two = mp.MPFourier(256), mp.MPFourier(256)
+    one, two = mp_layers.MPFourier(256), mp_layers.MPFourier(256)
     t = torch.linspace(0, 999, 5)
     assert not torch.equal(one(t), two(t)) and not list(one.parameters())
     two.load_state_dict(one.state_dict())
@@ -296,8 +296,8 @@ def test_fourier_features_are_kept_with_the_weights_in_fp32():
 
 def network():
     torch.manual_seed(0)
-    net = torch.nn.ModuleDict({"a": mp.MPLinear(K, D, gain=1.5), "b": mp.MPLinear(D, N), "t": mp.MPEmbedding(5, K),
-                               "plain": torch.nn.Linear(N, 3), "bare": mp.BareLinear(3, 2)})
+    net = torch.nn.ModuleDict({"a": mp_layers.MPLinear(K, D, gain=1.5), "b": mp_layers.MPLinear(D, N), "t": mp_layers.MPEmbedding(5, K),
+                               "plain": torch.nn.Linear(N, 3), "bare": mp_layers.BareLinear(3, 2)})
     for p in net.parameters():
         p.data *= 3
     return net
@@ -310,26 +310,26 @@ def run(net, x):
 def test_normalize_weights_makes_every_mp_row_unit_and_leaves_the_function_and_the_rest_alone():
     net, x = network(), normal(B, K)
     y, before = run(net, x), {k: v.clone() for k, v in net.state_dict().items()}
-    mp.normalize_weights_(net)
+    mp_layers.normalize_weights_(net)
     after = {k: v.clone() for k, v in net.state_dict().items()}
     for k in ("a.weight", "b.weight", "t.weight"):
         assert torch.allclose(rms(after[k]), torch.ones(len(after[k])).double(), atol=3e-5)
         assert not torch.equal(before[k], after[k])
     assert all(torch.equal(before[k], after[k]) for k in ("a.gain", "plain.weight", "plain.bias", "bare.weight"))
     assert torch.allclose(run(net, x), y, rtol=1e-3, atol=1e-4)
-    mp.normalize_weights_(net)
+    mp_layers.normalize_weights_(net)
     assert all(torch.allclose(v, after[k], rtol=3e-5) for k, v in net.state_dict().items())
 
 
 def test_normalised_rows_may_be_relied_on_and_only_those():
     net, x = network(), normal(B, K)
     y = run(net, x)
-    mp.rely_on_norms_(net, True)
+    mp_layers.rely_on_norms_(net, True)
     assert not torch.allclose(run(net, x), y, rtol=0.1)
-    mp.normalize_weights_(net)
+    mp_layers.normalize_weights_(net)
     relied = run(net, x)
     assert torch.allclose(relied, y, rtol=1e-3, atol=1e-3)
-    mp.rely_on_norms_(net, False)
+    mp_layers.rely_on_norms_(net, False)
     assert torch.allclose(run(net, x), relied, rtol=1e-3, atol=1e-3) and not torch.equal(run(net, x), relied)
 
 
@@ -348,33 +348,33 @@ def test_parts_lie_side_by_side_as_in_dit():
 @pytest.mark.parametrize("parts", SUBSETS, ids="+".join)
 def test_modulation_by_any_parts_is_scale_then_shift_then_rotate_and_a_gate_after(parts):
     torch.manual_seed(0)
-    modulation, x, c = mp.Modulation(D, parts), normal(B, N, D), normal(B, D, seed=1)
+    modulation, x, c = mp_layers.Modulation(D, parts), normal(B, N, D), normal(B, D, seed=1)
     assert torch.equal(layers.steer(x, modulation(c)), x)   # at first, to the last bit
     for layer in modulation.layers.values():
         layer.gain.data.fill_(0.7)
     m = modulation(c)
     assert set(m) == set(parts)
-    assert all(torch.allclose(v[:, 0], modulation.layers[k](mp.mp_silu(c)), atol=1e-6) for k, v in m.items())
+    assert all(torch.allclose(v[:, 0], modulation.layers[k](mp_layers.mp_silu(c)), atol=1e-6) for k, v in m.items())
     y = x * (1 + m["scale"]) if "scale" in m else x
     y = y + m["shift"] if "shift" in m else y
-    y = mp.rotate(y, m["rotate"]) if "rotate" in m else y
+    y = mp_layers.rotate(y, m["rotate"]) if "rotate" in m else y
     assert torch.allclose(layers.steer(x, m), y, atol=1e-5)
     branch, gate = normal(B, N, D, seed=2), m.get("gate")
     assert torch.allclose(layers.gated_sum(x, m, branch), x + (branch if gate is None else gate * branch), atol=1e-5)
-    whole = mp.mp_sum(x, branch if gate is None else branch * (1 + gate), 0.3)
-    assert torch.allclose(mp.mp_gated_sum(x, m, branch), whole, atol=1e-5)
+    whole = mp_layers.mp_sum(x, branch if gate is None else branch * (1 + gate), 0.3)
+    assert torch.allclose(mp_layers.mp_gated_sum(x, m, branch), whole, atol=1e-5)
 
 
 def test_scale_is_not_magnitude_preserving():
     """M[(1+s) x] = sqrt(1 + M[s]^2) M[x] for s of mean zero; the product of two normal numbers has kurtosis 9."""
     n = 40_000
     x, s = normal(1, 1, n), normal(1, 1, n, seed=1)
-    assert mp.magnitude(layers.steer(x, {"scale": s})).item() == pytest.approx(math.sqrt(2), rel=5 * 2 / math.sqrt(n))
+    assert mp_layers.magnitude(layers.steer(x, {"scale": s})).item() == pytest.approx(math.sqrt(2), rel=5 * 2 / math.sqrt(n))
 
 
 def test_steering_keeps_the_type_of_tokens_and_the_angles_of_fp32():
     x, m = normal(B, N, D).bfloat16(), {p: normal(B, 1, D // 2 if p == "rotate" else D, seed=k)
                                         for k, p in enumerate(ORDER)}
     assert all(y.dtype == torch.bfloat16
-               for y in (layers.steer(x, m), layers.gated_sum(x, m, x), mp.mp_gated_sum(x, m, x)))
-    assert torch.equal(layers.steer(x, {"rotate": m["rotate"]}), mp.rotate(x.float(), m["rotate"]).bfloat16())
+               for y in (layers.steer(x, m), layers.gated_sum(x, m, x), mp_layers.mp_gated_sum(x, m, x)))
+    assert torch.equal(layers.steer(x, {"rotate": m["rotate"]}), mp_layers.rotate(x.float(), m["rotate"]).bfloat16())

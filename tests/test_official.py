@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-import checkpoint
 import model
-import official
+from baselines import official_dit
+from baselines.official_dit import as_run, load_official_dit, read_official
 from conditioning import NULL_LABEL, Condition
 from config import SIZES, ModelConfig, UserError, from_json
-from official import as_run, load_official_dit, read_official
+from runtime import checkpoint
 
 D, H, DEPTH, P, C, SIDE, CLASSES = 48, 3, 2, 2, 4, 10, 7
 
@@ -137,7 +137,7 @@ def test_a_folder_of_diffusers_gives_the_same_eps(tmp_path):
         torch.testing.assert_close(ours, theirs[:, :C], atol=1e-4, rtol=1e-4)
         assert json.loads(as_run(path, cfg)[1]["classes"])[3] == "animal 3"
     file = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
-    tensors = official.read_tensors(file)
+    tensors = official_dit.read_tensors(file)
     torch.save(tensors, file.with_suffix(".bin"))
     file.unlink()
     assert torch.equal(read_official(tmp_path)[0]["blocks.1.attn.qkv.weight"], net.state_dict()[
@@ -152,7 +152,7 @@ def test_the_published_sizes_need_no_heads():
             net = model.build(ModelConfig(arch="dit", semantics="class", classes=1000, resolution=32, channels=4,
                                           patch=2, schedule="linear", **size))
         state = {**net.state_dict(), "pos_embed": torch.empty(1, 256, size["width"], device="meta")}
-        assert official.infer(state, {}, 0, "DiT") == net.cfg
+        assert official_dit.infer(state, {}, 0, "DiT") == net.cfg
 
 
 # ---------------------------------------------------------------- refusals
@@ -242,7 +242,7 @@ def test_embeddings_of_blocks_that_differ_are_another_model(tmp_path):
 def test_converted_weights_are_a_run_folder(tmp_path, capsys):
     torch.save(weights(), tmp_path / "DiT.pt")
     command = [f"--weights={tmp_path / 'DiT.pt'}", f"--out={tmp_path / 'run'}", f"--heads={H}"]
-    official.main(command)
+    official_dit.main(command)
     assert "2 blocks" in capsys.readouterr().out
     net, cfg = model.load(tmp_path / "run")
     header = checkpoint.read_header(tmp_path / "run" / "weights.safetensors")
@@ -253,7 +253,7 @@ def test_converted_weights_are_a_run_folder(tmp_path, capsys):
     ours = net(x, t, Condition(label=torch.where(y == CLASSES, NULL_LABEL, y)))
     torch.testing.assert_close(ours, theirs, atol=5e-4, rtol=1e-3)   # angles up to 999 in fp32
     with pytest.raises(UserError, match="has weights already"):
-        official.main(command)
+        official_dit.main(command)
 
 
 def test_the_hash_of_a_run_is_of_the_file(tmp_path):

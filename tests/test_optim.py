@@ -13,8 +13,8 @@ from conditioning import timestep_embedding
 from config import Config, ModelConfig, UserError
 from ema import PowerEMA
 from layers import mlp
-from log import Window
 from mp_layers import MPEmbedding, MPLinear, mp_silu
+from runtime.log import Window
 
 CPU = torch.device("cpu")
 

@@ -5,20 +5,20 @@ import sys
 import pytest
 import torch
 
-import outside
 from config import UserError
+from runtime import optional
 
 
 def test_a_library_is_imported_or_named_with_what_needs_it_and_how_to_get_it(monkeypatch):
-    assert outside.library("json", "nothing") is sys.modules["json"]
+    assert optional.library("json", "nothing") is sys.modules["json"]
     monkeypatch.setitem(sys.modules, "absent", None)
     with pytest.raises(UserError, match="plots needs absent .*: pip install absent-package$"):
-        outside.library("absent", "plots", "absent-package")
+        optional.library("absent", "plots", "absent-package")
     with pytest.raises(UserError, match=": pip install absent$"):
-        outside.library("absent", "plots")
-    assert outside.library("json", "nothing", part="loads") is sys.modules["json"].loads
+        optional.library("absent", "plots")
+    assert optional.library("json", "nothing", part="loads") is sys.modules["json"].loads
     with pytest.raises(UserError, match="plots needs json .*no attribute 'draw'"):
-        outside.library("json", "plots", part="draw")
+        optional.library("json", "plots", part="draw")
 
 
 def torchvision(monkeypatch, *missing: str) -> list[str]:
@@ -37,10 +37,10 @@ def torchvision(monkeypatch, *missing: str) -> list[str]:
 
 def test_torchvision_s_missing_operators_get_a_name_where_they_are_missing(monkeypatch):
     names = torchvision(monkeypatch)
-    outside.mend_torchvision()
+    optional.mend_torchvision()
     assert names == []
     names = torchvision(monkeypatch, "torchvision::nms", "torchvision::qnms")
-    outside.mend_torchvision()
+    optional.mend_torchvision()
     assert names == ["torchvision::nms", "torchvision::qnms"]
 
 
@@ -48,12 +48,12 @@ def test_torchvision_s_missing_operators_get_a_name_where_they_are_missing(monke
 def test_what_is_not_mended_is_not_hidden(monkeypatch, missing):
     torchvision(monkeypatch, missing)
     with pytest.raises(RuntimeError, match=f"operator {missing}"):
-        outside.mend_torchvision()
+        optional.mend_torchvision()
 
 
 def test_without_torchvision_there_is_nothing_to_mend(monkeypatch):
     names = []
     monkeypatch.setitem(sys.modules, "torchvision", None)
     monkeypatch.setattr(torch.library, "define", lambda name, schema: names.append(name))
-    outside.mend_torchvision()
+    optional.mend_torchvision()
     assert names == []

@@ -2,11 +2,10 @@
 import pytest
 import torch
 
-import bench
 import model
-import peers
 from conditioning import NULL_LABEL, Condition
 from config import ModelConfig
+from experiments import bench
 from model import SD3Block
 from sample import ddim
 from schedule import ddim_indices, scaled_linear_alpha_bar
@@ -24,7 +23,7 @@ def nets(**size):
     for name, p in net.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(p, std=0.1)
-    return net, peers.diffusers_dit(net).eval()
+    return net, bench.diffusers_dit(net).eval()
 
 
 @pytest.mark.parametrize("size", [

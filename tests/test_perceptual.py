@@ -14,25 +14,23 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import checkpoint
-import clip_score as clips
-import coco
-import lpips_score
-import machine
 import fid
 import sample
-from clip_score import CLIP, CONFIG, PROTOCOLS, clip_score
 from config import UserError
-from lpips_score import lpips_diversity
+from evaluation import clip_score, lpips
+from evaluation.clip_score import CLIP, CONFIG, PROTOCOLS, clip_score
+from evaluation.lpips import lpips_diversity
 from fid import mean_over, mean_pair_distance, size_groups
-from outside import library
 from rng import seed64
+from runtime import checkpoint, distributed
+from runtime.optional import library
+from sample import read_prompts
+from sources import coco
 from test_drawing import run_folder
-from wishes import read_prompts
 
 open_clip = library("open_clip", "CLIP", "open_clip_torch")
 CPU = torch.device("cpu")
-ALONE = machine.Place(CPU, 0, 1)
+ALONE = distributed.Place(CPU, 0, 1)
 TEXT = dict(context_length=77, vocab_size=49408, width=64, heads=4, layers=2)
 VISION = dict(image_size=30, layers=2, width=48, patch_size=10, head_width=16)
 CAPTIONS = ["a small red ring", "dog", "", "9 lives & more", "a dog and " * 30 + "cat"]
@@ -72,7 +70,7 @@ def clip(folder):
 def cosines(net, pictures, captions):
     """By open_clip's own preprocessing of Pillow pictures, one pair at a time."""
     from PIL import Image
-    prepare = open_clip.image_transform(30, is_train=False, mean=clips.MEAN, std=clips.STD)
+    prepare = open_clip.image_transform(30, is_train=False, mean=clip_score.MEAN, std=clip_score.STD)
     found = []
     for x, caption in zip(pictures, captions):
         image = prepare(Image.fromarray(x.permute(1, 2, 0).numpy()))[None]
@@ -106,10 +104,10 @@ def test_three_processes_one_of_them_without_values_give_what_one_does(monkeypat
         meet.wait()
         return total
 
-    monkeypatch.setattr(machine, "add_up", add_up)
+    monkeypatch.setattr(distributed, "add_up", add_up)
     parts = [1.0, 2.0, 4.0, 8.0], [], [16.0, 32.0, 64.5]
     with ThreadPoolExecutor(3) as pool:
-        got = list(pool.map(lambda rank: mean_over(parts[rank], machine.Place(CPU, rank, 3)), range(3)))
+        got = list(pool.map(lambda rank: mean_over(parts[rank], distributed.Place(CPU, rank, 3)), range(3)))
     monkeypatch.undo()
     want = mean_over([v for part in parts for v in part], ALONE)
     assert got[0] == got[1] == got[2] and got[0].n == 7
@@ -137,7 +135,7 @@ def test_negative_cosines_count_as_zero_pair_by_pair(clip, theirs):
 
 def test_pictures_that_need_no_resize_give_open_clips_vectors_to_rounding(clip, theirs):
     x = PICTURES[..., :30, :30]
-    mean, std = (torch.tensor(v)[:, None, None] for v in (clips.MEAN, clips.STD))
+    mean, std = (torch.tensor(v)[:, None, None] for v in (clip_score.MEAN, clip_score.STD))
     want = theirs.encode_image((x.float() / 255 - mean) / std, normalize=True)
     assert torch.allclose(clip.pictures(x), want, atol=1e-6)
     tall = torch.randint(0, 256, (2, 3, 48, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
@@ -218,7 +216,7 @@ def test_the_clip_command(folder, tmp_path, capsys):
     (tmp_path / "x.json").write_text(json.dumps({"steps": 50, "lam": 5.0, "n": 5}), encoding="utf-8")
     (tmp_path / "p.txt").write_text("\n".join(CAPTIONS) + "\n", encoding="utf-8")
     flags = [f"--images={tmp_path}/x.npz", f"--prompts={tmp_path}/p.txt", f"--clip={folder}", "--batch=2"]
-    clips.main([*flags, "--protocol=coco"])
+    clip_score.main([*flags, "--protocol=coco"])
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     want, _ = clip_score([(PICTURES, CAPTIONS)], CLIP(str(folder), "ViT-L-14", CPU), PROTOCOLS["l14"], ALONE)
     assert line["metric"] == "clip_coco" and line["value"] == pytest.approx(want.value, abs=1e-3)
@@ -226,10 +224,10 @@ def test_the_clip_command(folder, tmp_path, capsys):
     assert line["departs"] == ["n: 40504 -> 5", "steps: 25 -> 50"]
     (tmp_path / "p.txt").write_text("dog\n", encoding="utf-8")
     with pytest.raises(UserError, match="5 images.*1 captions"):
-        clips.main(flags)
+        clip_score.main(flags)
     for flag, says in (("--protocol=x", "unknown protocol='x'"), ("--prompts=gone.txt", "no file at --prompts")):
         with pytest.raises(UserError, match=says):
-            clips.main([*flags, flag])
+            clip_score.main([*flags, flag])
 
 
 # ---------------------------------------------------------------- LPIPS
@@ -237,7 +235,7 @@ def test_the_clip_command(folder, tmp_path, capsys):
 @pytest.fixture(scope="module")
 def random_lpips():
     """lpips's own network, its trunk random; the heads are those of the package."""
-    lpips = lpips_score.import_lpips()
+    lpips = lpips.import_lpips()
     torch.manual_seed(0)
     return lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).eval().requires_grad_(False)
 
@@ -287,7 +285,7 @@ def test_the_variance_form_is_the_mean_over_pairs_for_any_vectors():
 def test_pictures_that_are_not_bytes_are_refused(random_lpips, clip):
     for wrong in (torch.zeros(2, 3, 64, 70), torch.zeros(2, 4, 64, 70, dtype=torch.uint8)):
         with pytest.raises(ValueError, match="wanted uint8 images"):
-            lpips_score.lpips_features(random_lpips, wrong)
+            lpips.lpips_features(random_lpips, wrong)
         with pytest.raises(ValueError, match="wanted uint8 images"):
             clip.pictures(wrong)
 
@@ -296,21 +294,21 @@ def test_no_lpips_without_its_very_weights(tmp_path, monkeypatch):
     monkeypatch.setenv("LPIPS_TRUNK", "")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(UserError, match="no weights at .*7be5be79.pth; get https://.*--trunk or LPIPS_TRUNK"):
-        lpips_score.load_lpips("", CPU)
+        lpips.load_lpips("", CPU)
     (tmp_path / "wrong.pth").write_bytes(b"some other weights")
     with pytest.raises(UserError, match="its sha256 is .*, not 7be5be79"):
-        lpips_score.load_lpips(str(tmp_path / "wrong.pth"), CPU)
+        lpips.load_lpips(str(tmp_path / "wrong.pth"), CPU)
     monkeypatch.setenv("LPIPS_TRUNK", str(tmp_path / "wrong.pth"))
     with pytest.raises(UserError, match="its sha256 is"):
-        lpips_score.load_lpips("", CPU)
+        lpips.load_lpips("", CPU)
 
 
 def test_the_lpips_command(random_lpips, tmp_path, monkeypatch, capsys):
     """With small groups in place of a run's images, which AlexNet cannot see at 16 pixels."""
     run_folder(tmp_path / "run", controls="size", control_weight="uniform")
-    monkeypatch.setattr(lpips_score, "load_lpips", lambda path, device: random_lpips)
-    monkeypatch.setattr(lpips_score, "size_groups", lambda o, sizes, place: [groups(20)[:, :len(sizes)]])
-    lpips_score.main([f"--out={tmp_path}/run", "--sizes=16+48+96", "--n=3", "--steps=2"])
+    monkeypatch.setattr(lpips, "load_lpips", lambda path, device: random_lpips)
+    monkeypatch.setattr(lpips, "size_groups", lambda o, sizes, place: [groups(20)[:, :len(sizes)]])
+    lpips.main([f"--out={tmp_path}/run", "--sizes=16+48+96", "--n=3", "--steps=2"])
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     want = lpips_diversity([groups(20)[:, :3]], random_lpips, ALONE)
     assert (line["value"], line["error"], line["n"]) == (want.value, want.error, 3) and line["metric"] == "lpips_alex"
@@ -325,30 +323,30 @@ def test_trunk_and_heads_are_filled_in_by_name(random_lpips, tmp_path, monkeypat
     theirs = alexnet(weights=None).features
     trunk = {f"features.{k}": v for k, v in theirs.state_dict().items()}
     torch.save(trunk, tmp_path / "trunk.pth")
-    monkeypatch.setattr(lpips_score, "TRUNK_SHA256", sha256((tmp_path / "trunk.pth").read_bytes()).hexdigest())
+    monkeypatch.setattr(lpips, "TRUNK_SHA256", sha256((tmp_path / "trunk.pth").read_bytes()).hexdigest())
     before = torch.get_rng_state()
-    net = lpips_score.load_lpips(str(tmp_path / "trunk.pth"), CPU)
+    net = lpips.load_lpips(str(tmp_path / "trunk.pth"), CPU)
     assert torch.equal(before, torch.get_rng_state()) and not any(p.requires_grad for p in net.parameters())
     x = torch.randn(2, 3, 64, 70, generator=torch.Generator().manual_seed(1))
     assert torch.equal(net.net(x)[4], theirs[:12](x))
     heads = random_lpips.lins.state_dict()
     assert all(torch.equal(v, heads[k]) for k, v in net.lins.state_dict().items())
     assert all((p >= 0).all() for p in net.lins.parameters())
-    monkeypatch.setattr(lpips_score, "HEADS_SHA256", "0" * 64)
+    monkeypatch.setattr(lpips, "HEADS_SHA256", "0" * 64)
     with pytest.raises(UserError, match="alex.pth.*not 000.*pip install"):
-        lpips_score.load_lpips(str(tmp_path / "trunk.pth"), CPU)
+        lpips.load_lpips(str(tmp_path / "trunk.pth"), CPU)
     with pytest.raises(KeyError):
-        lpips_score.fill_lpips(net, {k: v for k, v in trunk.items() if k != "features.6.bias"}, {})
+        lpips.fill_lpips(net, {k: v for k, v in trunk.items() if k != "features.6.bias"}, {})
 
 
 # ---------------------------------------------------------------- sizes of one prompt
 
 def test_sizes_are_presets_or_numbers():
     for text, want in ("hr", (256, 512, 1024)), ("all", (64, 128, 256, 512, 1024)), ("8+16", (8, 16)):
-        assert lpips_score.read_sizes(text) == want
+        assert lpips.read_sizes(text) == want
     for text in ("", "64", "64+x", "0+4", "low"):
         with pytest.raises(UserError, match="neither a preset, all, hr"):
-            lpips_score.read_sizes(text)
+            lpips.read_sizes(text)
 
 
 def test_groups_of_latents_are_decoded_and_of_the_file_that_is_named(tmp_path, monkeypatch):
@@ -378,7 +376,7 @@ def test_groups_differ_in_size_alone_and_do_not_know_the_processes(tmp_path):
     alone = torch.cat(list(size_groups(o, (16, 48, 96), ALONE)))
     assert alone.shape == (5, 3, 3, 16, 16) and alone.dtype == torch.uint8
     assert (alone[:, 0] != alone[:, 2]).flatten(1).any(1).all()
-    shared = [list(size_groups(o, (16, 48, 96), machine.Place(CPU, r, 2))) for r in range(2)]
+    shared = [list(size_groups(o, (16, 48, 96), distributed.Place(CPU, r, 2))) for r in range(2)]
     assert sum(len(part) for parts in shared for part in parts) == 5
     apart = (torch.cat([part for parts in zip(*shared) for part in parts]
                        + [p for parts in shared for p in parts[min(map(len, shared)):]]).int() - alone.int()).abs()

@@ -4,8 +4,8 @@ import math
 import pytest
 import torch
 
-from schedule import (SCHEDULES, add_noise, ddim_indices, linear_alpha_bar, rescale_alpha_bar, rescale_guidance,
-                      scaled_linear_alpha_bar, to_sigma, loss_weights)
+from schedule import (SCHEDULES, add_noise, ddim_indices, linear_alpha_bar, loss_weights, rescale_alpha_bar,
+                      rescale_guidance, scaled_linear_alpha_bar, to_sigma)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

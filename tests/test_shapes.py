@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-import shapes
-import shapes_score
-from captions import WordVectors
 from config import UserError
-from shapes import HELD_OUT, LARGE, NATIVE, SMALL, Shapes, uniform
-from shapes_grammar import BACKGROUNDS, COLORS, RELATIONS, SHAPES, WORDS, describe, split, write
-from shapes_score import cut, score, sharpness
+from evaluation import shapes_score
+from evaluation.shapes_score import cut, score, sharpness
+from rng import uniform
+from sources import shapes
+from sources.shapes import HELD_OUT, LARGE, NATIVE, SMALL, Shapes
+from sources.shapes_grammar import BACKGROUNDS, COLORS, RELATIONS, SHAPES, WORDS, describe, split, write
+from text import WordVectors
 
 PLAIN = dict(native=False, crop=False, flip=False)
 

@@ -17,10 +17,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-import coco
 import data
-import shards
 from config import Config, ModelConfig, UserError
+from sources import coco, shards
 
 ROOT = Path(__file__).parent.parent
 

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 import data
-import machine
 import sample
 import text
 import train
+from runtime import distributed
 from test_shards import sample as members, write_coco, write_tar
 
 N, R = 12, 16
@@ -103,8 +103,8 @@ def losses(out):
 def made(monkeypatch):
     """Runs on the CPU, and draws no loss curve; the text towers that were loaded."""
     loaded, real = [], text.CLIPText
-    monkeypatch.setattr(machine, "find_device", lambda *_: torch.device("cpu"))
-    monkeypatch.setattr(machine, "matmul_peak", lambda *_: 1.0)
+    monkeypatch.setattr(distributed, "find_device", lambda *_: torch.device("cpu"))
+    monkeypatch.setattr(distributed, "matmul_peak", lambda *_: 1.0)
     monkeypatch.setattr(train, "plot", lambda out: out)
     monkeypatch.setattr(text, "CLIPText", lambda *args, **kw: loaded.append(args) or real(*args, **kw))
     return loaded

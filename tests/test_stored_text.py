@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-import cached_latents
 import data
 import latents
-import show
 import text
-from cached_latents import Latents, open_latents, pack
+import train
 from config import Config, ModelConfig, UserError
-from wishes import Options, Wishes
+from sample import Options, Wishes
+from sources import cached_latents
+from sources.cached_latents import Latents, open_latents, pack
 
 L, E, SHARD, N, C, SIDE = 77, 6, 4, 7, 5, 8
 TEXTS = ["a red ring", "", "a cat on a mat", "a red ring", "a blue square", "cat", ""]
@@ -207,7 +207,7 @@ def test_the_fingerprint_knows_the_tokens_and_not_where_their_encoder_lay(tmp_pa
 
 def test_drawing_reads_what_is_stored_and_checks_the_tower_for_what_is_not(place, tower, monkeypatch):
     cfg = replace(config(place), model=replace(MODEL, text_dim=E, text_length=L), padding="zero")
-    about = show.about_weights(cfg, data.open_source(cfg))
+    about = train.about_weights(cfg, data.open_source(cfg))
     condition, titles = Wishes(Options(), cfg, about)(np.arange(5, 9))
     assert titles == data.captions(data.open_source(cfg), [5, 6, 0, 1]) and not tower
     assert torch.equal(condition.text, Encoder().encode(titles)[0].half().float())
@@ -253,12 +253,12 @@ def test_as_many_files_may_be_open_as_the_system_allows():
     """Each file of latents is one to five; the usual limit is 1,024."""
     import resource
 
-    import machine
+    from runtime import distributed
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (300, before[1]))
     try:
-        machine.open_more_files()
-        wanted = max(machine.FILES) if before[1] == resource.RLIM_INFINITY else min(max(machine.FILES), before[1])
-        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] in (wanted, min(wanted, min(machine.FILES)))
+        distributed.open_more_files()
+        wanted = max(distributed.FILES) if before[1] == resource.RLIM_INFINITY else min(max(distributed.FILES), before[1])
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] in (wanted, min(wanted, min(distributed.FILES)))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)

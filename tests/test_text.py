@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 import text
 from config import Config, ModelConfig, UserError
-from outside import library
+from runtime.optional import library
 from text import CACHE, CLIPText, StoredText, WordVectors, make_encoder
 
 open_clip = library("open_clip", "CLIP", "open_clip_torch")

@@ -41,15 +41,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import checkpoint
 import config
 import data
 import fid
-import log
-import machine
 import model
 import rng
 import train
+from runtime import checkpoint, distributed, log
 
 TINY = ["--threads=1", "--workers=0", "--batch=8", "--micro=4", "--steps=12", "--save_every=4", "--log_every=3",
         "--warmup=5", "--sample_every=0", "--augment=", "--dtype=float32", "--model.semantics=none", "--model.width=16",
@@ -82,8 +80,8 @@ def serve():
 
     modules = sorted(sys.modules)
     config.help_text(config.Config())                       # reads the source, once for all runs
-    machine.matmul_peak = lambda *_: 1e12
-    machine.find_device = lambda *_: torch.device("cpu")
+    distributed.matmul_peak = lambda *_: 1e12
+    distributed.find_device = lambda *_: torch.device("cpu")
     train.plot = lambda out: "none"
     for line in sys.stdin:
         job = json.loads(line)
@@ -424,7 +422,7 @@ def test_a_signal_to_one_process_stops_all_of_them(run, straight, tmp_path):
 
 @needs_fork
 def test_a_second_signal_ends_it_at_once_and_an_echo_of_the_first_does_not(run, tmp_path):
-    ended = run(tmp_path / "out", signals=[4, 0, [0, signal.SIGINT], [1.05 * machine.ECHO, signal.SIGTERM]])
+    ended = run(tmp_path / "out", signals=[4, 0, [0, signal.SIGINT], [1.05 * distributed.ECHO, signal.SIGTERM]])
     assert ended["codes"] == [143] and checkpoint.steps(tmp_path / "out") == [4]
     assert "once more to stop at once" in ended["text"] and "stopped by" not in ended["text"]
     ended = run(tmp_path / "out", signals=[4, 0, [0, signal.SIGINT], [0, signal.SIGTERM]])
@@ -696,7 +694,7 @@ def test_other_endings_are_one_line_too(error, code, parts, tmp_path, monkeypatc
 
 
 def test_a_crash_keeps_its_traceback_and_its_status(tmp_path, monkeypatch):
-    monkeypatch.setattr(machine, "matmul_peak", lambda *_: 1 / 0)
+    monkeypatch.setattr(distributed, "matmul_peak", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train.run([*TINY, f"--out={tmp_path}"])
     status = log.read_status(tmp_path)
@@ -709,8 +707,8 @@ def test_a_crash_keeps_its_traceback_and_its_status(tmp_path, monkeypatch):
 
 def test_the_first_step_is_what_a_loop_by_hand_gives(tmp_path, monkeypatch):
     """Loss, gradient norm, weights after AdamW: four microbatches are the mean over all their pictures."""
-    monkeypatch.setattr(machine, "matmul_peak", lambda *_: 1.0)
-    monkeypatch.setattr(machine, "find_device", lambda *_: torch.device("cpu"))
+    monkeypatch.setattr(distributed, "matmul_peak", lambda *_: 1.0)
+    monkeypatch.setattr(distributed, "find_device", lambda *_: torch.device("cpu"))
     flags = [*TINY, f"--out={tmp_path}", "--batch=16", "--steps=1", "--log_every=1", "--warmup=4", "--clip=0.01",
              "--noise_weight=1.5"]
     assert train.run(flags) == 0
@@ -771,7 +769,7 @@ class Reads(TorchDispatchMode):
 
 
 def test_the_loop_waits_for_the_device_at_lines_of_the_log_only(tmp_path, monkeypatch):
-    monkeypatch.setattr(machine, "matmul_peak", lambda *_: 1.0)
+    monkeypatch.setattr(distributed, "matmul_peak", lambda *_: 1.0)
     reads, real = Reads(), data.fetch
     def fetch(*args):
         reads.inside = True
@@ -815,8 +813,8 @@ def test_shares_that_are_trained_without_controls_and_without_everything(drop, d
 
 def test_captions_are_padded_as_asked_and_with_fresh_noise_every_step(tmp_path, monkeypatch):
     """What the network is given, step by step: copies of the tokens, and noise that no two steps share."""
-    monkeypatch.setattr(machine, "matmul_peak", lambda *_: 1.0)
-    monkeypatch.setattr(machine, "find_device", lambda *_: torch.device("cpu"))
+    monkeypatch.setattr(distributed, "matmul_peak", lambda *_: 1.0)
+    monkeypatch.setattr(distributed, "find_device", lambda *_: torch.device("cpu"))
     seen, loss = [], train.denoising_loss
 
     def spy(net, x0, cond, *rest):
@@ -831,7 +829,7 @@ def test_captions_are_padded_as_asked_and_with_fresh_noise_every_step(tmp_path, 
         assert train.run(flags) == 0
         texts[padding] = seen[0]
     cfg = config.from_json((tmp_path / "noisy" / "config.json").read_text())
-    batch = data.fetch(data.open_source(cfg), data.text_encoder(cfg), 0, 4, 4, 0, 0)
+    batch = data.fetch(data.open_source(cfg), data.make_encoder(cfg), 0, 4, 4, 0, 0)
     assert torch.equal(texts["zero"], batch["text"])
     for b, n in enumerate(batch["lengths"].tolist()):
         copies = batch["text"][b, [j % n for j in range(cfg.model.text_length)]]
@@ -918,7 +916,7 @@ def test_a_measurement_that_a_kill_cut_off_is_made_when_the_run_resumes(tmp_path
 
     killed = [True]
     monkeypatch.setattr(fid, "Monitor", Monitor)
-    monkeypatch.setattr(machine, "matmul_peak", lambda *_: 1.0)
+    monkeypatch.setattr(distributed, "matmul_peak", lambda *_: 1.0)
     flags = [*TINY, "--steps=4", "--save_every=2", "--log_every=2", f"--out={tmp_path}", "--fid_every=2",
              "--fid_ref=ref.npz"]
     with pytest.raises(RuntimeError):
@@ -931,7 +929,7 @@ def test_a_measurement_that_a_kill_cut_off_is_made_when_the_run_resumes(tmp_path
 
 
 def test_weights_carry_what_sampling_needs(tmp_path, monkeypatch):
-    monkeypatch.setattr(machine, "matmul_peak", lambda *_: 1.0)
+    monkeypatch.setattr(distributed, "matmul_peak", lambda *_: 1.0)
     flags = ["--model.semantics=class", "--model.controls=size+crop", "--augment=size+crop", "--steps=1"]
     assert train.run([*TINY, f"--out={tmp_path}", *flags]) == 0
     header, (net, cfg) = checkpoint.read_header(tmp_path / "weights.safetensors"), model.load(tmp_path)

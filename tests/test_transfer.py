@@ -12,10 +12,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import checkpoint
 import model
 from conditioning import Condition
 from config import Config, ModelConfig, UserError, to_json
+from runtime import checkpoint
 from transfer import extent, start_from, unit
 
 TEXT = ModelConfig(semantics="text", text_dim=11, text_length=7, resolution=18, patch=2, width=24, depth=5, heads=3,

@@ -1,0 +1,1 @@
+"""Networks whose trunk differs from model.py's, and published weights."""

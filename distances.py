@@ -1,2 +1,0 @@
-"""Moved into fid.py."""
-from fid import FeatureStats, frechet_distance, kid  # noqa: F401

@@ -1,0 +1,148 @@
+"""LPIPS diversity: how far apart the images of a prompt lie that differ in requested size alone.
+
+python -m evaluation.lpips --out=out/imagenet --sizes=hr --n=1000
+torchrun --nproc_per_node=8 -m evaluation.lpips --out=out/imagenet --sizes=hr --n=10000
+
+The last line is one JSON object: a mean with its standard error, and the weights by their sha256. Random weights never
+score anything, and the network computes in fp32 whatever a run has set.
+Dimensions: B images, P prompts, K images of one prompt, h x w pixels, C features of a layer.
+"""
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import sample
+from config import UserError, parse, run
+from evaluation.inception import precise
+from fid import Mean, mean_over, mean_pair_distance, size_groups
+from runtime import distributed
+
+SIZES = {"all": (64, 128, 256, 512, 1024), "hr": (256, 512, 1024)}  # [COND] table 2a: LPIPS and, at 256 px, LPIPS/HR
+TRUNK = "alexnet-owt-7be5be79.pth"
+TRUNK_SHA256 = "7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02"
+HEADS_SHA256 = "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0"     # v0.1/alex.pth of the package
+
+
+def load_lpips(path: str, device: torch.device) -> nn.Module:
+    """Load [LPIPS] v0.1 over AlexNet, frozen, fp32. path: the trunk's file; "" = $LPIPS_TRUNK, else torch's cache.
+
+    Every load hashes trunk and heads. UserError says how to get them."""
+    lpips = import_lpips()
+    cache = Path(torch.hub.get_dir()) / "checkpoints" / TRUNK
+    file = Path(path or os.environ.get("LPIPS_TRUNK", "") or cache)
+    heads = Path(lpips.__file__).parent / "weights" / "v0.1" / "alex.pth"
+    how = (f"get https://download.pytorch.org/models/{TRUNK} (244,408,911 bytes, sha256 {TRUNK_SHA256}) and put it "
+           f"at {cache}, or name it by --trunk or LPIPS_TRUNK")
+    for part, want, help in ((file, TRUNK_SHA256, how), (heads, HEADS_SHA256, "pip install --force-reinstall lpips")):
+        if not part.is_file():
+            raise UserError(f"LPIPS has no weights at {part}; {help}")
+        with open(part, "rb") as f:
+            found = hashlib.file_digest(f, "sha256").hexdigest()
+        if found != want:
+            raise UserError(f"LPIPS wants other weights than {part}: its sha256 is {found}, not {want}; {help}")
+    with torch.random.fork_rng():                                           # random weights, all replaced below
+        net = lpips.LPIPS(net="alex", pretrained=False, pnet_rand=True, verbose=False)
+    return fill_lpips(net, *(torch.load(f, map_location="cpu", weights_only=True) for f in (file, heads))).to(device)
+
+
+def fill_lpips(net: nn.Module, trunk: dict[str, Tensor], heads: dict[str, Tensor]) -> nn.Module:
+    """Copy torchvision's AlexNet and the package's heads into the network: every weight of it, or KeyError."""
+    state = net.state_dict()
+    for name in state:
+        if name.startswith("net.slice"):                                    # net.slice2.3.bias is features.3.bias
+            state[name] = trunk["features." + name.split(".", 2)[2]]
+        elif name.startswith("lin"):                                        # lins.2.model is lin2.model
+            state[name] = heads[name.replace("lins.", "lin")]
+    net.load_state_dict(state)
+    return net.eval().requires_grad_(False)
+
+
+def import_lpips() -> Any:
+    """Import the package lpips. UserError with the pip line where it or its torchvision does not import."""
+    try:
+        import lpips
+    except (ImportError, RuntimeError) as e:
+        raise UserError(f"LPIPS needs the package lpips and the torchvision that belongs to this torch ({e}): "
+                        f"pip install lpips") from e
+    return lpips
+
+
+def lpips_features(net: nn.Module, images: Tensor) -> list[Tensor]:
+    """Return the vectors whose squared distances are LPIPS, one part per layer: unit features * sqrt(w_c / (h w)).
+
+    uint8 (B, 3, h, w) -> (B, C, h', w') for each of five layers; w_c are the heads, which are not negative."""
+    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
+        raise ValueError(f"wanted uint8 images (B, 3, h, w), got {images.dtype} {tuple(images.shape)}")
+    lins = [net.lin0, net.lin1, net.lin2, net.lin3, net.lin4]
+    weights = [lin.model[-1].weight[0].clamp(min=0) for lin in lins]        # (C, 1, 1)
+    outs = net.net(net.scaling_layer(images.float() / 127.5 - 1))
+    unit = [x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10) for x in outs]
+    return [x * (w / (x.shape[2] * x.shape[3])).sqrt() for x, w in zip(unit, weights)]
+
+
+def lpips_diversity(groups: Iterable[Tensor], net: nn.Module, place: distributed.Place) -> Mean:
+    """[COND] sec. 3.1: LPIPS between images that differ in one control, mean over pairs, then prompts. Low is good.
+
+    groups: this process's prompts, uint8 (P, K, 3, h, w) at a time."""
+    values, device = [], next(net.parameters()).device
+    for images in groups:
+        with torch.no_grad(), precise(place.device):
+            features = lpips_features(net, images.flatten(0, 1).to(device))
+            values += mean_pair_distance([f.unflatten(0, images.shape[:2]) for f in features]).tolist()
+    return mean_over(values, place)
+
+
+# ---------------------------------------------------------------- the command
+
+@dataclass(frozen=True)
+class Options:
+    """Which run to measure, and how."""
+    out: str = ""                   # run folder of a model with the control size
+    file: str = sample.Options.file     # in the run folder, the weights to sample with
+    autoencoder: str = ""           # decoder of latents; empty = that of the run's latents
+    sizes: str = "hr"               # hr, all, or sizes in pixels joined with +
+    n: int = 1000                   # prompts; the paper takes 10000
+    steps: int = 50                 # sampling steps
+    lam: float = -1.0               # guidance scale; -1 = that of the run
+    seed: int = 0                   # keys the noise
+    batch: int = 64                 # images at a time
+    trunk: str = ""                 # AlexNet's file; empty = $LPIPS_TRUNK, else torch's cache
+
+
+def read_sizes(text: str) -> tuple[int, ...]:
+    """Read a preset, or at least two sizes joined with "+". UserError for anything else."""
+    if text in SIZES:
+        return SIZES[text]
+    words = text.split("+")
+    if len(words) < 2 or not all(w.isdecimal() and int(w) > 0 for w in words):
+        raise UserError(f"sizes={text!r} is neither a preset, {', '.join(SIZES)}, nor two sizes, like 64+256")
+    return tuple(int(w) for w in words)
+
+
+def main(argv: list[str]) -> None:
+    o, place = parse(argv, Options()), distributed.setup()
+    sizes = read_sizes(o.sizes)
+    net = load_lpips(o.trunk, place.device)
+    drawing = sample.Options(out=o.out, file=o.file, autoencoder=o.autoencoder, n=o.n, steps=o.steps, lam=o.lam,
+                             seed=o.seed, batch=o.batch)
+    drawing = sample.settled(drawing, sample.open_run(drawing)[1])
+    result = lpips_diversity(size_groups(drawing, sizes, place), net, place)
+    if place.rank == 0:
+        print(f"lpips_alex {result.value:.4f} ± {result.error:.4f} over {result.n}")
+        print(json.dumps({"metric": "lpips_alex", **dataclasses.asdict(result), "sizes": sizes, "K": len(sizes),
+                          "pairs": math.comb(len(sizes), 2), "version": "0.1", "weights": TRUNK_SHA256, "run": o.out,
+                          "file": o.file, "steps": o.steps, "lam": drawing.lam, "eta": drawing.eta, "seed": o.seed,
+                          "dtype": "float32", "torch": torch.__version__}))
+
+
+if __name__ == "__main__":
+    run(main, cleanup=distributed.leave)

@@ -1,2 +1,0 @@
-"""Shim."""
-from folders import Folder, Stack, open_pictures  # noqa: F401

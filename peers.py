@@ -1,2 +1,0 @@
-"""Moved to bench.py."""
-from bench import diffusers_dit  # noqa: F401

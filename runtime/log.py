@@ -1,0 +1,299 @@
+"""Logging: printed lines, files that appear whole, log.jsonl and skipped.jsonl during a run, status.json at its end.
+
+say("resuming")                                 one line on stderr, past any progress bar
+write_text(out / "config.json", text)           the whole new file or the old one, whatever fails
+window.add(loss, i, T); window.read(...)        sums stay on the device; only `read` waits for it
+run_log.report(step, line)                      a line of log.jsonl, and the progress bar
+
+A line of log.jsonl averages the steps since the line before: loss, also by quarter of the noise range, gradient norm.
+Dimensions: B batch, T noise steps.
+"""
+import errno
+import json
+import os
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from torch import Tensor
+from tqdm import tqdm
+
+from config import Config
+from runtime import distributed
+
+QUARTERS = 4                            # the log splits the loss by quarter of the noise range, cleanest first
+TEMPORARY = ".tmp"                      # prefix of unfinished files and folders, also those of safetensors
+SKIPPED = "skipped.jsonl"
+
+
+# ---------------------------------------------------------------- printing and small files
+
+def say(line: str) -> None:
+    """Print one line on stderr, past any progress bar."""
+    tqdm.write(line, file=sys.stderr)
+    sys.stderr.flush()
+
+
+@contextmanager
+def tolerate(what: str) -> Iterator[None]:
+    """Turn a disk error while writing `what` into a warning: training continues without it."""
+    try:
+        yield
+    except (OSError, SafetensorError) as e:
+        say(f"warning: {what} not written: {e}. Training goes on.")
+
+
+@contextmanager
+def lock_file(path: Path, wait: bool = False) -> Iterator[bool]:
+    """Hold a lock on `path`; yields False where the disk has no locks. Timeout if it is taken and we do not wait."""
+    lock, held = FileLock(path), True
+    try:
+        lock.acquire(blocking=wait)
+    except Timeout:
+        raise
+    except (OSError, RuntimeError):                         # some network disks have none
+        held = False
+    try:
+        yield held
+    finally:
+        lock.release()
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it to `path` on success, remove it on failure."""
+    temporary = path.with_name(f"{TEMPORARY}-{os.getpid()}-{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+        sync(path.parent)
+    finally:
+        remove(temporary)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file in one step."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+        sync(temporary)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file in one step."""
+    write_bytes(path, text.encode())
+
+
+def append_whole(path: Path, text: str) -> None:
+    """Append all of the text or, with OSError, nothing."""
+    content = text.encode()
+    with open(path, "ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        if file.write(content) < len(content):
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, "no space left on the disk")
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a folder to the disk. Windows cannot open folders and does not need it."""
+    if path.is_dir() and os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder as far as the disk allows."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+# ---------------------------------------------------------------- log.jsonl
+
+class Window:
+    """Sums since the last line of the log, on the device: loss and count by noise quarter, gradient norm.
+
+    `bad` becomes 1 at the first step with a gradient that is not finite, and stays so; `bad_step` is that step."""
+    def __init__(self, device: torch.device) -> None:
+        self.loss, self.count = torch.zeros(QUARTERS, device=device), torch.zeros(QUARTERS, device=device)
+        self.norm, self.bad = torch.zeros((), device=device), torch.zeros((), device=device)
+        self.bad_step = torch.full((), -1.0, device=device)
+        self.quarters = torch.arange(QUARTERS, device=device)
+
+    def add(self, loss: Tensor, i: Tensor, T: int) -> None:
+        """Add the losses (B,) of images at noise indices i (B,)."""
+        here = (i * QUARTERS // T)[:, None] == self.quarters                    # (B, 4)
+        self.loss += torch.where(here, loss.detach()[:, None], 0.0).sum(0)
+        self.count += here.sum(0)
+
+    def add_norm(self, norm: Tensor, step: int) -> None:
+        """Add the gradient norm of a step, without waiting for the device."""
+        self.norm += norm
+        bad = 1 - torch.isfinite(norm).float()
+        self.bad_step.copy_(torch.where(bad > self.bad, float(step), self.bad_step))
+        self.bad.copy_(torch.maximum(self.bad, bad))
+
+    def read(self, steps: int, stop: distributed.Stop, place: distributed.Place) -> tuple[dict, int, int]:
+        """Return means over all processes, the signal that any of them got (0 = none), the first bad step (-1 = none).
+
+        Then start the sums again."""
+        signals = torch.tensor([float(stop.signal == s) for s in distributed.SIGNALS], device=place.device)
+        shared = distributed.add_up(torch.cat([self.loss, self.count, signals]), place)
+        *shared, norm, bad_step = torch.cat([shared, self.norm[None], self.bad_step[None]]).tolist()
+        sums, counts, signals = shared[:QUARTERS], shared[QUARTERS:2 * QUARTERS], shared[2 * QUARTERS:]
+        for t in (self.loss, self.count, self.norm):
+            t.zero_()
+        line = {"loss": sum(sums) / sum(counts), "loss_by_noise": [s / n if n else None for s, n in zip(sums, counts)],
+                "grad_norm": norm / steps}
+        return line, max(s if n else 0 for s, n in zip(distributed.SIGNALS, signals)), int(bad_step)
+
+
+def append(out: Path, line: dict) -> None:
+    """Append one line to log.jsonl, with numbers of six digits."""
+    short = json.loads(json.dumps(line), parse_float=lambda s: float(f"{float(s):.6g}"))
+    append_whole(out / "log.jsonl", json.dumps(short) + "\n")
+
+
+def read(out: Path) -> list[dict]:
+    """Read the lines, without any that a power cut has torn."""
+    path, found = out / "log.jsonl", []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        with suppress(ValueError):
+            line = json.loads(text)
+            if isinstance(line, dict) and isinstance(line.get("step"), int):
+                found.append(line)
+    return found
+
+
+def rewind(out: Path, step: int) -> None:
+    """Drop lines and previews newer than the checkpoint, so that a resumed run leaves each once."""
+    kept = [json.dumps(line) + "\n" for line in read(out) if line["step"] <= step]
+    write_text(out / "log.jsonl", "".join(kept))
+    for preview in out.glob("samples/step-*.png"):
+        if (n := preview.stem.removeprefix("step-")).isdigit() and int(n) > step:
+            preview.unlink()
+
+
+class RunLog:
+    """Times a run and reports it. Rank 0 writes lines of log.jsonl and shows a progress bar, other ranks nothing.
+
+    flops: of a training step per image. peak: FLOP/s of all processes together."""
+    def __init__(self, out: Path, start: int, cfg: Config, flops: int, peak: float, place: distributed.Place) -> None:
+        self.out, self.cfg, self.flops, self.peak, self.place = out, cfg, flops, peak, place
+        self.last, self.t0, self.seconds = start, time.monotonic(), Counter()
+        hidden = place.rank > 0 or not sys.stderr.isatty()
+        self.bar = tqdm(total=cfg.steps, initial=start, disable=hidden, unit="step", dynamic_ncols=True)
+
+    def restart_clock(self) -> None:
+        """Start to time the next window of steps."""
+        self.t0, self.seconds = time.monotonic(), Counter()
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Count the time inside as "data", waiting for it, or as "aside" from training."""
+        before = time.monotonic()
+        yield
+        self.seconds[part] += time.monotonic() - before
+
+    def throughput(self, step: int) -> dict[str, float]:
+        """Speed since the last report, the share of time that went into waiting for data, and seconds left."""
+        steps, seconds = step - self.last, time.monotonic() - self.t0 - self.seconds["aside"]
+        rate = self.cfg.batch * steps / seconds
+        return {"images_per_second": rate, "tflops": rate * self.flops / 1e12,
+                "share_of_peak": rate * self.flops / self.peak, "waited_for_data": self.seconds["data"] / seconds,
+                "memory_gb": distributed.memory(self.place.device), "eta_s": (self.cfg.steps - step) * seconds / steps}
+
+    def report(self, step: int, line: dict) -> None:
+        """Add a line to log.jsonl; show it at the end of the bar or, without a terminal for a bar, print it."""
+        self.last = step
+        if self.place.rank > 0:
+            return
+        with tolerate("a line of log.jsonl"):
+            append(self.out, {"step": step, **line})
+        loss = f"loss {line['loss']:.4f}"
+        rate = f"{line['images_per_second']:.0f} images/s, {line['share_of_peak']:.0%} of peak"
+        self.bar.set_postfix_str(f"{loss}, {rate}")
+        if self.bar.disable:
+            minutes, seconds = divmod(round(line["eta_s"]), 60)
+            say(f"step {step:,}/{self.cfg.steps:,}  {loss}  {rate}  {minutes}:{seconds:02} left")
+
+
+# ---------------------------------------------------------------- status.json
+
+class Status:
+    """status.json, for supervisors: torchrun turns every exit code into 1. Writes nothing before `out` is set."""
+    def __init__(self) -> None:
+        self.out: Path | None = None
+        self.step = 0
+
+    def write(self, state: str, code: int = 0, reason: str = "") -> None:
+        """State is running, done, stopped, failed:user, failed:nonfinite or failed:crash.
+
+        A crash replaces no other reason: a process crashes too when its peer has left for that reason."""
+        if self.out is None or state == "failed:crash" and read_status(self.out).get("state", "running") != "running":
+            return
+        utc = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        content = {"state": state, "exit_code": code, "step": self.step, "reason": reason, "utc": utc}
+        with tolerate("status.json"):
+            write_text(self.out / "status.json", json.dumps(content))
+
+
+def read_status(out: Path) -> dict:
+    """Read status.json; {} if it is missing or damaged."""
+    try:
+        found = json.loads((out / "status.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+# ---------------------------------------------------------------- skipped.jsonl
+
+class Skipped:
+    """skipped.jsonl: every unusable file of a run once, with the reason, {"name": "b/7.jpg", "reason": "not a JPEG"}.
+
+    All processes and threads of a run share the file, and a resumed run adds to it."""
+    def __init__(self, out: Path) -> None:
+        self.path, self.names, self.end = out / SKIPPED, set(), 0               # names in the file up to byte `end`
+
+    def note(self, bad: dict[str, str]) -> None:
+        """Add those {name: reason} that the file lacks. A disk error is a warning."""
+        if bad.keys() <= self.names:
+            return
+        with tolerate(SKIPPED), lock_file(self.path.with_name(".skipped.lock"), wait=True):
+            self.catch_up()
+            new = {name: reason for name, reason in bad.items() if name not in self.names}
+            append_whole(self.path, "".join(json.dumps({"name": k, "reason": v}) + "\n" for k, v in new.items()))
+            self.names |= new.keys()
+
+    def catch_up(self) -> None:
+        """Read what any process has added, and cut off half a line that a kill has left."""
+        with open(self.path, "a+b") as file:
+            file.seek(self.end)
+            content = file.read()
+            whole = content[:content.rfind(b"\n") + 1]
+            self.end += len(whole)
+            file.truncate(self.end)
+        for line in whole.splitlines():
+            with suppress(ValueError, TypeError, KeyError):                     # a line that we did not write
+                self.names.add(json.loads(line)["name"])
+
+
+def follow(source: Any, out: Path) -> None:
+    """List the files that the source has skipped, and will skip from now on, in this folder."""
+    source.skipped = Skipped(out)
+    source.skipped.note(source.bad)

@@ -1,0 +1,163 @@
+"""Pictures for people: the loss of a run, the magnitudes of its layers, images on a page above their captions.
+
+python -m runtime.plot --out=out/shapes         writes out/shapes/loss.png and, if --magnitudes_every was set, magnitudes.png
+grid(images, columns=4, captions=texts)         a PIL image
+
+Dimensions: B batch, C channels, H height, W width.
+"""
+import io
+import math
+import re
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from config import UserError, parse, run
+from runtime import log
+
+NAMES = ("cleanest quarter of the noise range", "second", "third", "noisiest quarter")
+CURVES = 12                             # most measurements in a plot, spread over the run
+
+
+def plot(out: str | Path) -> str:
+    """Write <out>/loss.png: loss by step, mean and by quarter of the noise range. Returns its path, or why not."""
+    lines, path = [line for line in log.read(Path(out)) if "loss" in line], Path(out) / "loss.png"
+    if (figure := _figure()) is None:
+        return "not plotted; it needs matplotlib: pip install matplotlib"
+    if not lines:
+        return f"not plotted; {out}/log.jsonl has no lines yet"
+    axes, steps = figure.subplots(), [line["step"] for line in lines]
+    for k, name in enumerate(NAMES):
+        quarter = [line["loss_by_noise"][k] for line in lines]
+        axes.plot(steps, [float("nan") if v is None else v for v in quarter], linewidth=0.8, label=name)
+    axes.plot(steps, [line["loss"] for line in lines], color="black", linewidth=1.6, label="mean")
+
+    axes.set(xlabel="step", ylabel="squared error of eps", yscale="log")
+    axes.grid(True, which="both", linewidth=0.3)
+    axes.legend(frameon=False, fontsize="small")
+    return _save(figure, path)
+
+
+def plot_magnitudes(out: str | Path) -> str:
+    """Write <out>/magnitudes.png: magnitude by depth, one curve a step. Returns its path, or why not.
+
+    Left the tokens after each block, 0 the embedded patches; right the RMS of all weights of each block."""
+    lines, path = [line for line in log.read(Path(out)) if "activations" in line], Path(out) / "magnitudes.png"
+    if (figure := _figure()) is None:
+        return "not plotted; it needs matplotlib: pip install matplotlib"
+    if not lines:
+        return f"not plotted; {out}/log.jsonl has no magnitudes, which train.py writes with --magnitudes_every=500"
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    left, right = figure.subplots(1, 2)
+    color = ScalarMappable(Normalize(0, lines[-1]["step"]), "viridis")
+    every = math.ceil(len(lines) / CURVES)
+    for line in lines[(len(lines) - 1) % every::every]:     # the last one always
+        shade = color.to_rgba(line["step"])
+        for axes, (depth, values) in ((left, trunk(line["activations"])), (right, weights(line["weights"]))):
+            axes.plot(depth, values, color=shade, linewidth=1.2, marker=".")
+
+    left.set(xlabel="after block", ylabel="magnitude of the tokens", yscale="log")
+    right.set(xlabel="block", ylabel="RMS of the weights", yscale="log")
+    for axes in (left, right):
+        axes.grid(True, which="both", linewidth=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.colorbar(color, ax=right, label="step")
+    return _save(figure, path)
+
+
+def trunk(activations: dict[str, float]) -> tuple[list[int], list[float]]:
+    """(depth, magnitude): the embedded patches, then the tokens after each block."""
+    found = {0: activations["x_embedder"]}
+    found |= {int(m[1]) + 1: v for name, v in activations.items() if (m := re.fullmatch(r"blocks\.(\d+)", name))}
+    return list(found), list(found.values())
+
+
+def weights(named: dict[str, float]) -> tuple[list[int], list[float]]:
+    """(block, RMS over its weight matrices, each counting alike); scalars, such as gains, are left out."""
+    squares: dict[int, list[float]] = {}
+    for name, v in named.items():
+        if m := re.fullmatch(r"blocks\.(\d+)\..*weight", name):
+            squares.setdefault(int(m[1]) + 1, []).append(v * v)
+    return list(squares), [math.sqrt(sum(s) / len(s)) for s in squares.values()]
+
+
+def _figure() -> Any:
+    """An empty matplotlib figure that no window will ever show; None without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Any, path: Path) -> str:
+    png = io.BytesIO()
+    figure.savefig(png, dpi=150, format="png")
+    log.write_bytes(path, png.getvalue())
+    return str(path)
+
+
+# ---------------------------------------------------------------- images on a page
+
+def grid(images: Tensor, columns: int, captions: Sequence[str] = (), scale: int = 0) -> Image.Image:
+    """Draws images (B, C, H, W) in [-1, 1], C 1 or 3, on a white page, `columns` a row, each above its caption.
+
+    scale: enlargement, a whole number; 0 = the smallest for tiles 96 pixels wide. Raises ValueError for another C."""
+    B, C, H, W = images.shape
+    if C not in (1, 3):
+        raise ValueError(f"grid shows 1 or 3 channels, got {C}")
+    scale = scale or math.ceil(96 / W)
+    wide, high, gap, line = W * scale, H * scale, 8, 15
+    font = ImageFont.load_default(size=11)
+    texts = [_wrap(text, font, wide) for text in captions] or [[]] * B
+    rows = [range(i, min(i + columns, B)) for i in range(0, B, columns)]
+    below = [gap + line * max(len(texts[i]) for i in row) for row in rows]
+
+    size = gap + min(columns, B) * (wide + gap), gap + len(rows) * high + sum(below)
+    page = Image.new("RGB", size, "white")
+    pen, top = ImageDraw.Draw(page), gap
+    pixels = (images.detach().float().cpu().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
+    pixels = pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()                   # (B, H, W, 3)
+    for row, space in zip(rows, below):
+        for left, i in zip(range(gap, page.width, wide + gap), row):
+            page.paste(Image.fromarray(pixels[i]).resize((wide, high), Image.Resampling.NEAREST), (left, top))
+            for j, text in enumerate(texts[i]):
+                pen.text((left, top + high + 2 + j * line), text, fill=(40, 40, 40), font=font)
+        top += high + space
+    return page
+
+
+def _wrap(text: str, font: Any, width: int) -> list[str]:
+    """Breaks `text` into at most 6 lines of about `width` pixels, by the mean width of its letters."""
+    parts = text.splitlines()
+    letters = int(width * len(text) / max(1, sum(font.getlength(part) for part in parts)))
+    return [line for part in parts for line in textwrap.wrap(part, max(8, letters), max_lines=6)][:6]
+
+
+# ---------------------------------------------------------------- command line
+
+@dataclass(frozen=True)
+class Options:
+    """Which run."""
+    out: str = "out/shapes"         # run folder, as given to train.py
+
+
+def main(argv: list[str]) -> None:
+    out = Path(parse(argv, Options()).out)
+    if not (out / "log.jsonl").is_file():
+        raise UserError(f"--out={out} has no log.jsonl; it wants the folder of a run")
+    print(f"loss: {plot(out)}\nmagnitudes: {plot_magnitudes(out)}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,1 @@
+"""Data sets: each file is one kind of source, and a row of data.SOURCES."""

@@ -1,0 +1,82 @@
+"""COCO captions, for evaluation: images with five captions each, one chosen by seed.
+
+CocoCaptions("coco", 256)           coco/annotations/captions_val2014.json, images in coco/val2014/
+read("captions_val2014.json")       file names and captions by image number, without opening an image
+
+A seed always chooses the same caption of an image, so all evaluations see the same prompts.
+"""
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from config import UserError
+from rng import seed64
+from sources.images import Pictures, choose, clean, decode
+
+PREFERRED = "captions_val2014.json"     # papers evaluate on it
+
+
+class CocoCaptions(Pictures):
+    """Images of a COCO captions file in the order of their numbers, each with one of its captions.
+
+    path: the captions json, or the folder above annotations/. Images without a caption or a file are unusable. The
+    other arguments are those of Pictures."""
+    def scan(self) -> Iterable[tuple[str, str]]:
+        """captions_val2014.json describes the images in val2014 beside annotations/, or beside itself."""
+        file = find_json(self.path)
+        names, captions = read(file)
+        root = file.parent.parent if file.parent.name == "annotations" else file.parent
+        named = root / file.stem.removeprefix("captions_")
+        self.folder = named if named.is_dir() else root
+        bad = {name: "no caption" if number not in captions else f"no such file in {self.folder}"
+               for number, name in names.items() if number not in captions or not (self.folder / name).is_file()}
+        self.numbers = [number for number in sorted(names) if names[number] not in bad]
+        if not self.numbers:
+            raise UserError(f"none of the {len(names)} images of {file} is in {self.folder} and has a caption")
+        self.names = [names[number] for number in self.numbers]
+        self.captions = [captions[number] for number in self.numbers]
+        self.fingerprint = hashlib.sha256(ascii((self.numbers, self.names, self.captions)).encode()).hexdigest()
+        self.files = len(names)
+        return bad.items()
+
+    def load(self, index: int, epoch: int) -> tuple[Path, dict[str, Any]]:
+        """Its path and its caption, the same in every epoch."""
+        draw = seed64(self.seed, "coco", self.numbers[index])
+        return self.folder / self.names[index], {"caption": choose(self.captions[index], draw)}
+
+
+def find_json(path: Path) -> Path:
+    """The captions file of this path. Raises UserError if there are none or several."""
+    if path.is_file():
+        return path
+    found = sorted(path.glob("annotations/captions_*.json"))
+    wanted = [file for file in found if file.name == PREFERRED] or found
+    if len(wanted) != 1:
+        raise UserError(f"coco:PATH needs a captions json, or a folder with annotations/{PREFERRED}; "
+                        f"{str(path)!r} has {', '.join(file.name for file in found) or 'none'}")
+    return wanted[0]
+
+
+def read(file: Path | str) -> tuple[dict[int, str], dict[int, list[str]]]:
+    """{image: file name} and {image: captions, in the order of their own numbers} of a COCO captions json.
+
+    Raises UserError for any other content, and for file names that lead out of the folder."""
+    try:
+        tree = json.loads(decode(Path(file).read_bytes()))
+        names = {row["id"]: row["file_name"] for row in tree["images"]}
+        captions: dict[int, list[str]] = {}
+        for _, number, text in sorted((row["id"], row["image_id"], row["caption"]) for row in tree["annotations"]):
+            captions.setdefault(number, []).append(clean(text))
+        outside = [n for n in names.values() if PurePosixPath(n).is_absolute() or ".." in PurePosixPath(n).parts]
+        if not all(type(number) is int for number in (*names, *captions)):
+            raise TypeError("the number of an image is no whole number")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise UserError(f"{file} is not a COCO captions json, images and annotations by id: "
+                        f"{type(e).__name__}: {e}") from e
+    if outside:
+        raise UserError(f"{file} names {outside[0]!r}, which leads out of the folder of images")
+    if len(set(names.values())) < len(names):
+        raise UserError(f"{file} names a file twice")
+    return names, captions

@@ -1,0 +1,354 @@
+"""Captioned shapes: an endless data set with exact ground truth, rendered on demand, with no download.
+
+source = Shapes(resolution=32)
+batch = source.records(range(64))       image, label, caption, size, crop, flip, index, scene
+
+A scene holds one to three objects of different colours on a plain background. (seed, split, index) decides what it
+shows; the epoch also decides where it is cropped and whether it is mirrored. `draw_scene` lays a scene out from hashed
+numbers, `caption` describes it, `render` gives its pixels.
+
+Lengths are fractions of the image's side, y points down, and (0, 0) is the top left corner. The canvas is a quarter
+wider than the image, to the right and below, so a crop of the image's width at (0, 0) cuts nothing.
+Dimensions: B batch, 3 places for objects (unused ones hold -1), R side of the crop, S side of the canvas (both in
+pixels of the crop), K objects in a batch that share a native size, p side of the square around an object, in native
+pixels.
+"""
+import hashlib
+import math
+from functools import lru_cache
+from typing import Sequence
+
+import numpy as np
+import torch
+
+from config import UserError
+from rng import seed64, uniform
+from sources.shapes_grammar import BACKGROUNDS, COLORS, RELATIONS, SHAPES, Facts, describe, write
+
+SPLITS = ("train", "test", "held_out")
+SCENES = ("free", "grid", "sides")
+VERSION = "shapes 2"                        # changes when an index shows something else
+HELD_OUT = (("green", "square"), ("purple", "star"), ("cyan", "heart"), ("orange", "cross"),
+            ("yellow", "triangle"), ("white", "ring"))      # never in the splits train and test
+NATIVE = (16, 20, 24, 32, 48, 96)           # sides in pixels at which a canvas is rendered
+RADIUS = (0.14, 0.23)                       # half the width of an object among several
+ALONE = 0.36                                # largest radius of an object that is alone
+SMALL, LARGE = 0.163, 0.197                 # captions say small up to the first, large from the second
+MARGIN, GAP = 0.03, 0.02                    # smallest distance to the border, and between objects
+EIGHTHS = (2, 3, 4, 5, 6)                   # grid: centres on either axis, in eighths of the side
+APART = ((2, 5), (3, 6), (2, 6))            # grid: near and far centre of two objects that must not touch
+TWO_SIZES = (0.145, 0.21)                   # grid: half the width of a small and of a large object
+DRAWS = 54                                  # random numbers for a scene and its caption
+PAIR, TOLD = 3, 48                          # first of those for a pair's layout, and for the caption
+SAID = TOLD + 3                             # below 0.75 the caption states a pair's relation
+
+
+# ---------------------------------------------------------------- the data set
+
+class Shapes:
+    """An endless source of captioned images of shapes, labelled by the shape of the largest object.
+
+    resolution  R
+    split       train, test (other scenes, same distribution) or held_out (the largest object is one of HELD_OUT)
+    objects     possible numbers of objects: some of 1, 2 and 3
+    native      render at a side from NATIVE, likelier coarse for the first classes; off: at the finest
+    crop        crop the canvas anywhere; off: at (0, 0), which cuts nothing
+    side        range of the fraction of the image's side that a crop shows; with crop off always all of it
+    flip        mirror half of the images but not their captions; off: none
+    scenes      free: any place and size; grid: places eighths of the side apart and two sizes, which a small network
+                learns sooner; sides: a grid of two objects side by side, with a caption that says which is left"""
+    channels, encoder, bad = 3, None, {}
+    classes = list(SHAPES)
+    describe = staticmethod(describe)
+
+    def __init__(self, resolution: int = 32, seed: int = 0, split: str = "train",
+                 objects: tuple[int, ...] = (1, 2, 3), native: bool = True, crop: bool = True,
+                 flip: bool = True, side: tuple[float, float] = (1.0, 1.0), scenes: str = "free"):
+        if scenes not in SCENES:
+            raise UserError(f"unknown scenes={scenes!r}; there are {', '.join(SCENES)}")
+        if split not in SPLITS:
+            raise UserError(f"unknown split {split!r} of shapes; it has: {', '.join(SPLITS)}")
+        if not objects or not set(objects) <= {1, 2, 3}:
+            raise UserError(f"objects wants numbers of 1, 2 and 3, got {objects!r}")
+        if resolution < 8:
+            raise UserError(f"shapes want a resolution of at least 8, got {resolution}")
+        if not 0 < side[0] <= side[1] <= 1:
+            raise UserError(f"side wants a range in (0, 1], got {side!r}")
+        self.resolution, self.split, self.scenes = resolution, split, scenes
+        self.objects = (2,) if scenes == "sides" else tuple(objects)
+        self.native, self.crop, self.flip = native, crop, flip
+        self.side = (float(side[0]), float(side[1])) if crop else (1.0, 1.0)
+        self.controls = tuple(c for c, on in (("size", native), ("crop", crop), ("flip", flip)) if on)
+        self.scene_key, self.view_key = seed64("scene", seed, split), seed64("view", seed, split)
+        parts = (VERSION, resolution, seed, split, self.objects, native, crop, flip)
+        parts += self.side if self.side != (1, 1) else ()   # a default leaves the fingerprint as it was
+        parts += (scenes,) if scenes != "free" else ()
+        self.fingerprint = hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return 2 ** 31
+
+    def records(self, indices: Sequence[int], epochs: Sequence[int] | int = 0) -> dict:
+        """Return the batch of these samples; scene holds the truth in coordinates of the cropped, flipped image.
+
+        scene: n, main, background (B,); shape, color, x, y, r (B, 3); relation (B, 2), an index into RELATIONS of
+        object k seen from k + 1, before flipping."""
+        index = np.asarray(indices, np.int64).reshape(-1)
+        epoch = np.broadcast_to(np.asarray(epochs, np.int64), index.shape)
+        u, scene = self.drawn(index)
+        if not self.native:
+            scene["native"][:] = len(NATIVE) - 1
+
+        R, (low, high) = self.resolution, self.side
+        v = uniform(self.view_key, index * len(self) + epoch, 4)
+        S = np.rint(canvas(R) / (low + (high - low) * v[:, 3])).astype(int)
+        top, left = (v[:, :2] * (S - R + 1)[:, None] * self.crop).astype(int).T
+        flip = (v[:, 2] < 0.5) & self.flip
+        image = render(scene, S, top, left, flip, R)
+        captions = [caption(scene, b, u[b]) for b in range(len(index))]
+        label = scene["shape"][np.arange(len(index)), scene["main"]]
+        size = np.array(NATIVE, np.float32)[scene["native"]]
+        return dict(
+            image=torch.from_numpy(image), caption=captions, label=torch.from_numpy(label),
+            size=torch.from_numpy(size)[:, None].repeat(1, 2),
+            crop=torch.from_numpy(np.stack([top, left], 1).astype(np.float32)),
+            flip=torch.from_numpy(flip.astype(np.float32)), index=torch.from_numpy(index),
+            scene={k: torch.from_numpy(v) for k, v in seen(scene, S, top, left, flip, R).items()})
+
+    def drawn(self, index: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Return the random numbers (B, DRAWS) of these scenes, and the scenes as draw_scene makes them."""
+        u = uniform(self.scene_key, index, DRAWS)
+        if self.scenes == "sides":
+            u[:, PAIR], u[:, SAID] = 1, 0                   # side by side, and the caption says which is left
+        return u, draw_scene(u, self.objects, self.split == "held_out", self.scenes != "free")
+
+    def record(self, index: int, epoch: int = 0) -> dict:
+        """Return one sample: the only row of `records([index], epoch)`."""
+        batch = self.records([index], epoch)
+        scene = {key: value[0] for key, value in batch.pop("scene").items()}
+        return {**{key: value[0] for key, value in batch.items()}, "scene": scene}
+
+
+def seen(scene: dict[str, np.ndarray], S: np.ndarray, top: np.ndarray, left: np.ndarray, flip: np.ndarray,
+         R: int) -> dict:
+    """Return the scene in fractions of the crop's side: enlarged and moved by the crop, mirrored by the flip."""
+    there, finer = scene["shape"] >= 0, S[:, None] / canvas(R)
+    x, y, r = (scene[name] * finer for name in "xyr")                                      # (B, 3)
+    x, y = x - left[:, None] / R, y - top[:, None] / R
+    x = np.where(flip[:, None], 1 - x, x)
+    return dict(scene, **{name: np.where(there, value, -1) for name, value in (("x", x), ("y", y), ("r", r))})
+
+
+def rgb(palette: dict[str, tuple[int, int, int]]) -> np.ndarray:
+    """Return a palette as (names, 3) float32 in [-1, 1]."""
+    return np.array(list(palette.values()), np.float32) / 127.5 - 1
+
+
+# ---------------------------------------------------------------- scenes
+
+def native_table() -> np.ndarray:
+    """Return cumulative probabilities (classes, len(NATIVE)): the first classes are mostly coarse, the last fine."""
+    tilt = np.linspace(-1, 1, len(SHAPES))[:, None] * np.linspace(-1, 1, len(NATIVE))
+    p = np.exp(1.5 * tilt)
+    return np.cumsum(p / p.sum(1, keepdims=True), axis=1)
+
+
+def draw_scene(u: np.ndarray, objects: tuple[int, ...], held_out: bool, grid: bool = False) -> dict[str, np.ndarray]:
+    """Turn uniform numbers (B, DRAWS) into scenes: shape, color, x, y, r (B, 3), relation (B, 2), the rest (B,).
+
+    grid: centres lie eighths of the side apart, a patch of 4 at 32 px, and one object of several is large."""
+    B, rows = len(u), np.arange(len(u))
+    n = np.array(objects)[(u[:, 0] * len(objects)).astype(int)]                             # (B,)
+    there = np.arange(3) < n[:, None]                                                       # (B, 3)
+    shape = (u[:, 12:15] * len(SHAPES)).astype(int)
+    r = sizes_on_grid(u[:, 6:9], n) if grid else sizes(u[:, 6:9], n)
+    r = np.where(there, r, 0)
+    main = r.argmax(1)                                                               # (B,) the largest object
+
+    colors, kept = list(COLORS), [(SHAPES.index(s), list(COLORS).index(c)) for c, s in HELD_OUT]
+    rank = u[:, 24:48].reshape(B, 3, len(COLORS)).copy()    # an object takes its highest-ranked colour
+    if held_out:
+        pair = np.array(kept)[(u[:, 11] * len(kept)).astype(int)]                           # (B, 2)
+        shape[rows, main] = pair[:, 0]
+    barred = np.zeros((len(SHAPES), len(colors)), bool)
+    barred[tuple(np.array(kept).T)] = True
+    rank[barred[shape]] = -1
+    if held_out:
+        rank[rows, :, pair[:, 1]] = -1
+        rank[rows, main, pair[:, 1]] = 2
+    color = np.empty((B, 3), int)
+    for k in range(3):
+        color[:, k] = rank[:, k].argmax(1)
+        rank[rows, k + 1:, color[:, k]] = -1
+
+    x, y, relation = (place_on_grid if grid else place)(u[:, PAIR:PAIR + 3] < 0.5, u[:, 17:24], n, r)
+    native = (u[:, 1, None] > native_table()[shape[rows, main], :-1]).sum(1)
+    scene = dict(shape=shape, color=color, x=x, y=y, r=r)
+    scene = {name: np.where(there, value, -1) for name, value in scene.items()}
+    return dict(scene, n=n, main=main, relation=np.where(there[:, 1:], relation, -1), native=native,
+                background=(u[:, 2] * len(BACKGROUNDS)).astype(int))
+
+
+def sizes(u: np.ndarray, n: np.ndarray) -> np.ndarray:
+    """Return half the width of every object, with one clearly the largest. u (B, 3), n (B,) -> (B, 3)"""
+    rows, there = np.arange(len(n)), np.arange(3) < n[:, None]
+    most = np.where(n == 1, ALONE, RADIUS[1])[:, None]
+    r = np.where(there, RADIUS[0] + (most - RADIUS[0]) * u, 0)
+    main = r.argmax(1)
+    r[rows, main] = np.maximum(r[rows, main], RADIUS[0] / 0.89)
+    return np.where(np.arange(3) == main[:, None], r, np.minimum(r, 0.9 * r[rows, main][:, None]))
+
+
+def sizes_on_grid(u: np.ndarray, n: np.ndarray) -> np.ndarray:
+    """Make a lone object small or large, and one of several large, each equally likely. u (B, 3), n (B,) -> (B, 3)"""
+    large = np.where(n == 1, 2 * u[:, 0], u[:, 0] * n).astype(int)                          # (B,)
+    return np.where(np.arange(3) == large[:, None], TWO_SIZES[1], TWO_SIZES[0])
+
+
+def place(coin: np.ndarray, u: np.ndarray, n: np.ndarray, r: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Return centres x, y (B, 3) and relation (B, 2): object 0 beside object 1, object 2 across from both.
+
+    coin (B, 3) says whether the pair's axis is vertical, object 0 is the far one, and object 2 is the near one."""
+    rows, room = np.arange(len(n)), 1 - 2 * MARGIN
+    vertical, far, before = coin.astype(int).T
+    low, high = np.sort(u[:, :2], axis=1).T
+    near = np.where(far, r[:, 1], r[:, 0])                              # radius of the pair's near one
+    slack = room - GAP - 2 * r[:, 0] - 2 * r[:, 1]
+    edge = np.stack([MARGIN + low * slack, MARGIN + 2 * near + GAP + high * slack], axis=1)     # (B, 2)
+    along = MARGIN + r + u[:, :3] * (room - 2 * r)                      # (B, 3) unless the pair decides
+    for k in (0, 1):
+        along[:, k] = np.where(n > 1, edge[rows, far ^ k] + r[:, k], along[:, k])
+
+    band = 2 * r[:, :2].max(1)
+    low, high = np.sort(u[:, 3:5], axis=1).T
+    slack = room - GAP - band - 2 * r[:, 2]
+    first = np.where(before, 2 * r[:, 2], band)
+    edge = np.stack([MARGIN + low * slack, MARGIN + first + GAP + high * slack], axis=1)
+    across = MARGIN + r + u[:, 3:6] * (room - 2 * r)
+    for k, jitter in ((0, u[:, 5]), (1, u[:, 6])):
+        inside = edge[rows, before] + r[:, k] + jitter * (band - 2 * r[:, k])
+        across[:, k] = np.where(n > 2, inside, across[:, k])
+    across[:, 2] = edge[rows, 1 - before] + r[:, 2]
+
+    x, y = np.where(vertical[:, None], (across, along), (along, across))
+    return x, y, np.stack([2 * vertical + far, 2 * (1 - vertical) + before], axis=1)
+
+
+def place_on_grid(coin: np.ndarray, u: np.ndarray, n: np.ndarray, r: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Return what `place` does, with centres on the grid. Objects of either size do not touch."""
+    rows = np.arange(len(n))
+    vertical, far, before = coin.astype(int).T
+    free = np.array(EIGHTHS)[(u[:, :6] * len(EIGHTHS)).astype(int)]                         # (B, 6)
+    along, across = free[:, :3].copy(), free[:, 3:].copy()
+    pair, band = (np.array(APART)[(v * len(APART)).astype(int)] for v in (u[:, 6], u[:, 0]))    # (B, 2)
+    for k in (0, 1):
+        along[:, k] = np.where(n > 1, pair[rows, far ^ k], along[:, k])
+        across[:, k] = np.where(n > 2, band[rows, before], across[:, k])
+    across[:, 2] = band[rows, 1 - before]
+
+    x, y = np.where(vertical[:, None], (across, along), (along, across)) / 8
+    return x, y, np.stack([2 * vertical + far, 2 * (1 - vertical) + before], axis=1)
+
+
+def caption(scene: dict[str, np.ndarray], b: int, u: np.ndarray) -> str:
+    """Return the caption of row b: every object, and those of the other facts that its numbers u (DRAWS,) choose."""
+    n, names, links = scene["n"][b], list(COLORS), scene["relation"][b]
+    r = scene["r"][b]
+    word = ["small" if r[k] <= SMALL else "large" if r[k] >= LARGE else None for k in range(n)]
+    return write(Facts(
+        colors=tuple(names[k] for k in scene["color"][b, :n]),
+        shapes=tuple(SHAPES[k] for k in scene["shape"][b, :n]),
+        sizes=tuple(word[k] if u[TOLD + k] < 0.5 else None for k in range(n)),
+        relations=tuple(RELATIONS[links[k]] if u[SAID + k] < 0.75 else None for k in range(n - 1)),
+        background=list(BACKGROUNDS)[scene["background"][b]] if u[TOLD + 5] < 0.5 else None))
+
+
+# ---------------------------------------------------------------- pixels
+
+def sdf(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Return the signed distance to the outline of a shape in [-1, 1]^2: negative inside, exact near the outline."""
+    x = np.abs(x)
+    if shape == "circle":
+        return np.hypot(x, y) - 0.94
+    if shape == "square":
+        return np.maximum(x, np.abs(y)) - 0.84
+    if shape == "diamond":
+        return (x + np.abs(y) - 1) * math.sqrt(0.5)
+    if shape == "ring":
+        return np.abs(np.hypot(x, y) - 0.76) - 0.24
+    if shape == "cross":
+        y = np.abs(y)
+        return np.maximum(np.maximum(x, y) - 0.98, np.minimum(x, y) - 0.3)
+    if shape == "triangle":
+        return np.maximum(y - 0.78, (1.74 * x - 0.98 * (y + 0.96)) / math.hypot(1.74, 0.98))
+    if shape == "heart":                                   # a square on its tip and a disc on each upper side
+        y, h = y - 0.08, 0.8
+        disc = np.hypot(x - h / 2, y + h / 2) - h * math.sqrt(0.5)
+        return np.minimum(disc, (x + np.abs(y) - h) * math.sqrt(0.5))
+    y = y - 0.08                                            # star: fold the plane onto half a point
+    cos, sin = math.cos(0.2 * math.pi), math.sin(0.2 * math.pi)
+    for _ in range(2):                                # by the mirror at 36 degrees from the upper tip (0, -1)
+        beyond = np.maximum(cos * x + sin * y, 0)
+        x, y = np.abs(x - 2 * cos * beyond), y - 2 * sin * beyond
+    dx, dy = 0.44 * sin, 1 - 0.44 * cos                     # from the tip to the dent
+    return (dy * x - dx * (y + 1)) / math.hypot(dx, dy)
+
+
+@lru_cache(maxsize=1024)
+def resampler(n: int, S: int, pad: int) -> np.ndarray:
+    """Return (S, pad + n + pad) float32: n pixels to S by a triangle two pixels of the coarser grid wide."""
+    at = (np.arange(S)[:, None] + 0.5) * n / S - (np.arange(n) + 0.5)
+    weight = np.maximum(0, 1 - np.abs(at) / max(1, n / S))
+    return np.pad(weight / weight.sum(1, keepdims=True), ((0, 0), (pad, pad))).astype(np.float32)
+
+
+def render(scene: dict[str, np.ndarray], S: np.ndarray, top: np.ndarray, left: np.ndarray, flip: np.ndarray,
+           R: int) -> np.ndarray:
+    """Return the crops (B, 3, R, R) float32 in [-1, 1]; S, top, left in pixels of the canvas, flip bool, (B,) each.
+
+    A crop shows canvas(R) / S of the image's side: all of it at S = canvas(R), half of it at twice that. Resampling is
+    linear and objects do not overlap, so each object is rendered on a small square of native pixels, resampled
+    directly to the crop, and laid over the background in its colour."""
+    back = rgb(BACKGROUNDS)[scene["background"]]                                            # (B, 3)
+    image = np.repeat(back, R * R, axis=1).reshape(-1, 3, R, R)
+    paint = rgb(COLORS)[scene["color"]] - back[:, None]                                    # (B, 3 objects, 3)
+    for k, n in enumerate(NATIVE):
+        b, j = np.nonzero((scene["native"] == k)[:, None] & (scene["shape"] >= 0))          # (K,) each
+        if len(b):
+            x, y, r = (scene[name][b, j] for name in ("x", "y", "r"))
+            mask = draw(scene["shape"][b, j], x, y, r, n, S[b], top[b], left[b], flip[b], R)        # (K, R, R)
+            for o in range(3):
+                one = j == o
+                image[b[one]] += mask[one, None] * paint[b[one], o, :, None, None]
+    return np.clip(image, -1, 1)
+
+
+def draw(shape: np.ndarray, x: np.ndarray, y: np.ndarray, r: np.ndarray, n: int, S: np.ndarray,
+         top: np.ndarray, left: np.ndarray, flip: np.ndarray, R: int) -> np.ndarray:
+    """Return the coverage (K, R, R) of objects, clip(1/2 - distance in native pixels), resampled to the crop."""
+    unit = n * R / canvas(R)                                # native pixels per image side
+    p = math.ceil(2 * ALONE * unit) + 3
+    corner = np.floor(np.stack([x, y]) * unit - p / 2).astype(int)                          # (2, K)
+    pixel = corner[..., None] + np.arange(p) + 0.5 - np.stack([x, y])[..., None] * unit     # (2, K, p)
+    px, py = (pixel / (r[:, None] * unit)).astype(np.float32)
+    scale = (r * unit).astype(np.float32)[:, None, None]
+    cover = np.empty((len(x), p, p), np.float32)
+    for s in np.unique(shape):
+        one = shape == s
+        cover[one] = sdf(SHAPES[s], px[one, None, :], py[one, :, None]) * scale[one]
+    cover = np.clip(0.5 - cover, 0, 1)
+
+    sides, which = np.unique(S, return_inverse=True)
+    weight = np.concatenate([resampler(n, int(side), p) for side in sides])                 # (sum of sides, ...)
+    start, seen = (np.cumsum(sides) - sides)[which][:, None], np.arange(R)
+    rows = start + top[:, None] + seen                                                      # (K, R)
+    cols = start + left[:, None] + np.where(flip[:, None], seen[::-1], seen)
+    inside = corner[..., None] + np.arange(p) + p                                           # (2, K, p)
+    wx = weight[cols[:, :, None], inside[0][:, None]]                                       # (K, R, p)
+    wy = weight[rows[:, :, None], inside[1][:, None]]
+    return wy @ cover @ wx.transpose(0, 2, 1)                                               # (K, R, R)
+
+
+def canvas(R: int) -> int:
+    """Return the side S of the canvas for which a crop of side R is as wide as the image."""
+    return round(1.25 * R)
