@@ -176,7 +176,7 @@ class TextContext(nn.Module):
         return self.mlp(text.to(dtype))
 
 
-class LearnedContext(nn.Module):
+class UnconditionalContext(nn.Module):
     """No semantics: one learned context token, so that every block keeps its form. -> (1, 1, D)"""
     def __init__(self, D: int, mp: bool = False) -> None:
         super().__init__()

@@ -13,6 +13,7 @@ import runpy
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,8 +32,61 @@ SIZES = {
 }
 
 
+# Old names of options. config.json files and weight headers from before are read by this table, and the command line and
+# config files still take the old names, with a note.
+RENAMED = {
+    "lam": "guidance", "drop": "cond_dropout", "drop_controls": "control_dropout", "micro": "microbatch",
+    "muon": "lr_muon", "decay": "lr_decay_start", "clip": "grad_clip", "ema": "ema_std", "snapshots": "ema_snapshots",
+    "noise_weight": "loss_sigma_power", "max_bad": "max_bad_fraction", "init": "init_from",
+    "normalize": "forced_weight_norm", "objects": "shapes.objects", "scenes": "shapes.layout",
+    "model.base": "model.pos_base", "model.rescale": "model.sigma_scale", "model.noise_steps": "model.timesteps",
+    "model.preserve": "model.mp",
+    "beta": "control_guidance", "interval": "guidance_interval", "file": "ema_file", "weights": "pretrained",  # sample
+    "base": "pretrain_steps", "long": "pretrain_steps_flip", "fine": "finetune_steps", "tune": "tune_steps",  # claims
+    "square": "center_crop", "to": "save", "arr0": "save_npz",                                                # fid
+    "most": "limit", "what": "parts", "vs": "against", "peer": "official_dit"}                             # data, bench
+# What people type out of habit: the option here, or a sentence.
+HABITS = {"cfg": "guidance", "cfg_scale": "guidance", "guidance_scale": "guidance", "batch_size": "batch",
+          "global_batch_size": "batch", "learning_rate": "lr", "output_dir": "out", "results_dir": "out",
+          "data_path": "data", "data_dir": "data", "num_steps": "steps", "num_inference_steps": "steps",
+          "num_sampling_steps": "steps", "image_size": "model.resolution", "depth": "model.depth",
+          "width": "model.width", "arch": "model.arch",
+          "resume": "is not needed: the same command again resumes the run in --out",
+          "wandb": "does not exist: <out>/log.jsonl has every line, and `python -m runtime.plot` draws it",
+          "epochs": "does not exist: a run has --steps, each of --batch images"}
+
+
+class OldNames(type):
+    """A dataclass that takes the old names of its fields, with a note, so that older config files still run."""
+    def __call__(cls, *args: Any, **given: Any) -> Any:     # the one place that passes keywords through
+        prefix = "model." if cls.__name__ == "ModelConfig" else ""
+        nested: dict[str, Any] = {}
+        for old in [key for key in given if key not in cls.__dataclass_fields__ and prefix + key in RENAMED]:
+            new = RENAMED[prefix + old]
+            note_renamed(prefix + old, new)
+            if new.startswith("shapes."):
+                nested[new.removeprefix("shapes.")] = given.pop(old)
+            else:
+                given[new.removeprefix(prefix)] = given.pop(old)
+        if nested:
+            given["shapes"] = dataclasses.replace(given.get("shapes", ShapesConfig()), **nested)
+        return super().__call__(*args, **given)
+
+
+def note_renamed(old: str, new: str) -> None:
+    """Say on stderr what an option is called now."""
+    print(f"note: {old} is now {new}", file=sys.stderr)
+
+
 @dataclass(frozen=True)
-class ModelConfig:
+class ShapesConfig:
+    """The captioned shapes, the data set that needs no files."""
+    objects: int = 2                # most objects in an image
+    layout: str = "free"            # free, grid (places a patch apart, two sizes), sides (pairs on the grid)
+
+
+@dataclass(frozen=True)
+class ModelConfig(metaclass=OldNames):
     """The options that decide the state dict. Every checkpoint stores them; only an equal model resumes it."""
     arch: str = "mmdit"             # block type, a key of model.ARCHS
     semantics: str = "text"         # content of the images: none, class or text
@@ -45,57 +99,56 @@ class ModelConfig:
     width: int = 256                # D
     depth: int = 6                  # number of blocks
     heads: int = 4                  # H
-    noise_steps: int = 1000         # T, the number of noise levels
+    timesteps: int = 1000           # T, the number of noise levels
     schedule: str = "scaled_linear" # alpha-bar table: scaled_linear or linear
-    rescale: float = 1.0            # s'/s: sigma is multiplied by it; 2 after the side of the images has doubled
+    sigma_scale: float = 1.0        # s'/s: sigma is multiplied by it; 2 after the side of the images has doubled
     controls: str = ""              # control conditioning, joined with +: any of crop, flip, size; empty = none
     control_weight: str = "cosine"  # gamma_c(t) on size: cosine, uniform, linear, step, zero
     control_alpha: float = 8.0      # power of the cosine weight; of step: the sigma below which size acts
     positions: str = "grid"         # grid: 0, 1, 2, ...; resample: a fixed extent, finer; interpolate: a resized table
-    base: int = 0                   # patches a side that resample and interpolate start from; 0 = this resolution's
+    pos_base: int = 0               # patches a side that resample and interpolate start from; 0 = this resolution's
     prediction: str = "eps"         # output of the last layer: eps, the noise, or v, noise and image mixed
     modulation: str = "scale+shift+gate"    # how time and class act on a sub-layer, joined with +: also rotate
-    preserve: str = ""              # mp archs: none, or cosine, weights, stream, heads with +; empty = first three
+    mp: str = ""                    # mp archs: none, or cosine, weights, stream, heads with +; empty = first three
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(metaclass=OldNames):
     """A run. `model` decides the weights; the rest decides how they are trained and on what."""
     out: str = "out/shapes"         # run folder; the same command again resumes from it
     data: str = "shapes"            # "shapes", or a path: folder of classes or captions, tar shards, latents; coco:PATH
     augment: str = "crop+flip"      # random variation of the images, joined with +: crop, flip, size
     crop: str = "global"            # side of a random crop, of the short side: global .9-1, local .4-.6, mix .4-1
-    objects: int = 2                # shapes only: most objects in an image
-    scenes: str = "free"            # shapes only: free, grid (places a patch apart, two sizes), sides (pairs on it)
     seed: int = 0                   # keys every random draw: initial weights, data order, noise, samples
     model: ModelConfig = field(default_factory=ModelConfig)
-    init: str = ""                  # run folder or weights file with the averaged weights to start from; empty = fresh
+    shapes: ShapesConfig = field(default_factory=ShapesConfig)
+    init_from: str = ""             # run folder or weights file with the averaged weights to start from; empty = fresh
     encoder: str = "words"          # of captions: words (shapes), or clip:PATH, CLIP weights (text.py says which PATHs)
     padding: str = "zero"           # of short captions: zero, replicate (tokens again) or noisy (with noise on them)
     padding_noise: float = 0.02     # beta of noisy padding, in standard deviations of a caption's tokens
     steps: int = 2000               # optimizer steps of the whole run
     batch: int = 64                 # global batch: images an optimizer step, whatever the number of processes
-    micro: int = 64                 # images a forward pass; batch/micro microbatches are shared by the processes
+    microbatch: int = 64            # images a forward pass; batch/micro microbatches are shared by the processes
     lr: float = 1e-3                # peak learning rate
     warmup: int = 100               # steps of linear warm-up
-    decay: float = 0.0              # share of the run after which the rate falls as 1/sqrt(step); 0 = never
+    lr_decay_start: float = 0.0     # share of the run after which the rate falls as 1/sqrt(step); 0 = never
     cooldown: float = 0.0           # share of the run at its end over which the rate falls linearly to zero
-    muon: float = 0.0               # peak rate of Muon for the blocks' weight matrices; 0 = AdamW for everything
+    lr_muon: float = 0.0            # peak rate of Muon for the blocks' weight matrices; 0 = AdamW for everything
     lr_mp: float = 0.0              # peak rate of magnitude-preserving weights; 0 = lr
-    normalize: bool = False         # magnitude-preserving weights: rows back to unit magnitude after every step
+    forced_weight_norm: bool = False # magnitude-preserving weights: rows back to unit magnitude after every step
     beta1: float = 0.9              # AdamW
     beta2: float = 0.95             # AdamW
     weight_decay: float = 0.03      # AdamW
-    clip: float = 1.0               # largest gradient norm; 0 = no clipping
-    ema: float = 0.1                # width of the power-function average, as a share of the run so far
-    snapshots: int = 0              # averages of two widths kept so many times over a run, for ema.py; 0 = none
-    drop: float = 0.1               # share of samples trained without semantics and without controls, for guidance
-    drop_controls: float = 0.1      # share trained with semantics and without controls
-    noise_weight: float = 0.0       # weight the loss by sigma to this power; 0 = the paper's, 1 favours composition
+    grad_clip: float = 1.0          # largest gradient norm; 0 = no clipping
+    ema_std: float = 0.1            # width of the power-function average, as a share of the run so far
+    ema_snapshots: int = 0          # averages of two widths kept so many times over a run, for ema.py; 0 = none
+    cond_dropout: float = 0.1       # share of samples trained without semantics and without controls, for guidance
+    control_dropout: float = 0.1    # share trained with semantics and without controls
+    loss_sigma_power: float = 0.0   # weight the loss by sigma to this power; 0 = the paper's, 1 favours composition
     dtype: str = "auto"             # auto, float32 or bfloat16; auto = bfloat16 where the hardware multiplies it
     compile: str = "auto"           # auto, on or off; auto = on for CUDA
     workers: int = 2                # threads that load and decode images ahead of the loop; 0 = none, between the steps
-    max_bad: float = 0.01           # share of unreadable images that is skipped before the run stops
+    max_bad_fraction: float = 0.01  # share of unreadable images that is skipped before the run stops
     log_every: int = 10             # steps between lines of log.jsonl
     save_every: int = 500           # steps between checkpoints; the last two are kept
     sample_every: int = 500         # steps between preview grids; 0 = none
@@ -103,7 +156,7 @@ class Config:
     fid_every: int = 0              # steps between measurements of FID; 0 = none
     fid_ref: str = ""               # statistics of real images, made by fid.py ref
     fid_n: int = 10_000             # images in each
-    lam: float = 2.0                # guidance scale of previews, and the default of sample.py
+    guidance: float = 2.0           # guidance scale of previews, and the default of sample.py
     eta: float = 0.0                # share of fresh noise in a DDIM step, likewise: 0 none, 1 DDPM's
     threads: int = 0                # CPU threads; 0 = all cores, shared by the processes of this machine
 
@@ -171,20 +224,22 @@ def check_types(options: Any) -> Any:
 
 # Least and most of every number that has bounds of its own; ModelConfig's are checked by model.check.
 MANY = 2 ** 31
-RANGES = {"batch": (1, 2 ** 20), "micro": (1, 2 ** 20), "steps": (1, MANY), "warmup": (0, MANY), "log_every": (1, MANY),
-          "save_every": (1, MANY), "sample_every": (0, MANY), "objects": (1, MANY), "workers": (0, 256),
-          "threads": (0, 1024), "lr": (0, 1e3), "cooldown": (0, 1), "beta1": (0, 0.9999), "beta2": (0, 0.999999),
-          "weight_decay": (0, 1e3), "clip": (0, 1e30), "ema": (0.001, 0.288), "drop": (0, 1), "max_bad": (0, 1),
-          "lam": (-1e3, 1e3), "eta": (0, 1), "noise_weight": (-8, 8), "drop_controls": (0, 1), "padding_noise": (0, 10),
-          "decay": (0, 1), "lr_mp": (0, 1e3), "muon": (0, 1e3), "snapshots": (0, 10_000), "magnitudes_every": (0, MANY),
+RANGES = {"batch": (1, 2 ** 20), "microbatch": (1, 2 ** 20), "steps": (1, MANY), "warmup": (0, MANY),
+          "log_every": (1, MANY), "save_every": (1, MANY), "sample_every": (0, MANY), "shapes.objects": (1, MANY),
+          "workers": (0, 256), "threads": (0, 1024), "lr": (0, 1e3), "cooldown": (0, 1), "beta1": (0, 0.9999),
+          "beta2": (0, 0.999999), "weight_decay": (0, 1e3), "grad_clip": (0, 1e30), "ema_std": (0.001, 0.288),
+          "cond_dropout": (0, 1), "max_bad_fraction": (0, 1), "guidance": (-1e3, 1e3), "eta": (0, 1),
+          "loss_sigma_power": (-8, 8), "control_dropout": (0, 1), "padding_noise": (0, 10), "lr_decay_start": (0, 1),
+          "lr_mp": (0, 1e3), "lr_muon": (0, 1e3), "ema_snapshots": (0, 10_000), "magnitudes_every": (0, MANY),
           "fid_every": (0, MANY), "fid_n": (10, MANY)}
 
 
 def check_ranges(cfg: Config) -> None:
     """UserError for a number outside its range, nan included."""
     for key, (low, high) in RANGES.items():
-        if not low <= getattr(cfg, key) <= high:
-            raise UserError(f"{key}={getattr(cfg, key)} must be between {low} and {high:g}")
+        value = attrgetter(key)(cfg)
+        if not low <= value <= high:
+            raise UserError(f"{key}={value} must be between {low} and {high:g}")
 
 
 def check_name(key: str, name: str, known: Iterable[str]) -> None:
@@ -197,8 +252,8 @@ def check_fields(cfg: Config, world: int) -> None:
     """UserError for numbers out of range and for fields that contradict each other or the number of processes."""
     check_ranges(cfg)
     check_name("compile", cfg.compile, ("auto", "on", "off"))
-    if cfg.drop + cfg.drop_controls > 1:
-        raise UserError(f"drop={cfg.drop} and drop_controls={cfg.drop_controls} are shares of one whole; lower one")
+    if cfg.cond_dropout + cfg.control_dropout > 1:
+        raise UserError(f"cond_dropout={cfg.cond_dropout} and control_dropout={cfg.control_dropout} are shares of one whole; lower one")
     if bool(cfg.fid_every) != bool(cfg.fid_ref):
         raise UserError(f"fid_every={cfg.fid_every} and fid_ref={cfg.fid_ref!r} belong together: set both or neither")
     for key, default in (("encoder", "words"), ("padding", "zero")):
@@ -208,13 +263,13 @@ def check_fields(cfg: Config, world: int) -> None:
     if cfg.crop != "global" and "crop" not in cfg.augment.split("+"):
         enough = "+".join(filter(None, (cfg.augment, "crop")))
         raise UserError(f"crop={cfg.crop!r} needs random crops; set --augment={enough}")
-    if cfg.batch % cfg.micro:
-        near = max(d for d in range(1, min(cfg.micro, cfg.batch) + 1) if cfg.batch % d == 0)
-        raise UserError(f"batch={cfg.batch} is not a multiple of micro={cfg.micro}; try --micro={near}")
-    n = cfg.batch // cfg.micro
+    if cfg.batch % cfg.microbatch:
+        near = max(d for d in range(1, min(cfg.microbatch, cfg.batch) + 1) if cfg.batch % d == 0)
+        raise UserError(f"batch={cfg.batch} is not a multiple of microbatch={cfg.microbatch}; try --microbatch={near}")
+    n = cfg.batch // cfg.microbatch
     if n % world:
         fit = ", ".join(str(w) for w in range(1, n + 1) if n % w == 0)
-        raise UserError(f"batch={cfg.batch} with micro={cfg.micro} is {n} microbatches, which {world} processes "
+        raise UserError(f"batch={cfg.batch} with microbatch={cfg.microbatch} is {n} microbatches, which {world} processes "
                         f"cannot share; use {fit} processes, or another micro")
 
 
@@ -229,10 +284,12 @@ def parse(argv: list[str], options: Any) -> Any:
             print(help_text(options))
             sys.exit(0)
         if not word.startswith("--"):
+            if word.endswith(".py"):
+                raise UserError(f"a config file is given as --config={word}")
             after = f" after {before}" if before else ""
             raise UserError(f"expected --key=value, got {word!r}{after}; --help lists the keys")
         key, equals, text = word[2:].partition("=")
-        key = key.replace("-", "_")
+        key = current_name(options, key.replace("-", "_"))
         kind = field_type(options, key)
         if not equals and kind is bool:
             text = "true"
@@ -242,6 +299,22 @@ def parse(argv: list[str], options: Any) -> Any:
             text = words.pop(0)
         options = put(options, key, read_as(kind, key, text))
     return options
+
+
+def current_name(options: Any, key: str) -> str:
+    """What the option `key` is called now: itself, or its new name, with a note. UserError for another project's."""
+    known = {name for name, _, _, _ in fields(options)}
+    if key in known:
+        return key
+    if RENAMED.get(key) in known:
+        note_renamed(f"--{key}", f"--{RENAMED[key]}")
+        return RENAMED[key]
+    here = HABITS.get(key, "")
+    if here in known:
+        raise UserError(f"--{key} is --{here} here")
+    if " " in here:
+        raise UserError(f"--{key} {here}")
+    return key
 
 
 def field_type(options: Any, key: str) -> type:
@@ -312,10 +385,25 @@ def to_json(options: Any) -> str:
 def from_json(text: str) -> Config:
     """The inverse of to_json for a Config. Runs no code. UserError if the text is not a config of this version."""
     try:
-        tree = json.loads(text)
-        return check_types(Config(**{**tree, "model": ModelConfig(**tree["model"])}))
+        tree = renamed(json.loads(text))
+        nested = {"model": ModelConfig(**tree["model"]), "shapes": ShapesConfig(**tree.get("shapes", {}))}
+        return check_types(Config(**{**tree, **nested}))
     except (json.JSONDecodeError, KeyError, TypeError) as e:
         raise UserError(f"not a config of this version of plaindit: {e}") from e
+
+
+def renamed(tree: dict) -> dict:
+    """The tree of a config.json with today's names of fields; one from before the names changed has old ones."""
+    flat = {**{k: v for k, v in tree.items() if not isinstance(v, dict)},
+            **{f"{head}.{k}": v for head, part in tree.items() if isinstance(part, dict) for k, v in part.items()}}
+    found: dict[str, Any] = {"model": {}}
+    for key, value in flat.items():
+        head, _, rest = RENAMED.get(key, key).partition(".")
+        if rest:
+            found.setdefault(head, {})[rest] = value
+        else:
+            found[head] = value
+    return found
 
 
 def differences(a: Any, b: Any) -> list[str]:

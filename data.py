@@ -41,8 +41,8 @@ from rng import permute, seed64
 from runtime.plot import grid
 from sources.cached_latents import Latents, is_latents, open_latents
 from sources.coco import CocoCaptions
-from sources.folders import METADATA, Captions, ImageFolder, find_files
-from sources.images import BAD, CROPS, SUFFIXES, Pictures
+from sources.folders import METADATA, CaptionFolder, ImageFolder, find_files
+from sources.images import CROPS, SUFFIXES, UNUSABLE, ImageSource
 from sources.shapes import Shapes
 from sources.shards import TarShards, is_shards
 from text import WordVectors
@@ -54,7 +54,7 @@ SHOWN = 16                              # records in check.png
 
 # ---------------------------------------------------------------- which sample a step sees
 
-def positions(step: int, m: int, batch: int, micro: int) -> np.ndarray:
+def stream_positions(step: int, m: int, batch: int, micro: int) -> np.ndarray:
     """Positions (micro,) of microbatch `m` of `step` in the endless stream of samples."""
     return step * batch + m * micro + np.arange(micro, dtype=np.int64)
 
@@ -76,7 +76,7 @@ def open_source(cfg: Config, split: str = "train") -> Source:
         raise UserError(f"augment={cfg.augment!r} names {unknown[0]!r}; there are {', '.join(CONTROLS)}")
     if cfg.crop not in CROPS:
         raise UserError(f"unknown crop={cfg.crop!r}; there are {', '.join(CROPS)}")
-    row = SOURCES[kind(cfg.data)]
+    row = SOURCES[source_type(cfg.data)]
     if want.semantics == "class" and not row.classes:
         raise UserError(f"{cfg.data!r} has captions and no classes; use --model.semantics=text, or none")
     source = row.open(cfg, split)
@@ -95,24 +95,24 @@ def open_shapes(cfg: Config, split: str) -> Source:
     varied = cfg.augment.split("+")
     vary = [name in varied for name in ("size", "crop", "flip")]
     side = (1.0, 1.0) if cfg.crop == "global" else CROPS[cfg.crop]
-    if cfg.scenes == "sides" and cfg.objects != 2:
-        raise UserError(f"scenes='sides' are pairs, which is objects=2, got objects={cfg.objects}")
-    objects = tuple(range(1, cfg.objects + 1))
-    return Shapes(cfg.model.resolution, cfg.seed, split, objects, *vary, side, cfg.scenes)
+    if cfg.shapes.layout == "sides" and cfg.shapes.objects != 2:
+        raise UserError(f"shapes.layout='sides' needs shapes.objects=2, got shapes.objects={cfg.shapes.objects}")
+    objects = tuple(range(1, cfg.shapes.objects + 1))
+    return Shapes(cfg.model.resolution, cfg.seed, split, objects, *vary, side, cfg.shapes.layout)
 
 
 def open_folder(cfg: Config, split: str) -> Source:
     """A folder: with captions for text, of class folders for class, of images for none."""
     if cfg.model.semantics == "text":
-        return Captions(cfg.data, *framing(cfg))
-    return ImageFolder(cfg.data, *framing(cfg), cfg.model.semantics == "class")
+        return CaptionFolder(cfg.data, *crop_options(cfg))
+    return ImageFolder(cfg.data, *crop_options(cfg), cfg.model.semantics == "class")
 
 
-def framing(cfg: Config) -> tuple:
+def crop_options(cfg: Config) -> tuple:
     """resolution, seed, flip, max_bad, crop and side, as every source of image files takes them."""
     varied = cfg.augment.split("+")
     crop = "random" if "crop" in varied else "center"
-    return cfg.model.resolution, cfg.seed, "flip" in varied, cfg.max_bad, crop, CROPS[cfg.crop]
+    return cfg.model.resolution, cfg.seed, "flip" in varied, cfg.max_bad_fraction, crop, CROPS[cfg.crop]
 
 
 class SourceType(NamedTuple):
@@ -127,15 +127,15 @@ class SourceType(NamedTuple):
 SOURCES = {                             # the first that takes a value of --data opens it
     "shapes": SourceType(lambda where: where == "shapes", open_shapes),
     "coco": SourceType(lambda where: where.startswith("coco:"),
-                       lambda cfg, split: CocoCaptions(cfg.data.removeprefix("coco:"), *framing(cfg)), classes=False),
+                       lambda cfg, split: CocoCaptions(cfg.data.removeprefix("coco:"), *crop_options(cfg)), classes=False),
     "latents": SourceType(lambda where: is_latents(Path(where).expanduser()), lambda cfg, split: open_latents(cfg)),
-    "tars": SourceType(is_shards, lambda cfg, split: TarShards(cfg.data, *framing(cfg), cfg.model.semantics == "text"),
+    "tars": SourceType(is_shards, lambda cfg, split: TarShards(cfg.data, *crop_options(cfg), cfg.model.semantics == "text"),
                        classes=False),
     "folder": SourceType(lambda where: True, open_folder),
 }
 
 
-def kind(where: str) -> str:
+def source_type(where: str) -> str:
     """The key of SOURCES that takes this value of --data."""
     return next(name for name, source in SOURCES.items() if source.takes(where))
 
@@ -145,8 +145,8 @@ def check_words(source: Source, encoder: TextEncoder | None, cfg: Config, most: 
     if not isinstance(encoder, WordVectors) or isinstance(source, Shapes):
         return
     for index in range(min(most, len(source))):
-        with suppress(*BAD):
-            row = source.load(index, 0)[1] if isinstance(source, Pictures) else source.record(index, 0)
+        with suppress(*UNUSABLE):
+            row = source.load(index, 0)[1] if isinstance(source, ImageSource) else source.record(index, 0)
             caption = row["caption"]
             try:
                 encoder.encode([caption])
@@ -164,14 +164,14 @@ def records(source: Source, indices: Sequence[int], epochs: Sequence[int]) -> Ba
     return collate([source.record(int(i), int(e)) for i, e in zip(indices, epochs)])
 
 
-def around(source: Source, indices: Sequence[int]) -> Batch:
+def cyclic_batch(source: Source, indices: Sequence[int]) -> Batch:
     """The Batch of these samples; an index past the end starts again at the first."""
     return records(source, np.asarray(indices) % len(source), np.zeros(len(indices), int))
 
 
 def captions(source: Source, indices: Sequence[int]) -> list[str]:
     """The captions of these samples, counted as `around` counts them."""
-    return around(source, indices)["caption"]
+    return cyclic_batch(source, indices)["caption"]
 
 
 def with_text(batch: Batch, encoder: TextEncoder | None) -> Batch:
@@ -191,9 +191,9 @@ def collate(rows: list[Record]) -> Batch:
     return batch | ({"caption": column["caption"]} if "caption" in column else {})
 
 
-def fetch(source: Source, encoder: Any, seed: int, batch: int, micro: int, step: int, m: int) -> Batch:
+def load_microbatch(source: Source, encoder: Any, seed: int, batch: int, micro: int, step: int, m: int) -> Batch:
     """Microbatch `m` of `step`; text and lengths are in it if there are captions and an encoder."""
-    return with_text(records(source, *index_and_epoch(positions(step, m, batch, micro), len(source), seed)), encoder)
+    return with_text(records(source, *index_and_epoch(stream_positions(step, m, batch, micro), len(source), seed)), encoder)
 
 
 def prefetch(fetch_fn: Callable, keys: Iterable[tuple], workers: int, depth: int = 2) -> Iterator[Any]:
@@ -233,15 +233,15 @@ class Options:
     """What to check."""
     check: str = "."            # what --data would be: a folder, tar shards, coco:PATH, shapes
     resolution: int = 64        # R, side of the squares that the network will see
-    most: int = 0               # images to decode, spread over all; 0 = every one
+    limit: int = 0              # images to decode, spread over all; 0 = every one
 
 
 def check(where: str, R: int, most: int = 0) -> None:
     """Print what the image files hold and which are broken, and write 16 records with their controls to check.png."""
     source = open_for_check(where, R)
-    if isinstance(source, Pictures):
+    if isinstance(source, ImageSource):
         check_files(source, R, most)
-    shown = fetch(source, None, 0, SHOWN, SHOWN, 0, 0)
+    shown = load_microbatch(source, None, 0, SHOWN, SHOWN, 0, 0)
     controls = zip(titles(shown, source.classes), *(shown[key].tolist() for key in ("size", "crop", "flip")))
     texts = [f"{name}\nsize {h:.0f}, {w:.0f}\ncrop {top:.1f}, {left:.1f}\nflip {flip:.0f}"
              for name, (h, w), (top, left), flip in controls]
@@ -249,13 +249,13 @@ def check(where: str, R: int, most: int = 0) -> None:
     print(f"{SHOWN} of them are in check.png")
 
 
-def check_files(source: Pictures, R: int, most: int) -> None:
+def check_files(source: ImageSource, R: int, most: int) -> None:
     """Decode `most` files, or all for 0, and print classes, sizes, lengths of captions and every broken file."""
     def decode(i: int) -> tuple[int, str | None] | None:
         try:
             row = source.render(i, 0)
             return min(row["size"]), row.get("caption")
-        except BAD as e:
+        except UNUSABLE as e:
             source.note_bad(source.name(i), str(e))
 
     n = len(source)
@@ -279,7 +279,7 @@ def check_files(source: Pictures, R: int, most: int) -> None:
 
 def open_for_check(where: str, R: int) -> Source:
     """The source of images at this place, with captions or classes if it has them, whatever is broken."""
-    what, root, semantics = kind(where), Path(where).expanduser(), "text"
+    what, root, semantics = source_type(where), Path(where).expanduser(), "text"
     if what == "latents":
         raise UserError(f"{where!r} holds no image files; python latents.py check shows it")
     if what == "folder":
@@ -289,12 +289,12 @@ def open_for_check(where: str, R: int) -> Source:
         nested = any("/" in name for name in images)
         semantics = "text" if captioned else "class" if nested else "none"
     model = ModelConfig(semantics=semantics, resolution=R)
-    return SOURCES[what].open(Config(data=where, max_bad=1.0, augment="+".join(CONTROLS), model=model), "train")
+    return SOURCES[what].open(Config(data=where, max_bad_fraction=1.0, augment="+".join(CONTROLS), model=model), "train")
 
 
 def main(argv: list[str]) -> None:
     o = parse(argv, Options())
-    check(o.check, o.resolution, o.most)
+    check(o.check, o.resolution, o.limit)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 python ema.py --out=out/shapes --std=0.08            writes out/shapes/weights-ema0.08.safetensors
 
-A run with --snapshots=N keeps averages of WIDTHS and writes them N times into <out>/snapshots, each a weights file of
+A run with --ema_snapshots=N keeps averages of WIDTHS and writes them N times into <out>/snapshots, each a weights file of
 its own. [EDM2] sec. 3.2: an average of another width is nearly a weighted sum of them.
 Dimensions: S snapshots; an average has the shapes of the weights.
 """
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from config import UserError, parse, run
-from runtime import checkpoint
+from runtime import checkpoint, log
 
 WIDTHS = (0.05, 0.10)                   # of the averages in snapshots, [EDM2] sec. 3.2
 NAME = re.compile(r"step-(\d{8,})-ema(0\.\d+)\.safetensors")
-TINY = 1e-13                            # singular values below this share of the largest do not count
-ROUGH = 0.1                             # error of a reconstructed profile above which the command warns
+PINV_RTOL = 1e-13                            # singular values below this share of the largest do not count
+WARN_ERROR = 0.1                             # error of a reconstructed profile above which the command warns
 
 
 def std_to_gamma(std: float) -> float:
@@ -56,7 +56,7 @@ class PowerEMA:
 
 # ---------------------------------------------------------------- snapshots, during a run
 
-def averages(net: nn.Module, std: float, snapshots: int) -> dict[float, PowerEMA]:
+def make_emas(net: nn.Module, std: float, snapshots: int) -> dict[float, PowerEMA]:
     """The averages that a run keeps, by width: its own first, and WIDTHS as well if it takes snapshots."""
     return {width: PowerEMA(net, width) for width in dict.fromkeys((std, *(WIDTHS if snapshots else ())))}
 
@@ -67,7 +67,7 @@ def update(kept: dict[float, PowerEMA], net: nn.Module, step: int) -> None:
         average.update(net, step)
 
 
-def due(step: int, steps: int, snapshots: int) -> bool:
+def snapshot_due(step: int, steps: int, snapshots: int) -> bool:
     """Whether a snapshot follows `step` = 1, 2, ...: they spread evenly over the run, the last at its end."""
     return step * snapshots // steps > (step - 1) * snapshots // steps
 
@@ -78,17 +78,17 @@ def take_snapshot(out: Path, step: int, kept: dict[float, PowerEMA], about: dict
         path = out / "snapshots" / f"step-{step:08d}-ema{std:g}.safetensors"
         if path.exists():
             continue
-        with checkpoint.tolerate(str(path)):
+        with log.warn_on_disk_error(str(path)):
             path.parent.mkdir(exist_ok=True)
             header = {**about, "step": str(step), "ema": f"{std:g}"}
             checkpoint.write_weights(path, kept[std].net.state_dict(), header)
 
 
-def rewind(out: Path, step: int) -> None:
+def drop_after(out: Path, step: int) -> None:
     """Delete snapshots newer than the checkpoint from which a run resumes, and unfinished files of a killed run."""
     for path in (out / "snapshots").glob("*"):
         name = NAME.fullmatch(path.name)
-        if path.name.startswith(checkpoint.TEMPORARY) or name and int(name[1]) > step:
+        if path.name.startswith(log.TEMPORARY) or name and int(name[1]) > step:
             path.unlink()
 
 
@@ -102,16 +102,16 @@ class Snapshot:
     std: float
 
 
-def found(out: Path) -> list[Snapshot]:
+def find_snapshots(out: Path) -> list[Snapshot]:
     """The snapshots of a run, oldest first. UserError if there are none."""
     names = [NAME.fullmatch(path.name) for path in sorted((out / "snapshots").glob("*"))]
     kept = [Snapshot(out / "snapshots" / n[0], int(n[1]), float(n[2])) for n in names if n]
     if not kept:
-        raise UserError(f"no snapshots in {out / 'snapshots'}; train.py writes them with --snapshots=20")
+        raise UserError(f"no snapshots in {out / 'snapshots'}; train.py writes them with --ema_snapshots=20")
     return kept
 
 
-def inner(t_a: Tensor, gamma_a: Tensor, t_b: Tensor, gamma_b: Tensor) -> Tensor:
+def profile_inner_product(t_a: Tensor, gamma_a: Tensor, t_b: Tensor, gamma_b: Tensor) -> Tensor:
     """[EDM2] app. C: the integral of p_a p_b, p(t) = (gamma + 1) t^gamma / t_end^(gamma + 1) from 0 to t_end.
 
     (gamma_a + 1) (gamma_b + 1) / (gamma_a + gamma_b + 1) (t_a / t_b)^gamma_b / t_b for t_a <= t_b. Broadcasts."""
@@ -120,7 +120,7 @@ def inner(t_a: Tensor, gamma_a: Tensor, t_b: Tensor, gamma_b: Tensor) -> Tensor:
     return (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) * (early / late) ** gamma / late
 
 
-def coefficients(snapshots: list[Snapshot], std: float) -> tuple[Tensor, float]:
+def solve_coefficients(snapshots: list[Snapshot], std: float) -> tuple[Tensor, float]:
     """[EDM2] app. C: x (S,) such that sum_s x_s p_s is closest to the profile of width `std` at the last snapshot.
 
     Least squares in float64 among those x with sum 1, which keep constant weights. Also |sum_s x_s p_s - p| / |p|: the
@@ -129,18 +129,18 @@ def coefficients(snapshots: list[Snapshot], std: float) -> tuple[Tensor, float]:
     gamma_r = torch.tensor(std_to_gamma(std), dtype=torch.float64)
     if len({s.step for s in snapshots}) < 2:
         raise UserError(f"one snapshot, {snapshots[0].path.name}, is too few for another width, which needs two or "
-                        "more; train.py writes as many as --snapshots says")
+                        "more; train.py writes as many as --ema_snapshots says")
     last = max(s.step for s in snapshots)
     t = torch.tensor([s.step / last for s in snapshots], dtype=torch.float64)               # (S,)
     gamma = torch.tensor([std_to_gamma(s.std) for s in snapshots], dtype=torch.float64)
 
-    norm = inner(t, gamma, t, gamma).sqrt()                 # profiles of unit length: early ones are very short
-    A = inner(t[:, None], gamma[:, None], t, gamma) / norm[:, None] / norm                  # (S, S)
-    b = inner(t, gamma, torch.ones_like(t), gamma_r) / norm
-    best, rise = (torch.linalg.pinv(A, rtol=TINY, hermitian=True) @ torch.stack([b, 1 / norm], 1)).unbind(1)
+    norm = profile_inner_product(t, gamma, t, gamma).sqrt()         # profiles of unit length: early ones are very short
+    A = profile_inner_product(t[:, None], gamma[:, None], t, gamma) / norm[:, None] / norm                  # (S, S)
+    b = profile_inner_product(t, gamma, torch.ones_like(t), gamma_r) / norm
+    best, rise = (torch.linalg.pinv(A, rtol=PINV_RTOL, hermitian=True) @ torch.stack([b, 1 / norm], 1)).unbind(1)
     y = best + rise * (1 - (best / norm).sum()) / (rise / norm).sum()
     one = torch.ones((), dtype=torch.float64)
-    whole = inner(one, gamma_r, one, gamma_r)
+    whole = profile_inner_product(one, gamma_r, one, gamma_r)
     error = (whole - 2 * (y @ b) + y @ A @ y).clamp_min(0) / whole
     return y / norm, error.sqrt().item()
 
@@ -150,7 +150,7 @@ def posthoc(snapshots: list[Snapshot], std: float) -> dict[str, Tensor]:
 
     Summed in float64, with one file in memory at a time. UserError as for `coefficients`, and for a file that is
     damaged, renamed or of another model."""
-    x, _ = coefficients(snapshots, std)
+    x, _ = solve_coefficients(snapshots, std)
     total: dict[str, Tensor] = {}
     for share, s in zip(x.tolist(), snapshots):
         tensors, header = checkpoint.read_weights(s.path)
@@ -179,7 +179,7 @@ class Options:
 def main(argv: list[str]) -> None:
     o = parse(argv, Options())
     std_to_gamma(o.std)
-    out, every = Path(o.out), found(Path(o.out))
+    out, every = Path(o.out), find_snapshots(Path(o.out))
     steps = sorted({s.step for s in every})
     if o.step and o.step not in steps:
         raise UserError(f"--step={o.step} has no snapshot; there are {', '.join(map(str, steps))}")
@@ -187,15 +187,15 @@ def main(argv: list[str]) -> None:
     if Path(name).name != name or name == "weights":
         raise UserError(f"--name={name!r} must name a new file in {out}: no folders, and not 'weights'")
     used = [s for s in every if s.step <= (o.step or steps[-1])]
-    _, error = coefficients(used, o.std)
+    _, error = solve_coefficients(used, o.std)
     tensors, header = posthoc(used, o.std), checkpoint.read_header(used[-1].path)
     path = out / f"{name}.safetensors"
     header.pop("sha256")                                    # that of the snapshot
     checkpoint.write_weights(path, tensors, {**header, "ema": f"{o.std:g}"})
     print(f"average of width {o.std:g} at step {used[-1].step:,} from {len(used)} snapshots, its profile met to "
           f"{100 * error:.2g} %: {path}")
-    if error > ROUGH:
-        checkpoint.say(f"note: that is rough; more snapshots would meet it better, or a width nearer to those kept "
+    if error > WARN_ERROR:
+        log.info(f"note: that is rough; more snapshots would meet it better, or a width nearer to those kept "
                        f"({', '.join(f'{w:g}' for w in sorted({s.std for s in used}))})")
 
 

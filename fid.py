@@ -1,8 +1,8 @@
 """Evaluation: FID, KID and Inception Score of images in a folder or an npz, of a run, or during training.
 
-python fid.py ref --images=data/train --square=256 --to=ref.npz         statistics of real images, once
+python fid.py ref --images=data/train --center_crop=256 --save=ref.npz         statistics of real images, once
 python fid.py fid --images=samples.npz --ref=ref.npz                    or a folder of PNG files
-python fid.py fid --out=out/imagenet --ref=ref.npz --n=50000 --lam=1.5  generated as by sample.py, never on the disk
+python fid.py fid --out=out/imagenet --ref=ref.npz --n=50000 --guidance=1.5  generated as by sample.py, never on the disk
 torchrun --nproc_per_node=8 -- fid.py fid --out=out/imagenet --ref=ref.npz --metrics=fid+kid+is
 python fid.py clip --images=samples.npz --prompts=prompts.txt           CLIPScore
 python fid.py lpips --out=out/imagenet --n=100                          how much images differ by size alone
@@ -35,8 +35,8 @@ import sample
 from conditioning import Condition
 from config import Config, UserError, parse, run
 from latents import decoder_of
-from runtime import checkpoint, distributed, log
-from sources.folders import Folder, Stack, open_pictures
+from runtime import distributed, log
+from sources.folders import ArrayImages, FolderImages, open_images
 
 ENOUGH = 10_000                         # images below which the bias of FID matters
 BLOCK = 1024                            # rows of KID's kernel matrix in memory
@@ -73,9 +73,9 @@ class FeatureStats:
         self.sum += f.sum(0)
         self.outer.addmm_(f.T, f)
 
-    def all_reduce(self, place: distributed.Place) -> None:
+    def all_reduce(self, dist: distributed.Dist) -> None:
         """Add up over the processes, once, at the end; a process may have seen no images."""
-        self.count, self.sum, self.outer = (distributed.add_up(x, place) for x in (self.count, self.sum, self.outer))
+        self.count, self.sum, self.outer = (distributed.all_reduce_sum(x, dist) for x in (self.count, self.sum, self.outer))
 
     @property
     def n(self) -> int:
@@ -160,22 +160,22 @@ def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
 # ---------------------------------------------------------------- means of the other metrics
 
 @dataclass(frozen=True)
-class Mean:
+class MeanWithError:
     """A mean over n values, with its standard error: their standard deviation over the square root of n."""
     value: float
     error: float
     n: int
 
 
-def mean_over(values: list[float], place: distributed.Place) -> Mean:
+def mean_over(values: list[float], dist: distributed.Dist) -> MeanWithError:
     """The mean over the values of all processes, any number each. UserError for fewer than two."""
-    x, device = torch.tensor(values, dtype=torch.float64), _exact(place.device)
+    x, device = torch.tensor(values, dtype=torch.float64), _exact(dist.device)
     sums = torch.tensor([x.sum().item(), len(x)], dtype=torch.float64, device=device)
-    total, n = distributed.add_up(sums, place).tolist()
+    total, n = distributed.all_reduce_sum(sums, dist).tolist()
     if n < 2:
         raise UserError(f"a mean with a standard error needs at least 2 images or prompts, got {n:g}")
-    squares = distributed.add_up((x - total / n).square().sum().to(device), place).item()
-    return Mean(total / n, math.sqrt(squares / (n - 1) / n), int(n))
+    squares = distributed.all_reduce_sum((x - total / n).square().sum().to(device), dist).item()
+    return MeanWithError(total / n, math.sqrt(squares / (n - 1) / n), int(n))
 
 
 def mean_pair_distance(features: list[Tensor]) -> Tensor:
@@ -206,14 +206,14 @@ def write_reference(path: Path, stats: FeatureStats, extract: Any, source: str, 
     content, more = io.BytesIO(), {} if rows is None else {"rows": rows.cpu().numpy()}
     np.savez(content, mu=stats.mean.cpu().numpy(), sigma=stats.cov.cpu().numpy(), n=stats.n, features=extract.name,
              weights_sha256=extract.sha256, resize=extract.resize, data=source, version=FORMAT, **more)
-    checkpoint.write_bytes(path, content.getvalue())
+    log.write_bytes(path, content.getvalue())
 
 
 def read_reference(path: str, extract: Any) -> Reference:
     """Load an .npz of ours, of pytorch-fid, [ADM], [EDM] or clean-fid, and unpickle nothing.
 
     UserError for a missing or damaged file, and for one that states other features than those of `extract`."""
-    make = f"make one with: python fid.py ref --images=FOLDER --to=FILE.npz --resize={extract.resize}"
+    make = f"make one with: python fid.py ref --images=FOLDER --save=FILE.npz --resize={extract.resize}"
     if not path:
         raise UserError(f"FID and KID need --ref=FILE.npz, the statistics of real images; {make}")
     try:
@@ -254,18 +254,18 @@ class Failed(UserError):
 
 
 def collect(pictures: Callable, n: int, batch: int, extract: Any, metrics: set[str],
-            place: distributed.Place) -> tuple[FeatureStats, dict[str, Tensor]]:
+            dist: distributed.Dist) -> tuple[FeatureStats, dict[str, Tensor]]:
     """Statistics of images 0 .. n - 1, and {"kid": features (n, D), "is": logits (n, K)} as `metrics` need them.
 
     The processes share the batches and all return the same. pictures(indices) returns uint8 (B, 3, H, W); `workers`
     is its number of threads, `broken` its count of images that were not finite. extract(images) returns features and
     logits; it has `dim` and `classes`. Every image counts once. Failed if one was not finite or all are uniform."""
-    stats = FeatureStats(extract.dim, place.device)
+    stats = FeatureStats(extract.dim, dist.device)
     widths = {"kid": extract.dim, "is": extract.classes}
-    rows = {key: torch.zeros(n, width, device=place.device) for key, width in widths.items() if key in metrics}
-    batches = [np.arange(b, min(b + batch, n)) for b in range(0, n, batch)][place.rank::place.world]
+    rows = {key: torch.zeros(n, width, device=dist.device) for key, width in widths.items() if key in metrics}
+    batches = [np.arange(b, min(b + batch, n)) for b in range(0, n, batch)][dist.rank::dist.world]
     images, blank = data.prefetch(pictures, ((indices,) for indices in batches), pictures.workers), 0
-    for indices, x in zip(batches, tqdm(images, total=len(batches), unit="batch", disable=place.rank > 0 or None)):
+    for indices, x in zip(batches, tqdm(images, total=len(batches), unit="batch", disable=dist.rank > 0 or None)):
         features, logits = extract(x)
         stats.update(features)
         for key, found in rows.items():
@@ -273,18 +273,18 @@ def collect(pictures: Callable, n: int, batch: int, extract: Any, metrics: set[s
         flat = x.flatten(1)
         blank += int((flat.amax(1) == flat.amin(1)).sum())
 
-    stats.all_reduce(place)
-    rows = {key: distributed.add_up(found, place) for key, found in rows.items()}   # a row is zero on all processes but one
-    counts = torch.tensor([float(blank), float(pictures.broken)], device=place.device)
-    blank, broken = map(int, distributed.add_up(counts, place).tolist())
+    stats.all_reduce(dist)
+    rows = {key: distributed.all_reduce_sum(found, dist) for key, found in rows.items()}   # a row is zero on all processes but one
+    counts = torch.tensor([float(blank), float(pictures.broken)], device=dist.device)
+    blank, broken = map(int, distributed.all_reduce_sum(counts, dist).tolist())
     if stats.n != n:
         raise RuntimeError(f"counted {stats.n} images instead of {n}")
     if broken:
         raise Failed(f"{broken} of {n} images are not finite")
     if blank == n:
         raise Failed(f"all {n} images are uniform; the sampler has failed")
-    if blank and place.rank == 0:
-        checkpoint.say(f"warning: {blank} of {n} images are uniform.")
+    if blank and dist.rank == 0:
+        log.info(f"warning: {blank} of {n} images are uniform.")
     return stats, rows
 
 
@@ -296,7 +296,7 @@ METRICS = {
 }
 
 
-def wanted(metrics: str, n: int, reference: Reference | None) -> list[str]:
+def check_metrics(metrics: str, n: int, reference: Reference | None) -> list[str]:
     """The names in `metrics`, joined with +. UserError for an unknown one, too few images, a reference without rows."""
     names = metrics.split("+")
     if unknown := [name for name in names if name not in METRICS]:
@@ -309,7 +309,7 @@ def wanted(metrics: str, n: int, reference: Reference | None) -> list[str]:
 
 
 def evaluate(pictures: Callable, n: int, batch: int, extract: Any, reference: Reference | None, metrics: str,
-             place: distributed.Place) -> dict[str, dict]:
+             dist: distributed.Dist) -> dict[str, dict]:
     """{name: {value, se}} of n images on rank 0, {} elsewhere, with warnings. Arguments as for `collect`.
 
     A name is fid50k/inception-2015-12-05/tf1: only equal names are comparable. se is the standard error, None for FID,
@@ -317,14 +317,14 @@ def evaluate(pictures: Callable, n: int, batch: int, extract: Any, reference: Re
     from evaluation import inception
     if (extract.name, extract.sha256) != (inception.NAME, inception.SHA256):
         raise ValueError(f"{extract.name} is not the network of FID, KID and IS; name the metric after its own")
-    names = wanted(metrics, n, reference)
-    stats, rows = collect(pictures, n, batch, extract, set(names), place)
-    if place.rank > 0:
+    names = check_metrics(metrics, n, reference)
+    stats, rows = collect(pictures, n, batch, extract, set(names), dist)
+    if dist.rank > 0:
         return {}
     if reference and not reference.origin["reference_labelled"]:
-        checkpoint.say("note: the reference is unlabelled; assuming these features and resize 'tf1'.")
+        log.info("note: the reference is unlabelled; assuming these features and resize 'tf1'.")
     if n < ENOUGH and "fid" in names:
-        checkpoint.say(f"warning: FID of {n:,} images is biased upwards; compare it at the same N only, or use "
+        log.info(f"warning: FID of {n:,} images is biased upwards; compare it at the same N only, or use "
                        f"--metrics=kid, which has no bias.")
     ending = f"{f'{n // 1000}k' if n % 1000 == 0 else n}/{extract.name}/{extract.resize}"
     values = {name + ending: METRICS[name](stats, rows, reference) for name in names}
@@ -333,18 +333,18 @@ def evaluate(pictures: Callable, n: int, batch: int, extract: Any, reference: Re
 
 # ---------------------------------------------------------------- images of a run
 
-class Drawn:
+class GeneratedImages:
     """Images of a network by number, equal to those of sample.py with the same options, for any number of processes.
 
     strict: raise a UserError for an image that is not finite; otherwise count it in `broken`."""
     workers = 0
 
     def __init__(self, o: sample.Options, net: nn.Module | None, cfg: Config, header: dict[str, str],
-                 place: distributed.Place, strict: bool = True) -> None:
-        self.o, self.net, self.cfg, self.header, self.device = o, net, cfg, header, place.device
+                 dist: distributed.Dist, strict: bool = True) -> None:
+        self.o, self.net, self.cfg, self.header, self.device = o, net, cfg, header, dist.device
         self.strict, self.broken = strict, 0
-        self.wishes = sample.Wishes(o, cfg, header)
-        self.decode, self.scale = decoder_of(header, o.autoencoder, cfg.model.channels, place.device)
+        self.wishes = sample.SampleConditions(o, cfg, header)
+        self.decode, self.scale = decoder_of(header, o.autoencoder, cfg.model.channels, dist.device)
 
     def __call__(self, indices: np.ndarray) -> Tensor:
         """Images number `indices` (B,), uint8 (B, 3, H, W). Only the last batch may be short."""
@@ -359,26 +359,26 @@ class Drawn:
 
     def generate(self, indices: np.ndarray, cond: Condition) -> Tensor:
         """Decoded images number `indices` under `cond`, (B, 3, H, W) about [-1, 1]."""
-        return self.decode(sample.draw(self.net, self.cfg, cond, indices, self.o, self.device))
+        return self.decode(sample.generate(self.net, self.cfg, cond, indices, self.o, self.device))
 
 
-def load_images(o: sample.Options, place: distributed.Place) -> Drawn:
+def load_images(o: sample.Options, dist: distributed.Dist) -> GeneratedImages:
     """The images of the run o.out. UserError for options that do not fit it."""
     net, cfg, header = sample.open_run(o)
-    net.dtype = distributed.precision(place.device, o.dtype)
-    return Drawn(sample.check(o, cfg), net.to(place.device), cfg, header, place)
+    net.dtype = distributed.compute_dtype(dist.device, o.dtype)
+    return GeneratedImages(sample.check(o, cfg), net.to(dist.device), cfg, header, dist)
 
 
-def size_groups(o: sample.Options, sizes: tuple[int, ...], place: distributed.Place) -> Iterator[Tensor]:
+def size_groups(o: sample.Options, sizes: tuple[int, ...], dist: distributed.Dist) -> Iterator[Tensor]:
     """[COND] sec. 3.1: for each of o.n prompts an image at every requested size, all else equal. uint8 (P, K, 3, H, W)
 
     The processes share the prompts; an image depends on the number of its prompt and on its size alone."""
-    drawn, K = load_images(o, place), len(sizes)
+    drawn, K = load_images(o, dist), len(sizes)
     if "size" not in model.control_names(drawn.cfg.model) or o.size:
         raise UserError(f"images at several sizes need a model with size among its controls, and no --size of their "
                         f"own; {o.out} has model.controls={drawn.cfg.model.controls!r}, size={o.size!r}")
     per = max(1, o.batch // K)
-    for first in range(place.rank * per, o.n, place.world * per):
+    for first in range(dist.rank * per, o.n, dist.world * per):
         index = np.repeat(np.arange(first, min(first + per, o.n)), K)                   # (P K,)
         size = torch.tensor(sizes, dtype=torch.float32)[:, None].expand(K, 2).repeat(len(index) // K, 1)
         x = drawn.generate(index, replace(drawn.wishes(index)[0], size=size))
@@ -393,42 +393,42 @@ class Options(sample.Options):
     metrics: str = "fid"            # joined with +: fid, kid, is
     n: int = 0                      # images; 0 = all of --images, 50,000 of a run
     resize: str = "tf1"             # to the network's 299 pixels: tf1, as papers do, or clean, antialiased
-    square: int = 0                 # --images: crop to centred squares, resized to this side; 0 = as they are
+    center_crop: int = 0            # --images: crop to centred squares, resized to this side; 0 = as they are
     inception: str = ""             # weights file; empty = $INCEPTION_WEIGHTS, the cache, or the network
-    arr0: str = ""                  # also write the run's images into this .npz, for the evaluator of ADM
+    save_npz: str = ""              # also write the run's images into this .npz, for the evaluator of ADM
 
 
-def run_pictures(o: Options, place: distributed.Place) -> tuple[Callable, dict]:
+def run_pictures(o: Options, dist: distributed.Dist) -> tuple[Callable, dict]:
     """The images of the run o.out, and their origin for the last line. UserError for options that do not fit it."""
-    drawn = load_images(o, place)
+    drawn = load_images(o, dist)
     o, cfg, header = drawn.o, drawn.cfg, drawn.header
     captions = "captions of " + ("the test split" if cfg.data == "shapes" else cfg.data)
     default = {"class": "all classes in turn", "none": "nothing", "text": captions}[cfg.model.semantics]
-    same = ("sampler", "steps", "eta", "beta", "interval", "seed", "size", "crop", "flip")
-    about = {"samples": o.weights or (Path(o.out) / o.file).as_posix(), "weights_sha256": header["sha256"],
+    same = ("sampler", "steps", "eta", "guidance", "control_guidance", "guidance_interval", "seed", "size", "crop",
+            "flip")
+    about = {"samples": o.pretrained or (Path(o.out) / o.ema_file).as_posix(), "weights_sha256": header["sha256"],
              "train_step": int(header["step"]), "ema": float(header["ema"]) if "ema" in header else None,
-             **{key: getattr(o, key) for key in same}, "lambda": o.lam,
-             "spacing": o.spacing or sample.SPACING[o.sampler], "dtype": str(drawn.net.dtype)[6:],
-             "resolution": [drawn.scale * s for s in sample.side(o, cfg)],
+             **{key: getattr(o, key) for key in same}, "spacing": o.spacing or sample.SPACING[o.sampler], "dtype": str(drawn.net.dtype)[6:],
+             "resolution": [drawn.scale * s for s in sample.image_size(o, cfg)],
              "asked": o.prompt or o.prompts or o.label or default, "prompts_sha256": drawn.wishes.prompts_sha256}
-    return (export(drawn, about, place) if o.arr0 else drawn), about
+    return (export(drawn, about, dist) if o.save_npz else drawn), about
 
 
-def export(drawn: Drawn, about: dict, place: distributed.Place) -> Stack:
-    """Generate into the .npz o.arr0, resuming after a stop as sample.py does, and read the images from there."""
-    o, path = drawn.o, npz_path("arr0", drawn.o.arr0)
+def export(drawn: GeneratedImages, about: dict, dist: distributed.Dist) -> ArrayImages:
+    """Generate into the .npz o.save_npz, resuming after a stop as sample.py does, and read the images from there."""
+    o, path = drawn.o, npz_path("save_npz", drawn.o.save_npz)
     key = hashlib.sha256(json.dumps(about | {"n": o.n, "batch": o.batch}).encode()).hexdigest()[:8]
     part = path.with_name(f"{path.stem}-{key}.part")        # unfinished images of exactly these options
     decoder = drawn.decode, drawn.scale
-    run = sample.Run(o, drawn.net, drawn.cfg, {}, drawn.wishes, decoder, place.device)
-    images = sample.draw_all(run, place, part)
-    if place.rank == 0:
+    run = sample.Run(o, drawn.net, drawn.cfg, {}, drawn.wishes, decoder, dist.device)
+    images = sample.generate_all(run, dist, part)
+    if dist.rank == 0:
         sample.write_npz(path, images)
     del images
-    distributed.agree(0, place)                                 # the .npz is complete and no process reads the part
-    if place.rank == 0:
-        sample.discard(part)
-    return Stack(path)
+    distributed.broadcast_from_rank0(0, dist)                       # the .npz is complete and no process reads the part
+    if dist.rank == 0:
+        sample.remove_partial(part)
+    return ArrayImages(path)
 
 
 class Monitor:
@@ -437,26 +437,26 @@ class Monitor:
     Make it in all processes before the first step, so that missing weights or references stop the run there, and call
     it in all. about: the header of weights.safetensors, with classes and controls. A measurement that fails is logged,
     and training continues."""
-    def __init__(self, o: Options, cfg: Config, about: dict[str, str], place: distributed.Place) -> None:
-        self.o, self.place = sample.check(o, cfg), place
-        self.extract, self.reference = load_metrics(o, place)
-        wanted(o.metrics, o.n, self.reference)
-        self.images = Drawn(self.o, None, cfg, about, place, strict=False)
+    def __init__(self, o: Options, cfg: Config, about: dict[str, str], dist: distributed.Dist) -> None:
+        self.o, self.dist = sample.check(o, cfg), dist
+        self.extract, self.reference = load_metrics(o, dist)
+        check_metrics(o.metrics, o.n, self.reference)
+        self.images = GeneratedImages(self.o, None, cfg, about, dist, strict=False)
 
     def __call__(self, net: nn.Module, step: int) -> dict[str, dict]:
         """The values of `net` at `step`, on rank 0; {} elsewhere."""
         began, values, failed, o = time.monotonic(), {}, {}, self.o
         self.images.net, self.images.broken = net, 0
         try:
-            values = evaluate(self.images, o.n, o.batch, self.extract, self.reference, o.metrics, self.place)
+            values = evaluate(self.images, o.n, o.batch, self.extract, self.reference, o.metrics, self.dist)
         except Failed as e:
             failed = {"evaluation_failed": str(e)}
-            if self.place.rank == 0:
-                checkpoint.say(f"warning: no metric at step {step:,}: {e}. Training continues.")
-        if self.place.rank == 0:
+            if self.dist.rank == 0:
+                log.info(f"warning: no metric at step {step:,}: {e}. Training continues.")
+        if self.dist.rank == 0:
             line = {"step": step, **{name: v["value"] for name, v in values.items()}, **failed,
                     "evaluation_s": time.monotonic() - began}
-            with checkpoint.tolerate("a line of log.jsonl"):
+            with log.warn_on_disk_error("a line of log.jsonl"):
                 log.append(Path(o.out), line)
         return values
 
@@ -471,16 +471,16 @@ def npz_path(key: str, text: str) -> Path:
     return path
 
 
-def load_metrics(o: Options, place: distributed.Place) -> tuple[Any, Reference | None]:
+def load_metrics(o: Options, dist: distributed.Dist) -> tuple[Any, Reference | None]:
     """The feature network and the reference that o.metrics need; the Inception Score needs no reference."""
     from evaluation import inception
-    extract = inception.Extractor(o.inception, o.resize, place)
+    extract = inception.Extractor(o.inception, o.resize, dist)
     return extract, read_reference(o.ref, extract) if set(o.metrics.split("+")) - {"is"} else None
 
 
-def first_pictures(path: str, n: int, square: int) -> tuple[Folder | Stack, int]:
+def first_pictures(path: str, n: int, square: int) -> tuple[FolderImages | ArrayImages, int]:
     """The images at `path` and how many to use: n, or all for n = 0. UserError if it has fewer."""
-    pictures = open_pictures(path, square)
+    pictures = open_images(path, square)
     if n > len(pictures):
         raise UserError(f"n={n} images were requested, but {path} has {len(pictures)}")
     return pictures, n or len(pictures)
@@ -488,9 +488,9 @@ def first_pictures(path: str, n: int, square: int) -> tuple[Folder | Stack, int]
 
 def check_use(o: Options) -> None:
     """UserError for options that have no effect together."""
-    lost = [key for key in ("arr0", "file", "weights") if o.images and getattr(o, key) != getattr(Options, key)]
-    if o.square and not o.images:
-        lost = ["square"]
+    lost = [key for key in ("save_npz", "ema_file", "pretrained") if o.images and getattr(o, key) != getattr(Options, key)]
+    if o.center_crop and not o.images:
+        lost = ["center_crop"]
     if lost:
         raise UserError(f"--{lost[0]}={getattr(o, lost[0])} has no effect {'with' if o.images else 'without'} --images")
 
@@ -499,27 +499,27 @@ def main_fid(argv: list[str]) -> None:
     """FID, KID and Inception Score of a folder, an npz or a run."""
     o = parse(argv, Options())
     check_use(o)
-    place = distributed.setup(o.threads)
-    extract, reference = load_metrics(o, place)
+    dist = distributed.setup(o.threads)
+    extract, reference = load_metrics(o, dist)
     if o.images:
-        (pictures, n), about = first_pictures(o.images, o.n, o.square), {"samples": o.images}
-        if pictures.jpegs and place.rank == 0:
-            checkpoint.say(f"warning: {pictures.jpegs} images are JPEG files, which changes FID; save PNG or npz.")
+        (pictures, n), about = first_pictures(o.images, o.n, o.center_crop), {"samples": o.images}
+        if pictures.jpegs and dist.rank == 0:
+            log.info(f"warning: {pictures.jpegs} images are JPEG files, which changes FID; save PNG or npz.")
     else:
         n = o.n or 50_000
-        wanted(o.metrics, n, reference)                     # before anything is generated
-        pictures, about = run_pictures(replace(o, n=n), place)
+        check_metrics(o.metrics, n, reference)                     # before anything is generated
+        pictures, about = run_pictures(replace(o, n=n), dist)
 
     began = time.monotonic()
-    values = evaluate(pictures, n, o.batch, extract, reference, o.metrics, place)
+    values = evaluate(pictures, n, o.batch, extract, reference, o.metrics, dist)
     seconds = time.monotonic() - began
-    if place.rank > 0:
+    if dist.rank > 0:
         return
     for name, v in values.items():
         print(f"{name}  {v['value']:.6g}" + (f" +- {v['se']:.2g}" if v["se"] is not None else ""))
     print(json.dumps({"metrics": values, "n": n, **(reference.origin if reference else {}), **about,
                       "features": extract.name, "features_sha256": extract.sha256, "resize": o.resize,
-                      "precision": "float32", "torch": torch.__version__, "processes": place.world,
+                      "precision": "float32", "torch": torch.__version__, "processes": dist.world,
                       "seconds": round(seconds, 2), "images_per_second": n / seconds}))
 
 
@@ -527,8 +527,8 @@ def main_fid(argv: list[str]) -> None:
 class RefOptions:
     """The real images, and the file for their statistics."""
     images: str = ""                # folder, .npz (arr_0) or .npy of uint8 images
-    to: str = ""                    # the .npz to write
-    square: int = 0                 # crop to centred squares, resized to the side of the samples; 0 = as they are
+    save: str = ""                  # the .npz to write
+    center_crop: int = 0            # crop to centred squares, resized to the side of the samples; 0 = as they are
     n: int = 0                      # the first n images; 0 = all
     kid: bool = False               # keep the features too, 8 kB an image, for --metrics=kid
     resize: str = "tf1"             # as in `fid.py fid`; the two must be equal
@@ -541,15 +541,15 @@ def main_ref(argv: list[str]) -> None:
     """Statistics of real images."""
     from evaluation import inception
     o = parse(argv, RefOptions())
-    place, path = distributed.setup(o.threads), npz_path("to", o.to)
+    dist, path = distributed.setup(o.threads), npz_path("save", o.save)
     if not o.images:
         raise UserError("ref wants --images=FOLDER, the real images")
-    pictures, n = first_pictures(o.images, o.n, o.square)
-    extract = inception.Extractor(o.inception, o.resize, place)
-    stats, rows = collect(pictures, n, o.batch, extract, {"kid"} if o.kid else set(), place)
-    if place.rank == 0:
+    pictures, n = first_pictures(o.images, o.n, o.center_crop)
+    extract = inception.Extractor(o.inception, o.resize, dist)
+    stats, rows = collect(pictures, n, o.batch, extract, {"kid"} if o.kid else set(), dist)
+    if dist.rank == 0:
         write_reference(path, stats, extract, o.images, rows.get("kid"))
-        print(json.dumps({"to": o.to, "n": n, "data": o.images, "square": o.square, "features": extract.name,
+        print(json.dumps({"save": o.save, "n": n, "data": o.images, "center_crop": o.center_crop, "features": extract.name,
                           "features_sha256": extract.sha256, "resize": o.resize}))
 
 
@@ -571,4 +571,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(main, cleanup=distributed.leave)
+    run(main, cleanup=distributed.cleanup)

@@ -32,7 +32,7 @@ from tqdm import tqdm
 import data
 from config import Config, ModelConfig, UserError, help_text, parse, run
 from runtime import checkpoint, distributed, log
-from runtime.optional import library
+from runtime.optional import optional_import
 from sources.cached_latents import (FORMAT, META, ORIGINALS, RECORD, RESULT, SCALINGS, Latents, content, file_names,
                                     header, is_latents, latent_scaling, latent_shape, pack, read_meta, shards)
 from text import make_encoder
@@ -46,7 +46,7 @@ BLOCK = 64                              # images summed up at a time
 
 def open_autoencoder(path: str, device: torch.device | str = "cpu") -> nn.Module:
     """The frozen fp32 autoencoder of a folder (or its vae/) or a hub name. UserError if it cannot be loaded."""
-    kind, folder = library("diffusers", "the autoencoder", part="AutoencoderKL"), Path(path).expanduser()
+    kind, folder = optional_import("diffusers", "the autoencoder", part="AutoencoderKL"), Path(path).expanduser()
     folder = folder / "vae" if (folder / "vae").is_dir() else folder
     try:
         vae = kind.from_pretrained(str(folder) if folder.is_dir() else path, torch_dtype=torch.float32,
@@ -114,7 +114,7 @@ def decoder_of(about: dict[str, str], path: str, channels: int, device: torch.de
     return partial(decode, meta=meta, vae=vae), downscale(vae)
 
 
-def write_panel(source: Latents, decoder: Callable, device: torch.device, path: Path) -> float:
+def write_reconstruction(source: Latents, decoder: Callable, device: torch.device, path: Path) -> float:
     """Write a page of the first images above their reconstructions, and return the rms difference of the two.
 
     Training reads the latents in the same way, so a wrong scaling or autoencoder shows here."""
@@ -129,8 +129,8 @@ def write_panel(source: Latents, decoder: Callable, device: torch.device, path: 
     png = io.BytesIO()
     data.grid(both, len(originals), ["data"] * len(originals) + ["decoded"] * len(originals)).save(png, "png")
     path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_bytes(path, png.getvalue())
-    checkpoint.say(f"reconstruction by the autoencoder: rms difference {rms:.3f} of a range of 2, see {path}")
+    log.write_bytes(path, png.getvalue())
+    log.info(f"reconstruction by the autoencoder: rms difference {rms:.3f} of a range of 2, see {path}")
     return rms
 
 
@@ -176,7 +176,7 @@ def open_images(o: Encode) -> data.Source:
                         "--encoder=clip:PATH with --semantics=text, or --encoder= for none")
     model = ModelConfig(semantics=o.semantics, resolution=o.resolution, channels=3)
     source = data.open_source(Config(data=o.data, augment="+".join(a for a in augment if a != "flip"), crop=o.crop,
-                                     seed=o.seed, max_bad=o.max_bad, model=model, encoder="clip:none"))
+                                     seed=o.seed, max_bad_fraction=o.max_bad, model=model, encoder="clip:none"))
     if not 0 <= o.count <= len(source):
         raise UserError(f"count={o.count}, but {o.data} has {len(source):,} images")
     return source
@@ -223,14 +223,14 @@ def start_or_resume(out: Path, meta: dict, source: data.Source) -> None:
                             "choose another --out or a smaller --count")
         pixels = data.records(source, (rows := range(min(SHOWN, meta["n"]))), [0] * len(rows))["image"]
         save(out / ORIGINALS, ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy())
-    checkpoint.write_text(out / META, json.dumps(meta, indent=1))
+    log.write_text(out / META, json.dumps(meta, indent=1))
 
 
 def save(path: Path, array: np.ndarray) -> None:
     """Write an array as an .npy file that appears whole or not at all."""
     file = io.BytesIO()
     np.save(file, array, allow_pickle=False)
-    checkpoint.write_bytes(path, file.getvalue())
+    log.write_bytes(path, file.getvalue())
 
 
 def write_shard(o: Encode, s: int, meta: dict, source: data.Source, vae: nn.Module, bar: tqdm) -> None:
@@ -259,7 +259,7 @@ def write_shard(o: Encode, s: int, meta: dict, source: data.Source, vae: nn.Modu
 
     out, names = Path(o.out), file_names(meta, s)
     if meta["captions"]:
-        checkpoint.write_bytes(out / names["captions"], bytes(captions))
+        log.write_bytes(out / names["captions"], bytes(captions))
     save(out / names["records"], rows)
     save(out / names["latents"], moments)
 
@@ -290,7 +290,7 @@ def write_statistics(out: Path, meta: dict) -> None:
     std = np.sqrt(square - mean ** 2)
     meta = meta | {"statistics": {"mean": mean.tolist(), "std": std.tolist()}, "sha256": digests}
     latent_scaling(meta)                                    # an error now rather than in training
-    checkpoint.write_text(out / META, json.dumps(meta, indent=1))
+    log.write_text(out / META, json.dumps(meta, indent=1))
 
 
 def digest(path: Path) -> str:
@@ -313,7 +313,7 @@ def encode(o: Encode) -> None:
                 start_or_resume(out, meta, source)
             except UserError as e:
                 error = e
-        if distributed.agree(-1 if error else 0, place) < 0:
+        if distributed.broadcast_from_rank0(-1 if error else 0, place) < 0:
             raise error or UserError("rank 0 cannot start; see its message")
         log.follow(source, out)
         parts, images = shards(meta), {key: value for key, value in meta.items() if key != "encoder"}
@@ -327,13 +327,13 @@ def encode(o: Encode) -> None:
                     bar.update(meta["variants"] * len(parts[s]))
                 if encoder:
                     write_tokens(out, s, meta, encoder)
-        distributed.add_up(torch.zeros(1, device=place.device), place).item()       # wait for every process
+        distributed.all_reduce_sum(torch.zeros(1, device=place.device), place).item()       # wait for every process
         if place.rank == 0:
             if not read_meta(out, finished=False).keys() >= set(RESULT):
                 write_statistics(out, meta)
             latents = Latents(out)
-            write_panel(latents, partial(decode, meta=latents.meta, vae=vae), place.device, out / "panel.png")
-            checkpoint.say(f"{len(latents):,} images in {out}; latents.py check --data={out} shows their statistics")
+            write_reconstruction(latents, partial(decode, meta=latents.meta, vae=vae), place.device, out / "panel.png")
+            log.info(f"{len(latents):,} images in {out}; latents.py check --data={out} shows their statistics")
 
 
 # ---------------------------------------------------------------- checking
@@ -358,7 +358,7 @@ def check(o: Check) -> None:
     rows |= {"tokens": sum(map(len, source.tokens))} if source.encoder else {}
     print("\n".join(f"{key:12} {value}" for key, value in rows.items()))
     decoder, _ = decoder_of({"latents": json.dumps(header(meta))}, o.autoencoder, meta["channels"], cpu)
-    write_panel(source, decoder, cpu, source.path / "panel.png")
+    write_reconstruction(source, decoder, cpu, source.path / "panel.png")
 
 
 def main(argv: list[str]) -> None:
@@ -373,4 +373,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(main, cleanup=distributed.leave)
+    run(main, cleanup=distributed.cleanup)

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 MLP_RATIO = 4                           # hidden width of a block's MLP over D, [DiT]
-PLAIN_ATTENTION = 1024                  # up to this many tokens a CPU's fused bf16 attention loses to plain products
-LAYOUT = {"shift": 2, "scale": 2, "rotate": 1, "gate": 2}       # rows of each part of a modulation, in halves of D
+MAX_TOKENS_EXPLICIT_ATTENTION = 1024       # up to this many tokens a CPU's fused bf16 attention loses to plain products
+MODULATION_PARTS = {"shift": 2, "scale": 2, "rotate": 1, "gate": 2}  # rows of each part of a modulation, in halves of D
 ADALN = ("shift", "scale", "gate")      # the parts of [DiT]
 
 
@@ -66,7 +66,7 @@ class RMSNorm(nn.Module):
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v for q (B, H, N, d), k and v (B, H, M, d) -> (B, N, H d)."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= PLAIN_ATTENTION:
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= MAX_TOKENS_EXPLICIT_ATTENTION:
         weight = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)                # (B, H, N, M)
         a = weight.softmax(dim=-1) @ v
     else:
@@ -91,7 +91,7 @@ class Attention(nn.Module):
         return self.proj(attention(*split_heads(self.qkv(x), 3, self.H)))
 
 
-class NormedAttention(Attention):
+class QKNormAttention(Attention):
     """Attention with RMSNorm on the q and k of every head, which [COND] needs wherever semantics are tokens."""
     def __init__(self, D: int, H: int) -> None:
         super().__init__(D, H)
@@ -123,7 +123,7 @@ class JointAttention(nn.Module):
         return (a, None) if self.last else (a[:, ctx.shape[1]:], a[:, :ctx.shape[1]])
 
 
-class DualAttention(nn.Module):
+class DualStreamAttention(nn.Module):
     """[SD3] fig. 2: attention over [context; image]; each has its own q, k, v, RMSNorm and projection.
 
     `last` as in JointAttention. x (B, N, D), ctx (B, L, D) -> (B, N, D), (B, L, D) or None"""
@@ -155,25 +155,25 @@ class DualAttention(nn.Module):
 
 def modulation(D: int, *groups: tuple[str, ...]) -> nn.Sequential:
     """[DiT] adaLN-Zero: one layer, zero at first, gives all parts of all groups; split_parts splits them."""
-    return nn.Sequential(nn.SiLU(), Linear(D, sum(rows(parts, D) for parts in groups)))
+    return nn.Sequential(nn.SiLU(), Linear(D, sum(modulation_width(parts, D) for parts in groups)))
 
 
-def ungated(parts: tuple[str, ...]) -> tuple[str, ...]:
+def input_parts(parts: tuple[str, ...]) -> tuple[str, ...]:
     """The parts that act before a sub-layer."""
     return tuple(part for part in parts if part != "gate")
 
 
-def rows(parts: tuple[str, ...], D: int) -> int:
+def modulation_width(parts: tuple[str, ...], D: int) -> int:
     """The width of these parts of a modulation together."""
-    return sum(LAYOUT[part] for part in parts) * D // 2
+    return sum(MODULATION_PARTS[part] for part in parts) * D // 2
 
 
-def split_parts(m: Tensor, *groups: tuple[str, ...]) -> list[dict[str, Tensor]]:
+def split_modulation(m: Tensor, *groups: tuple[str, ...]) -> list[dict[str, Tensor]]:
     """One dict a group that maps parts to their vectors in m (B, all rows): (B, 1, D) each, rotate (B, 1, D/2)."""
     named = [(k, part) for k, group in enumerate(groups) for part in group]
-    half = m.shape[-1] // sum(LAYOUT[part] for _, part in named)
+    half = m.shape[-1] // sum(MODULATION_PARTS[part] for _, part in named)
     found: list[dict[str, Tensor]] = [{} for _ in groups]
-    for (k, part), v in zip(named, m[:, None].split([half * LAYOUT[part] for _, part in named], dim=-1)):
+    for (k, part), v in zip(named, m[:, None].split([half * MODULATION_PARTS[part] for _, part in named], dim=-1)):
         found[k][part] = v
     return found
 
@@ -191,7 +191,7 @@ def rotate(x: Tensor, theta: Tensor) -> Tensor:
     return turned.flatten(-2).to(x.dtype)
 
 
-def steer(x: Tensor, m: dict[str, Tensor]) -> Tensor:
+def modulate(x: Tensor, m: dict[str, Tensor]) -> Tensor:
     """[MAG] eqs. 4, 6: R(rotate) (x (1 + scale) + shift), with those parts that m has. (B, N, D)"""
     if "scale" in m and "shift" in m:
         x = torch.addcmul(m["shift"].to(x.dtype), x, (1 + m["scale"]).to(x.dtype))
@@ -202,7 +202,7 @@ def steer(x: Tensor, m: dict[str, Tensor]) -> Tensor:
     return rotate(x, m["rotate"]) if "rotate" in m else x
 
 
-def gated_sum(x: Tensor, m: dict[str, Tensor], branch: Tensor) -> Tensor:
+def gated_residual(x: Tensor, m: dict[str, Tensor], branch: Tensor) -> Tensor:
     """[DiT] adaLN-Zero: x + gate branch, where the gate starts at zero; without a gate x + branch. (B, N, D)"""
     return torch.addcmul(x, m["gate"].to(x.dtype), branch) if "gate" in m else x + branch
 
@@ -238,10 +238,10 @@ class FinalLayer(nn.Module):
     """[DiT] sec. 3.2: adaLN, then a linear layer to patches, zero at first. (B, h w, D) -> (B, C, h P, w P)"""
     def __init__(self, D: int, P: int, C: int, parts: tuple[str, ...] = ADALN) -> None:
         super().__init__()
-        self.P, self.parts = P, ungated(parts)
+        self.P, self.parts = P, input_parts(parts)
         self.linear = Linear(D, P * P * C)
         self.adaLN_modulation = modulation(D, self.parts)
 
     def forward(self, x: Tensor, c: Tensor, h: int, w: int) -> Tensor:
-        m, = split_parts(self.adaLN_modulation(c), self.parts)
-        return unpatchify(self.linear(steer(norm(x), m)), self.P, h, w)
+        m, = split_modulation(self.adaLN_modulation(c), self.parts)
+        return unpatchify(self.linear(modulate(norm(x), m)), self.P, h, w)

@@ -16,18 +16,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from conditioning import (CONTROLS, CONTROL_WEIGHTS, ClassContext, Condition, ControlEmbedding, LabelEmbedder,
-                          LearnedContext, MPControlEmbedding, MPTimestepEmbedder, TextContext, TimestepEmbedder,
+                          MPControlEmbedding, MPTimestepEmbedder, TextContext, TimestepEmbedder, UnconditionalContext,
                           interpolate_2d, sincos_2d)
 from config import Config, ModelConfig, UserError, from_json
-from layers import (ADALN, LAYOUT, MLP, MLP_RATIO, Attention, DualAttention, FinalLayer, JointAttention,
-                    NormedAttention, PatchEmbed, gated_sum, modulation, norm, split_parts, steer, ungated)
-from mp_layers import (BOTH, FULL, MPMLP, PRESERVE, RESIDUAL, MPAttention, MPFinalLayer, MPJointAttention,
-                       MPPatchEmbed, Modulation, identity, mp_gated_sum, mp_sum, normalize)
+from layers import (ADALN, MLP, MLP_RATIO, MODULATION_PARTS, Attention, DualStreamAttention, FinalLayer,
+                    JointAttention, PatchEmbed, QKNormAttention, gated_residual, input_parts, modulate, modulation,
+                    norm, split_modulation)
+from mp_layers import (EMBED_BALANCE, FULL, MPMLP, PRESERVE, RES_BALANCE, MPAttention, MPFinalLayer, MPJointAttention,
+                       MPPatchEmbed, Modulation, identity, mp_gated_residual, mp_sum, normalize)
 from runtime import checkpoint
 from schedule import PREDICTIONS, SCHEDULES, alpha_bar_table, to_sigma
 
 SEMANTICS = ("none", "class", "text")
-OPTIONS = ("preserve",)                 # fields of ModelConfig that an architecture takes only if its class lists them
+OPTIONS = ("mp",)                       # fields of ModelConfig that an architecture takes only if its class lists them
 POSITIONS = {                           # (h, w, D, base) -> (h w, D), base in patches a side
     "grid": lambda h, w, D, base: sincos_2d(h, w, D),
     "resample": sincos_2d,
@@ -37,7 +38,7 @@ POSITIONS = {                           # (h, w, D, base) -> (h w, D), base in p
 
 # ---------------------------------------------------------------- lists in a config
 
-def names(cfg: ModelConfig, key: str, known: tuple[str, ...]) -> tuple[str, ...]:
+def parse_list(cfg: ModelConfig, key: str, known: tuple[str, ...]) -> tuple[str, ...]:
     """The list in field `key` of a config ("crop+flip"), in the order of `known`. UserError for an unknown name."""
     listed = [name for name in getattr(cfg, key).split("+") if name]
     if unknown := [name for name in listed if name not in known]:
@@ -47,17 +48,17 @@ def names(cfg: ModelConfig, key: str, known: tuple[str, ...]) -> tuple[str, ...]
 
 def control_names(cfg: ModelConfig) -> tuple[str, ...]:
     """The controls of a config, in the order of CONTROLS."""
-    return names(cfg, "controls", tuple(CONTROLS))
+    return parse_list(cfg, "controls", tuple(CONTROLS))
 
 
 def modulation_parts(cfg: ModelConfig) -> tuple[str, ...]:
     """The parts by which time and class modulate a sub-layer, in the order of their weights."""
-    return names(cfg, "modulation", tuple(LAYOUT))
+    return parse_list(cfg, "modulation", tuple(MODULATION_PARTS))
 
 
-def preserved(cfg: ModelConfig) -> tuple[str, ...]:
+def mp_features(cfg: ModelConfig) -> tuple[str, ...]:
     """The magnitude-preserving changes of a network that has them: all of [MAG]'s unless the config lists some."""
-    return FULL if not cfg.preserve else () if cfg.preserve == "none" else names(cfg, "preserve", PRESERVE)
+    return FULL if not cfg.mp else () if cfg.mp == "none" else parse_list(cfg, "mp", PRESERVE)
 
 
 # ---------------------------------------------------------------- blocks
@@ -76,9 +77,9 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = modulation(D, *self.groups)
 
     def forward(self, x: Tensor, ctx: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        a, m = split_parts(self.adaLN_modulation(c), *self.groups)
-        x = gated_sum(x, a, self.attn(steer(norm(x), a)))
-        return gated_sum(x, m, self.mlp(steer(norm(x), m))), ctx
+        a, m = split_modulation(self.adaLN_modulation(c), *self.groups)
+        x = gated_residual(x, a, self.attn(modulate(norm(x), a)))
+        return gated_residual(x, m, self.mlp(modulate(norm(x), m))), ctx
 
 
 class MPDiTBlock(nn.Module):
@@ -86,7 +87,7 @@ class MPDiTBlock(nn.Module):
     def __init__(self, D: int, H: int, last: bool, parts: tuple[str, ...] = ADALN,
                  preserve: tuple[str, ...] = FULL) -> None:
         super().__init__()
-        self.norm, self.add = (identity, mp_gated_sum) if "stream" in preserve else (norm, gated_sum)
+        self.norm, self.add = (identity, mp_gated_residual) if "stream" in preserve else (norm, gated_residual)
         self.attn = MPAttention(D, H, preserve)
         self.mlp = MPMLP(D, MLP_RATIO * D, D, preserve)
         self.attn_modulation = Modulation(D, parts, preserve)
@@ -94,8 +95,8 @@ class MPDiTBlock(nn.Module):
 
     def forward(self, x: Tensor, ctx: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         a, m = self.attn_modulation(c), self.mlp_modulation(c)
-        x = self.add(x, a, self.attn(steer(self.norm(x), a)))
-        return self.add(x, m, self.mlp(steer(self.norm(x), m))), ctx
+        x = self.add(x, a, self.attn(modulate(self.norm(x), a)))
+        return self.add(x, m, self.mlp(modulate(self.norm(x), m))), ctx
 
 
 class DiTAttBlock(nn.Module):
@@ -105,17 +106,17 @@ class DiTAttBlock(nn.Module):
     def __init__(self, D: int, H: int, last: bool, parts: tuple[str, ...] = ADALN) -> None:
         super().__init__()
         self.last = last
-        self.groups = parts, parts, ungated(parts) if last else parts
-        self.attn = NormedAttention(D, H)
+        self.groups = parts, parts, input_parts(parts) if last else parts
+        self.attn = QKNormAttention(D, H)
         self.mlp = MLP(D)
         self.adaLN_modulation = modulation(D, *self.groups)
 
     def forward(self, x: Tensor, ctx: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        a, m, a_ctx = split_parts(self.adaLN_modulation(c), *self.groups)
-        tokens = self.attn(torch.cat([steer(norm(ctx), a_ctx), steer(norm(x), a)], 1))      # (B, L+N, D)
-        x = gated_sum(x, a, tokens[:, ctx.shape[1]:])
-        x = gated_sum(x, m, self.mlp(steer(norm(x), m)))
-        return x, ctx if self.last else gated_sum(ctx, a_ctx, tokens[:, :ctx.shape[1]])
+        a, m, a_ctx = split_modulation(self.adaLN_modulation(c), *self.groups)
+        tokens = self.attn(torch.cat([modulate(norm(ctx), a_ctx), modulate(norm(x), a)], 1))      # (B, L+N, D)
+        x = gated_residual(x, a, tokens[:, ctx.shape[1]:])
+        x = gated_residual(x, m, self.mlp(modulate(norm(x), m)))
+        return x, ctx if self.last else gated_residual(ctx, a_ctx, tokens[:, :ctx.shape[1]])
 
 
 class MMDiTBlock(nn.Module):
@@ -131,10 +132,10 @@ class MMDiTBlock(nn.Module):
         self.adaLN_modulation = modulation(D, *self.groups)
 
     def forward(self, x: Tensor, ctx: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        a, m = split_parts(self.adaLN_modulation(c), *self.groups)
-        out, out_ctx = self.attn(steer(norm(x), a), norm(ctx))
-        x = gated_sum(x, a, out)
-        x = gated_sum(x, m, self.mlp(steer(norm(x), m)))
+        a, m = split_modulation(self.adaLN_modulation(c), *self.groups)
+        out, out_ctx = self.attn(modulate(norm(x), a), norm(ctx))
+        x = gated_residual(x, a, out)
+        x = gated_residual(x, m, self.mlp(modulate(norm(x), m)))
         return x, ctx if self.last else ctx + out_ctx
 
 
@@ -153,10 +154,10 @@ class MPMMDiTBlock(nn.Module):
 
     def forward(self, x: Tensor, ctx: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         a, m = self.attn_modulation(c), self.mlp_modulation(c)
-        out, out_ctx = self.attn(steer(x, a), ctx)
-        x = mp_gated_sum(x, a, out)
-        x = mp_gated_sum(x, m, self.mlp(steer(x, m)))
-        return x, ctx if self.last else mp_sum(ctx, out_ctx, RESIDUAL)
+        out, out_ctx = self.attn(modulate(x, a), ctx)
+        x = mp_gated_residual(x, a, out)
+        x = mp_gated_residual(x, m, self.mlp(modulate(x, m)))
+        return x, ctx if self.last else mp_sum(ctx, out_ctx, RES_BALANCE)
 
 
 class SD3Block(nn.Module):
@@ -166,23 +167,23 @@ class SD3Block(nn.Module):
     def __init__(self, D: int, H: int, last: bool, parts: tuple[str, ...] = ADALN) -> None:
         super().__init__()
         self.last = last
-        self.groups, self.ctx_groups = (parts, parts), (ungated(parts),) if last else (parts, parts)
-        self.attn = DualAttention(D, H, last)
+        self.groups, self.ctx_groups = (parts, parts), (input_parts(parts),) if last else (parts, parts)
+        self.attn = DualStreamAttention(D, H, last)
         self.mlp = MLP(D)
         self.ctx_mlp = None if last else MLP(D)
         self.adaLN_modulation = modulation(D, *self.groups)
         self.ctx_adaLN_modulation = modulation(D, *self.ctx_groups)
 
     def forward(self, x: Tensor, ctx: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        a, m = split_parts(self.adaLN_modulation(c), *self.groups)
-        a_ctx, *m_ctx = split_parts(self.ctx_adaLN_modulation(c), *self.ctx_groups)
-        out, out_ctx = self.attn(steer(norm(x), a), steer(norm(ctx), a_ctx))
-        x = gated_sum(x, a, out)
-        x = gated_sum(x, m, self.mlp(steer(norm(x), m)))
+        a, m = split_modulation(self.adaLN_modulation(c), *self.groups)
+        a_ctx, *m_ctx = split_modulation(self.ctx_adaLN_modulation(c), *self.ctx_groups)
+        out, out_ctx = self.attn(modulate(norm(x), a), modulate(norm(ctx), a_ctx))
+        x = gated_residual(x, a, out)
+        x = gated_residual(x, m, self.mlp(modulate(norm(x), m)))
         if self.last:
             return x, ctx
-        ctx = gated_sum(ctx, a_ctx, out_ctx)
-        return x, gated_sum(ctx, *m_ctx, self.ctx_mlp(steer(norm(ctx), *m_ctx)))
+        ctx = gated_residual(ctx, a_ctx, out_ctx)
+        return x, gated_residual(ctx, *m_ctx, self.ctx_mlp(modulate(norm(ctx), *m_ctx)))
 
 
 # ---------------------------------------------------------------- trunk
@@ -202,7 +203,7 @@ class Denoiser(nn.Module):
         grid = cfg.resolution // cfg.patch
         self.make(cfg)
         self.register_buffer("pos_embed", position_table(cfg, grid, grid), persistent=False)
-        table = alpha_bar_table(cfg.schedule, cfg.noise_steps, cfg.rescale).float()
+        table = alpha_bar_table(cfg.schedule, cfg.timesteps, cfg.sigma_scale).float()
         self.register_buffer("alpha_bar", table, persistent=False)              # (T,)
         self.initialize()
 
@@ -251,7 +252,7 @@ class Denoiser(nn.Module):
         """[COND] eq. 1: MLP(sinusoid(i)), plus the controls. (B, D)"""
         c = self.t_embedder(i)
         if self.control_embedder is not None:
-            c = c + self.control_embedder(cond, i / (self.cfg.noise_steps - 1))
+            c = c + self.control_embedder(cond, i / (self.cfg.timesteps - 1))
         return c
 
     def positions(self, h: int, w: int) -> Tensor:
@@ -312,28 +313,28 @@ class MPDenoiser(Denoiser):
 
     x_t has magnitude 1 at every noise level where images have: standardised latents do. Each layer draws its own
     weights."""
-    options = ("preserve",)
+    options = ("mp",)
 
     @staticmethod
     def check_options(cfg: ModelConfig) -> None:
-        have = preserved(cfg)
+        have = mp_features(cfg)
         if "stream" in have and "weights" not in have:
-            raise UserError(f"model.preserve={cfg.preserve!r}: stream, without a norm between layers, needs weights")
+            raise UserError(f"model.mp={cfg.mp!r}: stream, without a norm between layers, needs weights")
         if control_names(cfg) and "stream" not in have:
             raise UserError(f"model.controls={cfg.controls!r} of model.arch={cfg.arch!r} needs stream, got "
-                            f"model.preserve={cfg.preserve!r}")
+                            f"model.mp={cfg.mp!r}")
 
     def make(self, cfg: ModelConfig) -> None:
-        D, P, parts, preserve = cfg.width, cfg.patch, modulation_parts(cfg), preserved(cfg)
+        D, P, parts, preserve = cfg.width, cfg.patch, modulation_parts(cfg), mp_features(cfg)
         self.x_embedder = MPPatchEmbed(cfg.channels, P, D, preserve)
-        self.t_embedder = MPTimestepEmbedder(D, cfg.noise_steps, preserve)
+        self.t_embedder = MPTimestepEmbedder(D, cfg.timesteps, preserve)
         self.y_embedder = self.make_y_embedder(cfg)
         self.control_embedder = control_embedding(MPControlEmbedding, cfg)
         last = cfg.depth - 1
         self.blocks = nn.ModuleList(self.Block(D, cfg.heads, k == last, parts, preserve) for k in range(cfg.depth))
         self.final_layer = MPFinalLayer(D, P, cfg.channels, parts, preserve)
         self.stream = "stream" in preserve
-        self.join = partial(mp_sum, t=BOTH) if self.stream else torch.add
+        self.join = partial(mp_sum, t=EMBED_BALANCE) if self.stream else torch.add
 
     def initialize(self) -> None:
         """Only a class table without unit rows needs it: 0.02, as in [DiT]."""
@@ -355,7 +356,7 @@ class MPDenoiser(Denoiser):
         if isinstance(self.y_embedder, LabelEmbedder):
             c = self.join(c, self.y_embedder(cond.label))
         if self.control_embedder is not None:
-            c = self.control_embedder(c, cond, i / (self.cfg.noise_steps - 1))
+            c = self.control_embedder(c, cond, i / (self.cfg.timesteps - 1))
         return c
 
 
@@ -366,7 +367,7 @@ class MPDiT(MPDenoiser):
 
     @staticmethod
     def make_y_embedder(cfg: ModelConfig) -> LabelEmbedder | None:
-        unit = "stream" in preserved(cfg)
+        unit = "stream" in mp_features(cfg)
         return LabelEmbedder(cfg.classes, cfg.width, mp=unit) if cfg.semantics == "class" else None
 
     def condition(self, i: Tensor, cond: Condition) -> tuple[Tensor, None]:
@@ -380,8 +381,8 @@ class MPMMDiT(MPDenoiser):
     @staticmethod
     def check_options(cfg: ModelConfig) -> None:
         MPDenoiser.check_options(cfg)
-        if not {*FULL} <= {*preserved(cfg)}:
-            raise UserError(f"model.preserve={cfg.preserve!r}: model.arch={cfg.arch!r} needs all of {'+'.join(FULL)}")
+        if not {*FULL} <= {*mp_features(cfg)}:
+            raise UserError(f"model.mp={cfg.mp!r}: model.arch={cfg.arch!r} needs all of {'+'.join(FULL)}")
 
     @staticmethod
     def make_y_embedder(cfg: ModelConfig) -> nn.Module:
@@ -395,20 +396,20 @@ def context(cfg: ModelConfig, mp: bool) -> nn.Module:
     """The module that makes context tokens of the class or the caption, magnitude preserving or not."""
     if cfg.semantics == "text":
         return TextContext(cfg.text_dim, cfg.width, mp)
-    return ClassContext(cfg.classes, cfg.width, mp) if cfg.semantics == "class" else LearnedContext(cfg.width, mp)
+    return ClassContext(cfg.classes, cfg.width, mp) if cfg.semantics == "class" else UnconditionalContext(cfg.width, mp)
 
 
 def control_embedding(kind: type[ControlEmbedding], cfg: ModelConfig) -> ControlEmbedding | None:
     """The module that reads the controls of a config; None without controls."""
     if not (controls := control_names(cfg)):
         return None
-    sigma = to_sigma(alpha_bar_table(cfg.schedule, cfg.noise_steps)).float()    # gamma_c is of i: no rescale
+    sigma = to_sigma(alpha_bar_table(cfg.schedule, cfg.timesteps)).float()    # gamma_c is of i: no rescale
     return kind(controls, cfg.width, cfg.control_weight, cfg.control_alpha, sigma)
 
 
 def position_table(cfg: ModelConfig, h: int, w: int) -> Tensor:
     """[COND] sec. 2.3: the position vectors of h x w patches; cfg.positions relates them to resolution. (h w, D)"""
-    return POSITIONS[cfg.positions](h, w, cfg.width, cfg.base or cfg.resolution // cfg.patch)
+    return POSITIONS[cfg.positions](h, w, cfg.width, cfg.pos_base or cfg.resolution // cfg.patch)
 
 
 # ---------------------------------------------------------------- building, loading, counting
@@ -436,7 +437,7 @@ def check(cfg: ModelConfig) -> None:
             raise UserError(f"unknown model.{key}={getattr(cfg, key)!r}; there are {', '.join(known)}")
     check_arch(cfg)
     for key, least in (*((key, 1) for key in ("width", "depth", "heads", "patch", "channels", "resolution")),
-                       ("noise_steps", 2), ("base", 0)):
+                       ("timesteps", 2), ("pos_base", 0)):
         if getattr(cfg, key) < least:
             raise UserError(f"model.{key}={getattr(cfg, key)} must be at least {least}")
     for key, by in (("resolution", "patch"), ("width", "heads")):
@@ -447,15 +448,15 @@ def check(cfg: ModelConfig) -> None:
     for key in {"none": (), "class": ("classes",), "text": ("text_dim", "text_length")}[cfg.semantics]:
         if getattr(cfg, key) < 1:
             raise UserError(f"model.semantics={cfg.semantics!r} needs model.{key}, got {getattr(cfg, key)}")
-    if not 0.001 <= cfg.rescale <= 1000:
-        raise UserError(f"model.rescale={cfg.rescale} must be between 0.001 and 1000")
+    if not 0.001 <= cfg.sigma_scale <= 1000:
+        raise UserError(f"model.sigma_scale={cfg.sigma_scale} must be between 0.001 and 1000")
     if control_names(cfg) and cfg.control_weight not in CONTROL_WEIGHTS:
         raise UserError(f"unknown model.control_weight={cfg.control_weight!r}; there are {', '.join(CONTROL_WEIGHTS)}")
     if control_names(cfg) and not cfg.control_alpha > 0:
         raise UserError(f"model.control_alpha={cfg.control_alpha} must be positive")
-    if not ungated(modulation_parts(cfg)):
+    if not input_parts(modulation_parts(cfg)):
         raise UserError(f"model.modulation={cfg.modulation!r} gives the last layer no conditioning; add one or more of "
-                        f"{', '.join(ungated(tuple(LAYOUT)))}")
+                        f"{', '.join(input_parts(tuple(MODULATION_PARTS)))}")
 
 
 def check_arch(cfg: ModelConfig) -> None:

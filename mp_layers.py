@@ -10,7 +10,7 @@ cosine    q and k of every head have unit magnitude
 weights   every linear layer divides its rows by their norms
 stream    sums, SiLU, embeddings and positions preserve magnitude, and no layer normalises tokens between them
 heads     not in [MAG]: attention averages, so each head's output is brought back to unit magnitude
-The paper's ladder: A none; B cosine; C cosine+weights; D as C, with the training step normalising rows (--normalize);
+The paper's ladder: A none; B cosine; C cosine+weights; D as C, with the training step normalising rows (--forced_weight_norm);
 E is D with stream. Without stream the sums, the norms and the gates are DiT's.
 Dimensions: B batch, N = h w image tokens, L context tokens, K inputs and M outputs of a linear layer, D width, H heads,
 d = D/H, C channels, P patch.
@@ -21,13 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layers import (ADALN, at_least_fp32, attention, norm as layer_norm, patchify, rotate, rows, split_heads, steer,
-                    ungated, unpatchify)
+from layers import (ADALN, at_least_fp32, attention, input_parts, modulate, modulation_width, norm as layer_norm,
+                    patchify, rotate, split_heads, unpatchify)
 
 EPS = 1e-4                              # added to a norm before a division by it
 SILU_MAGNITUDE = 0.5964692111227131     # sqrt(E[silu(z)^2]) of z ~ N(0, 1)
-RESIDUAL = 0.3                          # t of mp_sum where a branch joins the trunk, [EDM2]
-BOTH = 0.5                              # t of mp_sum for patch and position, time and class
+RES_BALANCE = 0.3                          # t of mp_sum where a branch joins the trunk, [EDM2]
+EMBED_BALANCE = 0.5                              # t of mp_sum for patch and position, time and class
 FULL = ("cosine", "weights", "stream")  # [MAG]'s changes, configuration E
 PRESERVE = (*FULL, "heads")             # every change
 
@@ -96,7 +96,7 @@ class MPLinear(nn.Module):
         return F.linear(x, (self.weight * scale).to(x.dtype))
 
 
-class BareLinear(nn.Module):
+class PlainLinear(nn.Module):
     """MPLinear's counterpart without normalised weights: He-uniform rows of variance 2/K, all zero if gain is 0."""
     def __init__(self, K: int, M: int, gain: float | None = None) -> None:
         super().__init__()
@@ -108,9 +108,9 @@ class BareLinear(nn.Module):
         return F.linear(x, self.weight.to(x.dtype))
 
 
-def linear_of(preserve: tuple[str, ...]) -> type[MPLinear] | type[BareLinear]:
+def linear_of(preserve: tuple[str, ...]) -> type[MPLinear] | type[PlainLinear]:
     """The class of a network's linear layers."""
-    return MPLinear if "weights" in preserve else BareLinear
+    return MPLinear if "weights" in preserve else PlainLinear
 
 
 class MPMLP(nn.Module):
@@ -162,7 +162,7 @@ def normalize_weights_(net: nn.Module) -> None:
             m.weight.copy_(normalize(m.weight))
 
 
-def rely_on_norms_(net: nn.Module, normed: bool) -> None:
+def assume_normalized_(net: nn.Module, normed: bool) -> None:
     """Set `normed` of all layers: before training whose step keeps the rows normalised. Not for an average."""
     for m in net.modules():
         if isinstance(m, (MPLinear, MPEmbedding)):
@@ -220,9 +220,9 @@ class MPJointAttention(nn.Module):
 
 # ---------------------------------------------------------------- modulation, patches and the final layer
 
-def mp_gated_sum(x: Tensor, m: dict[str, Tensor], branch: Tensor) -> Tensor:
+def mp_gated_residual(x: Tensor, m: dict[str, Tensor], branch: Tensor) -> Tensor:
     """[MAG] mp_sum(x, (1 + gate) branch, t = 0.3): the whole branch at first, with or without a gate. (B, N, D)"""
-    return mp_sum(x, branch * (1 + m["gate"]).to(x.dtype) if "gate" in m else branch, RESIDUAL)
+    return mp_sum(x, branch * (1 + m["gate"]).to(x.dtype) if "gate" in m else branch, RES_BALANCE)
 
 
 class Modulation(nn.Module):
@@ -233,7 +233,7 @@ class Modulation(nn.Module):
     def __init__(self, D: int, parts: tuple[str, ...], preserve: tuple[str, ...] = FULL) -> None:
         super().__init__()
         linear = linear_of(preserve)
-        self.layers = nn.ModuleDict({part: linear(D, rows((part,), D), gain=0.0) for part in parts})
+        self.layers = nn.ModuleDict({part: linear(D, modulation_width((part,), D), gain=0.0) for part in parts})
         self.act = mp_silu if "stream" in preserve else F.silu
 
     def forward(self, c: Tensor) -> dict[str, Tensor]:
@@ -261,8 +261,8 @@ class MPFinalLayer(nn.Module):
                  preserve: tuple[str, ...] = FULL) -> None:
         super().__init__()
         self.P, self.norm = P, identity if "stream" in preserve else layer_norm
-        self.modulation = Modulation(D, ungated(parts), preserve)
+        self.modulation = Modulation(D, input_parts(parts), preserve)
         self.linear = linear_of(preserve)(D, P * P * C, gain=0.0)
 
     def forward(self, x: Tensor, c: Tensor, h: int, w: int) -> Tensor:
-        return unpatchify(self.linear(steer(self.norm(x), self.modulation(c))), self.P, h, w)
+        return unpatchify(self.linear(modulate(self.norm(x), self.modulation(c))), self.P, h, w)

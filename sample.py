@@ -1,7 +1,7 @@
 """Sampling: samplers as functions of any callable, guidance, the condition of every image, and the command line.
 
 python sample.py --out=out/shapes --prompt="a red ring left of a blue square" --n=16
-python sample.py --out=out/shapes32 --size=96,96 --crop=0,0 --flip=0 --lam=3 --beta=1.4
+python sample.py --out=out/shapes32 --size=96,96 --crop=0,0 --flip=0 --guidance=3 --control_guidance=1.4
 python sample.py --out=out/cc12m --prompts=captions.txt --n=5000        (line k is the prompt of image k)
 python sample.py --weights=DiT-XL-2-256x256.pt --autoencoder=stabilityai/sd-vae-ft-ema --label=207 --out=out/dit
 torchrun --nproc_per_node=8 -- sample.py --out=out/imagenet --n=50000          (resumes when run again after a stop)
@@ -35,10 +35,10 @@ from config import Config, UserError, parse, run
 from data import to_uint8
 from latents import decoder_of
 from rng import keyed_noise, seed64
-from runtime import checkpoint, distributed
+from runtime import checkpoint, distributed, log
 from schedule import alpha_bar_table, ddim_indices, to_sigma
 from sources import coco
-from sources.images import BadCaption, choose, clean, decode
+from sources.images import BadCaption, clean_caption, decode_utf8, pick_caption
 from text import WordVectors, make_encoder
 
 Denoise = Callable[[Tensor, Tensor], Tensor]        # (x (B, C, h, w), i (B,)) -> eps like x
@@ -100,7 +100,7 @@ class Sampler(NamedTuple):
 SAMPLERS = {"ddim": Sampler(ddim, "trailing", fresh=True), "heun": Sampler(heun, "linspace")}
 
 
-def guided(net: Denoise, cond: Condition, lam: float, beta: float = 1.0,
+def with_guidance(net: Denoise, cond: Condition, lam: float, beta: float = 1.0,
            interval: tuple[int, int] | None = None) -> Denoise:
     """[COND] eq. 2 closed over a network: only the passes with a weight other than zero, all in one batch.
 
@@ -127,8 +127,8 @@ def guided(net: Denoise, cond: Condition, lam: float, beta: float = 1.0,
 class Options:
     """What to draw."""
     out: str = "out/demo"           # run folder, as given to train.py
-    file: str = "weights.safetensors"   # in the run folder: the weights to draw with; ema.py makes others
-    weights: str = ""               # published DiT in place of a run: .pt file or diffusers folder; out is for images
+    ema_file: str = "weights.safetensors"  # in the run folder: the weights to draw with; ema.py makes others
+    pretrained: str = ""            # published DiT in place of a run: .pt file or diffusers folder; out is for images
     autoencoder: str = ""           # decodes latents: folder or hub name; empty = the one that made the run's latents
     prompt: str = ""                # caption; several are separated by ";"; empty = captions of the data set
     prompts: str = ""               # file of captions, one a line, each for one image; or COCO's captions json
@@ -138,9 +138,9 @@ class Options:
     sampler: str = field(default=next(iter(SAMPLERS)), metadata={"help": " or ".join(SAMPLERS)})
     spacing: str = ""               # noise levels visited: trailing, leading, linspace; empty = the sampler's own
     eta: float = -1.0               # fresh noise a step, if the sampler takes it: 0 none, 1 DDPM's; -1 = the run's
-    lam: float = -1.0               # guidance scale lambda, 1 = none; -1 = the run's
-    beta: float = 1.0               # share of lambda that goes to the controls too: 0 none, 1 all, above 1 exaggerates
-    interval: str = ""              # LOW,HIGH: guide only where sigma lies between these; empty = everywhere
+    guidance: float = -1.0          # guidance scale lambda, 1 = none; -1 = the run's
+    control_guidance: float = 1.0   # share of lambda that goes to the controls too: 0 none, 1 all, above 1 exaggerates
+    guidance_interval: str = ""     # LOW,HIGH: guide only where sigma lies between these; empty = everywhere
     size: str = ""                  # H,W of the original, for detail; empty = of training samples, like crop and flip
     crop: str = ""                  # TOP,LEFT corner of the crop; 0,0 cuts nothing off
     flip: str = ""                  # 0 as the caption says, 1 mirrored
@@ -161,51 +161,51 @@ def check(o: Options, cfg: Config) -> Options:
         fresh = ", ".join(name for name, row in SAMPLERS.items() if row.fresh)
         raise UserError(f"eta={o.eta} must lie between 0, no fresh noise, and 1, DDPM's, or be -1, the run's own; only "
                         f"{fresh} may have fresh noise, got sampler={o.sampler!r}")
-    if min(o.n, o.batch, o.steps) < 1 or o.steps > m.noise_steps:
+    if min(o.n, o.batch, o.steps) < 1 or o.steps > m.timesteps:
         raise UserError(f"n={o.n}, batch={o.batch} and steps={o.steps} must be at least 1, steps at most "
-                        f"{m.noise_steps}")
-    if o.beta != 1 and not model.control_names(m):
-        raise UserError(f"beta={o.beta} needs a model with controls; {o.out} has none")
-    guided_indices(o, alpha_bar_table(m.schedule, m.noise_steps, m.rescale))
-    side(o, cfg)
+                        f"{m.timesteps}")
+    if o.control_guidance != 1 and not model.control_names(m):
+        raise UserError(f"control_guidance={o.control_guidance} needs a model with controls; {o.out} has none")
+    guidance_indices(o, alpha_bar_table(m.schedule, m.timesteps, m.sigma_scale))
+    image_size(o, cfg)
     if Path(o.name).name != o.name:
         raise UserError(f"name={o.name!r} is a file name without folders; files go to {o.out}/samples")
     try:
-        ddim_indices(m.noise_steps, o.steps, o.spacing or sampler.spacing)
+        ddim_indices(m.timesteps, o.steps, o.spacing or sampler.spacing)
     except ValueError as e:
         raise UserError(str(e)) from e
-    return settled(o, cfg)
+    return resolve_defaults(o, cfg)
 
 
-def settled(o: Options, cfg: Config) -> Options:
+def resolve_defaults(o: Options, cfg: Config) -> Options:
     """The options with the run's guidance scale and share of fresh noise in place of -1."""
     eta = cfg.eta if SAMPLERS[o.sampler].fresh else 0.0
-    return replace(o, lam=cfg.lam if o.lam < 0 else o.lam, eta=eta if o.eta == -1 else o.eta)
+    return replace(o, guidance=cfg.guidance if o.guidance < 0 else o.guidance, eta=eta if o.eta == -1 else o.eta)
 
 
-def guided_indices(o: Options, alpha_bar: Tensor) -> tuple[int, int] | None:
-    """The lowest and the highest noise index with a sigma in --interval; None if all are guided."""
-    if not o.interval:
+def guidance_indices(o: Options, alpha_bar: Tensor) -> tuple[int, int] | None:
+    """The lowest and the highest noise index with a sigma in --guidance_interval; None if all are guided."""
+    if not o.guidance_interval:
         return None
-    (low, high), sigma = numbers("interval", o.interval, 2), to_sigma(alpha_bar)
+    (low, high), sigma = parse_numbers("guidance_interval", o.guidance_interval, 2), to_sigma(alpha_bar)
     inside = torch.nonzero((sigma >= low) & (sigma <= high)).flatten().tolist()
     if not inside:
-        raise UserError(f"interval={o.interval!r} has no noise level; sigma goes from {sigma[0]:.3g} to "
+        raise UserError(f"guidance_interval={o.guidance_interval!r} has no noise level; sigma goes from {sigma[0]:.3g} to "
                         f"{sigma[-1]:.3g}")
     return inside[0], inside[-1]
 
 
-def side(o: Options, cfg: Config) -> tuple[int, int]:
+def image_size(o: Options, cfg: Config) -> tuple[int, int]:
     """(h, w) of the images: those of training, or --resolution in multiples of the patch."""
     if not o.resolution:
         return cfg.model.resolution, cfg.model.resolution
-    h, w = numbers("resolution", o.resolution, 2)
+    h, w = parse_numbers("resolution", o.resolution, 2)
     if min(h, w) < 1 or h % cfg.model.patch or w % cfg.model.patch:
         raise UserError(f"resolution={o.resolution!r} is not two multiples of the model's patch, {cfg.model.patch}")
     return int(h), int(w)
 
 
-def numbers(key: str, text: str, count: int) -> list[float]:
+def parse_numbers(key: str, text: str, count: int) -> list[float]:
     """`text` as `count` numbers from 0 up, joined by commas; UserError otherwise."""
     try:
         values = [float(part) for part in text.split(",")]
@@ -228,14 +228,14 @@ def read_prompts(file: str, seed: int = 0) -> list[str]:
         raise UserError(f"no file at --prompts={file!r}; wanted captions, one a line, or COCO's captions json")
     if file.endswith(".json"):
         names, captions = coco.read(file)
-        return [choose(captions[k], seed64(seed, "coco", k)) for k in sorted(names) if k in captions]
+        return [pick_caption(captions[k], seed64(seed, "coco", k)) for k in sorted(names) if k in captions]
     try:
-        lines = decode(Path(file).read_bytes()).splitlines()
+        lines = decode_utf8(Path(file).read_bytes()).splitlines()
     except (OSError, BadCaption) as e:
         raise UserError(f"--prompts={file} cannot be read: {e}") from e
     if not lines:
         raise UserError(f"--prompts={file} is empty; wanted captions, one a line")
-    return [clean(line) for line in lines]
+    return [clean_caption(line) for line in lines]
 
 
 def padding_generators(indices: Sequence[int], seed: int) -> list[torch.Generator]:
@@ -243,7 +243,7 @@ def padding_generators(indices: Sequence[int], seed: int) -> list[torch.Generato
     return [torch.Generator().manual_seed(seed64(seed, "padding", int(k))) for k in indices]
 
 
-class Wishes:
+class SampleConditions:
     """The condition of every image of a run, by its number: prompt or class, and controls.
 
     The options set them; else they are captions of the data set, all classes in turn, controls of training samples."""
@@ -273,7 +273,7 @@ class Wishes:
                 raise UserError(f"--{key} needs a model with this control; {o.out} has model.controls="
                                 f"{cfg.model.controls!r}")
             if text:
-                self.fixed[key] = torch.tensor(numbers(key, text, control.width))
+                self.fixed[key] = torch.tensor(parse_numbers(key, text, control.width))
         if o.flip and self.fixed["flip"].item() not in (0, 1):
             raise UserError(f"--flip wants 0 or 1, got {o.flip!r}")
         self.rows = {key: torch.tensor(rows) for key, rows in json.loads(header.get("controls", "{}")).items()}
@@ -304,7 +304,7 @@ class Wishes:
         """A batch with the caption of each of these images (B,)."""
         if self.asked:
             return {"caption": [self.asked[k % len(self.asked)] for k in indices]}
-        return data.around(self.source, indices)
+        return data.cyclic_batch(self.source, indices)
 
     def titles(self, indices: np.ndarray) -> list[str]:
         """A title for each of these images (B,): caption, name of the class, or nothing."""
@@ -326,15 +326,15 @@ class Wishes:
 
 # ---------------------------------------------------------------- drawing
 
-def draw(net: Denoise, cfg: Config, cond: Condition, indices: Sequence[int], o: Options,
+def generate(net: Denoise, cfg: Config, cond: Condition, indices: Sequence[int], o: Options,
          device: torch.device) -> Tensor:
     """Images (or latents) number `indices` under `cond`, one row each. (B, C, h, w), about [-1, 1]"""
-    o, sampler, m = settled(o, cfg), SAMPLERS[o.sampler], cfg.model
-    alpha_bar = alpha_bar_table(m.schedule, m.noise_steps, m.rescale)
-    denoise = guided(net, cond.to(device), o.lam, o.beta, guided_indices(o, alpha_bar))
+    o, sampler, m = resolve_defaults(o, cfg), SAMPLERS[o.sampler], cfg.model
+    alpha_bar = alpha_bar_table(m.schedule, m.timesteps, m.sigma_scale)
+    denoise = with_guidance(net, cond.to(device), o.guidance, o.control_guidance, guidance_indices(o, alpha_bar))
 
     def noise(purpose: str) -> Tensor:
-        return keyed_noise(indices, (m.channels, *side(o, cfg)), o.seed, purpose).to(device)
+        return keyed_noise(indices, (m.channels, *image_size(o, cfg)), o.seed, purpose).to(device)
 
     fresh = dict(eta=o.eta, draw=lambda k: noise(f"step {k}")) if sampler.fresh else {}
     with torch.inference_mode():
@@ -347,51 +347,51 @@ class Run(NamedTuple):
     net: nn.Module
     cfg: Config
     header: dict[str, str]              # of the weights
-    conditions: Wishes
+    conditions: SampleConditions
     decoder: tuple[Callable[[Tensor], Tensor], int]     # latents to images, and how many times larger they are
     device: torch.device
 
     def __call__(self, indices: Sequence[int], cond: Condition | None = None) -> Tensor:
         """Images number `indices` under their own condition, or under `cond`. (B, C, h, w)"""
         cond = self.conditions(indices)[0] if cond is None else cond
-        return self.decoder[0](draw(self.net, self.cfg, cond, indices, self.options, self.device))
+        return self.decoder[0](generate(self.net, self.cfg, cond, indices, self.options, self.device))
 
 
 def load_run(o: Options, device: torch.device) -> Run:
     """The run that the options name, or published weights, on a device. UserError for options that it cannot meet."""
-    if o.weights:
-        if o.file != Options.file:
-            raise UserError(f"--file={o.file} is of the run {o.out}, --weights={o.weights} are published ones; give "
+    if o.pretrained:
+        if o.ema_file != Options.ema_file:
+            raise UserError(f"--ema_file={o.ema_file} is of the run {o.out}, --pretrained={o.pretrained} are published ones; give "
                             f"one of them")
-        net, m = official_dit.load_official_dit(o.weights)
-        cfg, header = official_dit.as_run(o.weights, m)
+        net, m = official_dit.load_official_dit(o.pretrained)
+        cfg, header = official_dit.as_run(o.pretrained, m)
     else:
-        (net, cfg), header = model.load(Path(o.out) / o.file), checkpoint.read_header(Path(o.out) / o.file)
+        (net, cfg), header = model.load(Path(o.out) / o.ema_file), checkpoint.read_header(Path(o.out) / o.ema_file)
     o = check(o, cfg)
     decoder = decoder_of(header, o.autoencoder, cfg.model.channels, device)
     net = net.to(device)
-    net.dtype = distributed.precision(device, o.dtype)
-    return Run(o, net, cfg, header, Wishes(o, cfg, header), decoder, device)
+    net.dtype = distributed.compute_dtype(device, o.dtype)
+    return Run(o, net, cfg, header, SampleConditions(o, cfg, header), decoder, device)
 
 
 # ---------------------------------------------------------------- files
 
-def draw_all(images_of: Run, place: distributed.Place, part: Path) -> np.ndarray:
+def generate_all(images_of: Run, dist: distributed.Dist, part: Path) -> np.ndarray:
     """All n images of a run, (n, f h, f w, C) uint8, in one file mapped to memory; the processes share the batches.
 
     A batch is marked once it is on the disk, so that the same command after a stop draws only the missing ones.
     part: that file; the marks lie beside it, with another suffix."""
     o, (_, f) = images_of.options, images_of.decoder
-    (h, w), batches = side(o, images_of.cfg), -(-o.n // o.batch)
+    (h, w), batches = image_size(o, images_of.cfg), -(-o.n // o.batch)
     files = (((o.n, f * h, f * w, 3), part), ((batches,), part.with_suffix(".done")))
-    if place.rank == 0 and any(not f.exists() or f.stat().st_size != math.prod(shape) for shape, f in files):
-        discard(part)                                       # neither is of use without the other
+    if dist.rank == 0 and any(not f.exists() or f.stat().st_size != math.prod(shape) for shape, f in files):
+        remove_partial(part)                                       # neither is of use without the other
         for shape, file in files:
             np.memmap(file, np.uint8, "w+", shape=shape).flush()
-    distributed.agree(0, place)                                 # the files exist before anyone opens them
+    distributed.broadcast_from_rank0(0, dist)                                 # the files exist before anyone opens them
     images, done = (np.memmap(file, np.uint8, "r+", shape=shape) for shape, file in files)
-    mine = [b for b in range(place.rank, batches, place.world) if not done[b]]
-    for b in tqdm(mine, desc="drawing", unit="batch", disable=place.rank > 0 or None):
+    mine = [b for b in range(dist.rank, batches, dist.world) if not done[b]]
+    for b in tqdm(mine, desc="drawing", unit="batch", disable=dist.rank > 0 or None):
         indices = np.arange(b * o.batch, (b + 1) * o.batch) if batches > 1 else np.arange(o.n)
         x = images_of(indices)                              # the last batch in full size too
         if not torch.isfinite(x).all():
@@ -400,11 +400,11 @@ def draw_all(images_of: Run, place: distributed.Place, part: Path) -> np.ndarray
         images.flush()
         done[b] = 1
         done.flush()
-    distributed.add_up(torch.zeros(1, device=place.device), place).item()           # every process has finished
+    distributed.all_reduce_sum(torch.zeros(1, device=dist.device), dist).item()           # every process has finished
     return images
 
 
-def discard(part: Path) -> None:
+def remove_partial(part: Path) -> None:
     """Remove unfinished images, their marks first: marks alone would count missing images as done."""
     for suffix in (".done", ".part"):
         part.with_suffix(suffix).unlink(missing_ok=True)
@@ -424,13 +424,13 @@ def write_grid(path: Path, images: np.ndarray, titles: list[str]) -> None:
     """All images, (n, H, W, C) uint8, with their titles in a square on one page."""
     pixels, page = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2) / 127.5 - 1, io.BytesIO()
     data.grid(pixels, math.ceil(math.sqrt(len(images))), titles).save(page, "png")
-    checkpoint.write_bytes(path, page.getvalue())
+    log.write_bytes(path, page.getvalue())
 
 
 def main(argv: list[str]) -> None:
     o = parse(argv, Options())
-    place = distributed.setup(o.threads)
-    drawn = load_run(o, place.device)
+    dist = distributed.setup(o.threads)
+    drawn = load_run(o, dist.device)
     o, wishes, out = drawn.options, drawn.conditions, Path(o.out)
     protocol = {**asdict(o), "train_step": int(drawn.header["step"]), "weights_sha256": drawn.header["sha256"],
                 "prompts_sha256": wishes.prompts_sha256, "dtype": str(drawn.net.dtype)}
@@ -439,20 +439,20 @@ def main(argv: list[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
 
     part = path.with_name(f"{path.stem}-{key}.part")        # unfinished images of exactly these options
-    images = draw_all(drawn, place, part)
-    if place.rank == 0:
+    images = generate_all(drawn, dist, part)
+    if dist.rank == 0:
         write_npz(path, images)
         parts = np.split(np.arange(o.n), range(o.batch, o.n, o.batch))
         titles = [" ".join(title.split()) for indices in parts for title in wishes.titles(indices)]
-        checkpoint.write_text(path.with_suffix(".txt"), "".join(f"{title}\n" for title in titles))
-        checkpoint.write_text(path.with_suffix(".json"), json.dumps(protocol, indent=1))
+        log.write_text(path.with_suffix(".txt"), "".join(f"{title}\n" for title in titles))
+        log.write_text(path.with_suffix(".json"), json.dumps(protocol, indent=1))
         print(f"{o.n} images in {path}, their prompts in {path.with_suffix('.txt')}")
         if o.n <= GRID:
             write_grid(path.with_suffix(".png"), images, titles)
             print(f"grid in {path.with_suffix('.png')}")
         del images
-        discard(part)
+        remove_partial(part)
 
 
 if __name__ == "__main__":
-    run(main, cleanup=distributed.leave)
+    run(main, cleanup=distributed.cleanup)

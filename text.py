@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from config import Config, UserError
 from rng import seed64
-from runtime.optional import library
+from runtime.optional import optional_import
 from sources.shapes_grammar import WORDS, split
 
 MODEL, LENGTH = "ViT-L-14", 77          # [COND] sec. 2.1: the text encoder, and its number of token positions
@@ -63,7 +63,7 @@ def make_encoder(cfg: Config, stored: dict | None = None, device: str | torch.de
     device = device if torch.device(device).type == "cuda" else "cpu"
     load = partial(ENCODERS[key], path, cfg.model.text_length, device)
     if stored and cfg.encoder == stored["name"]:
-        return StoredText(stored, load)
+        return LazyTextEncoder(stored, load)
     encoder = load()
     if stored:
         check_same(encoder, stored)
@@ -75,7 +75,7 @@ ENCODERS = {"words": lambda path, length, device: WordVectors(length or 20),
             "clip:PATH": lambda path, length, device: CLIPText(path, device=device)}
 
 
-def padded(rows: Sequence[Tensor], length: int, dim: int) -> tuple[Tensor, Tensor]:
+def pad_tokens(rows: Sequence[Tensor], length: int, dim: int) -> tuple[Tensor, Tensor]:
     """Pad captions of n tokens (n, E) with zeros to one tensor (B, L, E) float32; also return n (B,)."""
     out = torch.zeros(len(rows), length, dim)
     for whole, row in zip(out, rows):
@@ -93,7 +93,7 @@ def check_same(encoder: Any, stored: dict) -> None:
                         f"data again")
 
 
-class StoredText:
+class LazyTextEncoder:
     """Text encoder with stored tokens; the tower is loaded only for captions that are not stored.
 
     stored: the "encoder" of a meta.json; load: makes the encoder. Several threads may call it."""
@@ -177,7 +177,7 @@ class CLIPText:
         self.tower, file, self.activation, why = load_clip(path)
         del self.tower.visual, self.tower.logit_scale
         self.tower.to(device)
-        self.words = library("open_clip", "CLIP", "open_clip_torch").SimpleTokenizer()
+        self.words = optional_import("open_clip", "CLIP", "open_clip_torch").SimpleTokenizer()
         self.name, self.device = f"clip:{path}", device
         self.length, self.dim = self.tower.positional_embedding.shape
         self.cache: OrderedDict[str, Tensor] = OrderedDict()                    # caption -> tokens (n, E)
@@ -200,7 +200,7 @@ class CLIPText:
             found = [self.cache[caption] for caption in captions]
             while len(self.cache) > CACHE:
                 self.cache.popitem(last=False)
-        return padded(found, self.length, self.dim)
+        return pad_tokens(found, self.length, self.dim)
 
     def each(self, captions: list[str]) -> Iterator[Tensor]:
         """Compute the tokens (n, E) of every caption in turn, past the cache, for one thread at a time.
@@ -256,7 +256,7 @@ def load_clip(path: str, name: str = MODEL) -> tuple[nn.Module, Path, str, str]:
 
     path: as for CLIPText; name: the model if no config is beside the weights. Runs no code from the file. UserError
     if the weights do not fit or the text tower is not a plain transformer."""
-    open_clip = library("open_clip", "CLIP", "open_clip_torch")
+    open_clip = optional_import("open_clip", "CLIP", "open_clip_torch")
     file, cfg, why = find_clip(path, name, open_clip)
     if other := set(cfg["text_cfg"]) ^ TOWER:
         raise UserError(f"this CLIP's text_cfg is not that of a plain text tower, {', '.join(sorted(TOWER))}; "

@@ -31,16 +31,16 @@ import sample
 from conditioning import PADDINGS, Condition, make_condition
 from config import Config, UserError, check_fields, check_name, fields, read_config, to_json
 from latents import decoder_of
-from optim import keep_rows, learning_rate, optimizer, renormalize_, set_rates, tangent_
+from optim import learning_rate, normalized_rows, optimizer, project_grad_, renormalize_, set_lr
 from rng import seed64
 from runtime import checkpoint, distributed, log, magnitudes
-from runtime.checkpoint import TRY, Nonfinite, check_resume, check_retry
-from runtime.log import RunLog, Window, say
+from runtime.checkpoint import RETRY_HINT, Nonfinite, check_resume, check_retry
+from runtime.log import LossWindow, RunLog, info
 from runtime.plot import plot
 from schedule import add_noise, alpha_bar_table, loss_weights
 from sources import cached_latents
 from text import make_encoder
-from transfer import start_from
+from transfer import init_from
 
 PREVIEWS = 16                           # images on a page of previews
 PREVIEW_STEPS = 20                      # their sampling steps
@@ -77,7 +77,7 @@ def complete(cfg: Config, source: data.Source, encoder: data.TextEncoder | None)
     return replace(cfg, model=m)
 
 
-def begin(cfg: Config, dist: distributed.Place, source: data.Source, tensors: dict[str, Tensor], stack: ExitStack,
+def start_or_resume(cfg: Config, dist: distributed.Dist, source: data.Source, tensors: dict[str, Tensor], stack: ExitStack,
           status: log.Status) -> int:
     """Return the step of the newest good checkpoint after copying its state into `tensors`, or 0.
 
@@ -88,20 +88,20 @@ def begin(cfg: Config, dist: distributed.Place, source: data.Source, tensors: di
             stack.enter_context(checkpoint.lock(out))
             check_retry(cfg, out)
             status.out = out
-            if meta := checkpoint.newest(out):
+            if meta := checkpoint.latest(out):
                 check_resume(cfg, meta, source.fingerprint, out)
                 step = meta["step"]
                 checkpoint.prune(out, step)                 # a kill may have come before that
-                say(f"resuming {out} from step {step:,} on {dist.world} processes (was {meta['world']}).")
+                info(f"resuming {out} from step {step:,} on {dist.world} processes (was {meta['world']}).")
             checkpoint.need_space(out, tensors)
-            log.rewind(out, step)
-            ema.rewind(out, step)
+            log.drop_after(out, step)
+            ema.drop_after(out, step)
             log.write_text(out / "config.json", to_json(cfg))
         except (UserError, Nonfinite) as e:
             refused = e
         except OSError as e:
             refused = UserError(f"cannot write to {out}: {e.strerror or e}")
-    step = distributed.agree(-1 if refused else step, dist)
+    step = distributed.broadcast_from_rank0(-1 if refused else step, dist)
     if step < 0:
         raise refused or UserError("rank 0 does not start; its message says why")
     if step:
@@ -118,10 +118,10 @@ def state(net: nn.Module, emas: dict[float, ema.PowerEMA], opt: torch.optim.Opti
     return tensors | {f"opt.{name}.{k}": v for name, p in net.named_parameters() for k, v in opt.state[p].items()}
 
 
-def about_weights(cfg: Config, source: data.Source) -> dict[str, str]:
+def weights_metadata(cfg: Config, source: data.Source) -> dict[str, str]:
     """The header of weights files: config, class names, null class, distribution of controls, scaling of latents."""
     about = {"config": to_json(cfg), "classes": json.dumps(source.classes), "null_class": str(len(source.classes)),
-             "ema": f"{cfg.ema:g}"}
+             "ema": f"{cfg.ema_std:g}"}
     if controls := model.control_names(cfg.model):
         rows = data.index_and_epoch(np.arange(min(CONTROL_ROWS, len(source))), len(source), cfg.seed)[0]
         parts = [data.records(source, part, [0] * len(part)) for part in np.array_split(rows, -(-len(rows) // READ))]
@@ -145,7 +145,7 @@ def denoising_loss(net: nn.Module, x0: Tensor, cond: Condition, g: torch.Generat
     eps = torch.randn(x0.shape, generator=g, device=x0.device)
     u = torch.rand(B, generator=g, device=x0.device)
     x_t = add_noise(x0, eps, alpha_bar[i])
-    eps_hat = net(x_t, i.float(), cond.drop(semantics=u < cfg.drop, controls=u < cfg.drop + cfg.drop_controls))
+    eps_hat = net(x_t, i.float(), cond.drop(semantics=u < cfg.cond_dropout, controls=u < cfg.cond_dropout + cfg.control_dropout))
     return (eps_hat - eps).square().flatten(1).mean(1), i
 
 
@@ -160,25 +160,25 @@ def inputs(batch: data.Batch, step: int, m: int, cfg: Config,
 
 # ---------------------------------------------------------------- previews
 
-class Show:
+class Previewer:
     """Previews from fixed noise and FID during training: call it with the averaged network at every step.
 
     Every process makes one before the first step, so that a missing decoder or metric stops the run there. Rank 0
     generates the previews, all measure FID."""
     def __init__(self, cfg: Config, source: data.Source, encoder: data.TextEncoder | None, about: dict[str, str],
-                 dist: distributed.Place) -> None:
+                 dist: distributed.Dist) -> None:
         self.cfg, self.names, self.dist, self.monitor = cfg, source.classes, dist, None
         if cfg.sample_every and dist.rank == 0:
             self.decode = decoder_of(about, "", cfg.model.channels, dist.device)[0]
-            self.batch = data.fetch(source, encoder, cfg.seed, PREVIEWS, PREVIEWS, 0, 0)
+            self.batch = data.load_microbatch(source, encoder, cfg.seed, PREVIEWS, PREVIEWS, 0, 0)
             if isinstance(source, data.Latents):
-                latents.write_panel(source, self.decode, dist.device, Path(cfg.out) / "samples/round-trip.png")
+                latents.write_reconstruction(source, self.decode, dist.device, Path(cfg.out) / "samples/round-trip.png")
         if cfg.fid_every:
             import fid                                      # few runs need it and all that it imports
-            options = fid.Options(out=cfg.out, ref=cfg.fid_ref, n=cfg.fid_n, batch=cfg.micro)
+            options = fid.Options(out=cfg.out, ref=cfg.fid_ref, n=cfg.fid_n, batch=cfg.microbatch)
             self.monitor = fid.Monitor(options, cfg, about, dist)
             measured = [line["step"] for line in log.read(Path(cfg.out)) if "evaluation_s" in line]
-            self.measured = distributed.agree(max(measured, default=0), dist)       # a resumed run has these in its log
+            self.measured = distributed.broadcast_from_rank0(max(measured, default=0), dist)       # a resumed run has these in its log
 
     def __call__(self, net: nn.Module, step: int) -> None:
         cfg, last = self.cfg, step == self.cfg.steps
@@ -194,23 +194,23 @@ class Show:
         batch, cfg = self.batch, self.cfg
         cond = make_condition(batch, cfg.model.semantics, model.control_names(cfg.model), cfg.padding,
                               cfg.padding_noise, sample.padding_generators(range(PREVIEWS), 0))
-        options = sample.Options(steps=min(PREVIEW_STEPS, cfg.model.noise_steps))
-        images = sample.draw(net, cfg, cond, range(PREVIEWS), options, self.dist.device)
+        options = sample.Options(steps=min(PREVIEW_STEPS, cfg.model.timesteps))
+        images = sample.generate(net, cfg, cond, range(PREVIEWS), options, self.dist.device)
         png = io.BytesIO()
         data.grid(self.decode(images).cpu(), 4, data.titles(batch, self.names)).save(png, "png")
-        with log.tolerate(str(path)):
+        with log.warn_on_disk_error(str(path)):
             path.parent.mkdir(exist_ok=True)
             log.write_bytes(path, png.getvalue())
 
 
 # ---------------------------------------------------------------- the run
 
-def announce(cfg: Config, net: nn.Module, source: data.Source, dist: distributed.Place, peak: float) -> None:
+def announce(cfg: Config, net: nn.Module, source: data.Source, dist: distributed.Dist, peak: float) -> None:
     """Print the whole config, the size of the model and how the processes share the work."""
-    say("\n".join(f"{key} = {value!r}" for key, _, value, _ in fields(cfg)))
-    count, n = sum(p.numel() for p in net.parameters()), cfg.batch // cfg.micro
-    say(f"{count:,} parameters; {dist.world} x {dist.device} in {str(net.dtype)[6:]}, {peak / 1e12:.2f} TFLOP/s matmul "
-        f"peak; batch {cfg.batch} = {n} x {cfg.micro}, {n // dist.world} each; {len(source):,} images of {cfg.data}")
+    info("\n".join(f"{key} = {value!r}" for key, _, value, _ in fields(cfg)))
+    count, n = sum(p.numel() for p in net.parameters()), cfg.batch // cfg.microbatch
+    info(f"{count:,} parameters; {dist.world} x {dist.device} in {str(net.dtype)[6:]}, {peak / 1e12:.2f} TFLOP/s matmul "
+        f"peak; batch {cfg.batch} = {n} x {cfg.microbatch}, {n // dist.world} each; {len(source):,} images of {cfg.data}")
 
 
 def main(argv: list[str], stack: ExitStack, status: log.Status) -> None:
@@ -222,42 +222,42 @@ def main(argv: list[str], stack: ExitStack, status: log.Status) -> None:
     encoder = make_encoder(cfg, source.encoder, device)
     cfg = complete(cfg, source, encoder)
     m = cfg.model
-    alpha_bar = alpha_bar_table(m.schedule, m.noise_steps, m.rescale).float().to(device)
-    weight = loss_weights(alpha_bar, cfg.noise_weight)
-    stop, window = stack.enter_context(distributed.Stop(loud=is_main)), Window(device)
+    alpha_bar = alpha_bar_table(m.schedule, m.timesteps, m.sigma_scale).float().to(device)
+    weight = loss_weights(alpha_bar, cfg.loss_sigma_power)
+    stop, window = stack.enter_context(distributed.Stop(loud=is_main)), LossWindow(device)
 
     # net: the weights; average: their average; ddp: what is called. The order of these lines keeps every name in a
     # checkpoint free of prefixes: net, averages, optimizer, resume, compile, DDP.
     torch.manual_seed(seed64(cfg.seed, "weights"))
     net = model.build(m).to(device)
-    net.dtype = distributed.precision(device, cfg.dtype)
-    if cfg.init and not any(out.glob("step-*")):            # a resumed run has weights of its own
-        report = start_from(cfg.init, net, cfg, source)
+    net.dtype = distributed.compute_dtype(device, cfg.dtype)
+    if cfg.init_from and not any(out.glob("step-*")):            # a resumed run has weights of its own
+        report = init_from(cfg.init_from, net, cfg, source)
         if is_main:
-            say(report)
-    emas = ema.averages(net, cfg.ema, cfg.snapshots)
-    average, rows = emas[cfg.ema].net, keep_rows(net, cfg)
+            info(report)
+    emas = ema.make_emas(net, cfg.ema_std, cfg.ema_snapshots)
+    average, rows = emas[cfg.ema_std].net, normalized_rows(net, cfg)
     opt = optimizer(net, cfg, window)
     tensors = state(net, emas, opt)
-    start = begin(cfg, dist, source, tensors, stack, status)
+    start = start_or_resume(cfg, dist, source, tensors, stack, status)
     log.follow(source, out)
     if cfg.compile == "on" or cfg.compile == "auto" and device.type == "cuda":
         for block in net.blocks:
             block.compile(fullgraph=True)
-    ddp = distributed.parallel(net, dist)
+    ddp = distributed.wrap_ddp(net, dist)
 
     def fetch(step: int, m: int) -> data.Batch:
-        return distributed.pinned(data.fetch(source, encoder, cfg.seed, cfg.batch, cfg.micro, step, m), dist)
+        return distributed.pin_memory(data.load_microbatch(source, encoder, cfg.seed, cfg.batch, cfg.microbatch, step, m), dist)
 
-    n, rounds = cfg.batch // cfg.micro, cfg.batch // cfg.micro // dist.world
+    n, rounds = cfg.batch // cfg.microbatch, cfg.batch // cfg.microbatch // dist.world
     keys = ((step, m) for step in range(start, cfg.steps) for m in range(dist.rank, n, dist.world))
     batches = stack.enter_context(closing(data.prefetch(fetch, keys, cfg.workers)))
     peak = distributed.matmul_peak(device, net.dtype) * dist.world
-    metadata = about_weights(cfg, source)
+    metadata = weights_metadata(cfg, source)
     meta = {"config": asdict(cfg), "data": source.fingerprint, "world": dist.world,
             "threads": torch.get_num_threads(), **distributed.versions()}
     checkpoints = checkpoint.Checkpointer(out, net, tensors, start, meta, dist)
-    previews = Show(cfg, source, encoder, metadata, dist)
+    previews = Previewer(cfg, source, encoder, metadata, dist)
     if is_main:
         announce(cfg, net, source, dist, peak)
         status.write("running")
@@ -275,7 +275,7 @@ def main(argv: list[str], stack: ExitStack, status: log.Status) -> None:
             if bad >= 0:
                 status.step = bad + 1
                 raise Nonfinite(f"the gradient is not finite at step {bad + 1:,}; the last checkpoint is of step "
-                                f"{checkpoints.saved:,}; {TRY}")
+                                f"{checkpoints.saved:,}; {RETRY_HINT}")
             line |= {"lr": opt.param_groups[0]["lr"], **run_log.throughput(step)}
             if is_main and cfg.magnitudes_every and step // cfg.magnitudes_every > since // cfg.magnitudes_every:
                 batch = inputs(fetch(step - 1, 0), step - 1, 0, cfg, device)
@@ -288,11 +288,11 @@ def main(argv: list[str], stack: ExitStack, status: log.Status) -> None:
         if step > 0:
             with run_log.timed("aside"):
                 previews(average, step)
-        if is_main and step > 0 and ema.due(step, cfg.steps, cfg.snapshots):
+        if is_main and step > 0 and ema.snapshot_due(step, cfg.steps, cfg.ema_snapshots):
             ema.take_snapshot(out, step, emas, metadata)
         if stop_signal or last:
             stop.deaf = True                                # torchrun signals the others as soon as the first has left
-            saved = distributed.agree(checkpoints.saved, dist)  # wait until rank 0 has written
+            saved = distributed.broadcast_from_rank0(checkpoints.saved, dist)  # wait until rank 0 has written
         if last:
             break
         if stop_signal:
@@ -301,7 +301,7 @@ def main(argv: list[str], stack: ExitStack, status: log.Status) -> None:
         if logging or step == start:
             run_log.restart_clock()
         # ---------------------------------------------------------------- one training step
-        set_rates(opt, learning_rate(step, cfg))
+        set_lr(opt, learning_rate(step, cfg))
         for r in range(rounds):
             with run_log.timed("data"):
                 batch = next(batches)
@@ -310,8 +310,8 @@ def main(argv: list[str], stack: ExitStack, status: log.Status) -> None:
             loss, i = denoising_loss(ddp, *inputs(batch, step, k, cfg, device), alpha_bar, cfg)
             ((weight[i] * loss).mean() / rounds).backward()
             window.add(loss, i, len(alpha_bar))
-        tangent_(rows)
-        window.add_norm(torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.clip or math.inf, foreach=True), step)
+        project_grad_(rows)
+        window.add_norm(torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.grad_clip or math.inf, foreach=True), step)
         opt.step()
         renormalize_(rows, window.bad)
         opt.zero_grad(set_to_none=True)
@@ -322,7 +322,7 @@ def main(argv: list[str], stack: ExitStack, status: log.Status) -> None:
             raise UserError(f"all {cfg.steps:,} steps are done but {out} does not take the last checkpoint; make room, "
                             f"and the same command goes on from step {saved:,}")
         status.write("done")
-        say(f"done: {cfg.steps:,} steps in {out}; loss curve: {plot(out)}")
+        info(f"done: {cfg.steps:,} steps in {out}; loss curve: {plot(out)}")
 
 
 def run(argv: list[str]) -> int:
@@ -335,7 +335,7 @@ def run(argv: list[str]) -> int:
         except UserError as e:
             ending = ("failed:user", 2, f"error: {e}.")
         except torch.OutOfMemoryError as e:
-            ending = ("failed:user", 2, f"error: a smaller --micro needs less memory: {str(e).splitlines()[0]}")
+            ending = ("failed:user", 2, f"error: a smaller --microbatch needs less memory: {str(e).splitlines()[0]}")
         except Nonfinite as e:
             ending = ("failed:nonfinite", 3, f"error: {e}.")
         except Stopped as e:
@@ -348,9 +348,9 @@ def run(argv: list[str]) -> int:
         if rank == 0 or ending[0] == "failed:user":
             status.write(*ending)
     if rank == 0 or ending[0] == "failed:user" and (status.out or os.environ.get("LOCAL_RANK") == "0"):
-        say(ending[2] if rank == 0 else f"rank {rank}: {ending[2]}")
+        info(ending[2] if rank == 0 else f"rank {rank}: {ending[2]}")
     return ending[1]
 
 
 if __name__ == "__main__":
-    config.run(run, cleanup=distributed.leave)
+    config.run(run, cleanup=distributed.cleanup)

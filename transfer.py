@@ -1,6 +1,6 @@
 """Initialize a run from the averaged weights of another: across resolution, data sets, classes, captions and depth.
 
-    python train.py --config=configs/shapes64.py --init=out/shapes32
+    python train.py --config=configs/shapes64.py --init_from=out/shapes32
 
 A layer is kept if its weights have the same names and shapes in both networks; otherwise the whole layer stays fresh.
 The embedder of the class or caption counts as one layer, and so does the MLP of a group of controls: a fresh one has no
@@ -22,7 +22,7 @@ WEIGHTS = "weights.safetensors"
 MEANT = ("arch", "semantics", "resolution", "patch", "width", "depth")      # what the report calls a model by
 
 
-def start_from(path: str, net: model.Denoiser, cfg: Config, source: Any = None) -> str:
+def init_from(path: str, net: model.Denoiser, cfg: Config, source: Any = None) -> str:
     """Copy the averaged weights of a run that fit into `net`, a fresh network of `cfg`; return a report.
 
     path: a run folder or a weights file; no code in it is run. source: the data of this run, to compare class names
@@ -32,17 +32,17 @@ def start_from(path: str, net: model.Denoiser, cfg: Config, source: Any = None) 
     file = where / WEIGHTS if where.is_dir() else where
     if not file.is_file():
         beside = sorted(p.parent.as_posix() for p in where.parent.glob(f"*/{WEIGHTS}"))
-        raise UserError(f"--init={path} is no run: there is no file {file}; give a run folder with {WEIGHTS}, or such "
+        raise UserError(f"--init_from={path} is no run: there is no file {file}; give a run folder with {WEIGHTS}, or such "
                         f"a file; runs beside it: {', '.join(beside) or 'none'}")
     tensors, header = checkpoint.read_weights(file)
     if bad := checkpoint.not_finite(tensors):
-        raise UserError(f"--init={path} holds inf or nan in {', '.join(bad[:5])}")
+        raise UserError(f"--init_from={path} holds inf or nan in {', '.join(bad[:5])}")
     run, own = from_json(header["config"]), net.state_dict()
     old, m = run.model, cfg.model
     model.check(old)
-    kept = fitting(tensors, own, old, m)
+    kept = matching_keys(tensors, own, old, m)
     if not any(name.startswith("blocks.") and own[name].ndim == 2 for name in kept):
-        raise UserError(f"no block of --init={path} fits: it has {about(old)}, this run {about(m)}; the architecture "
+        raise UserError(f"no block of --init_from={path} fits: it has {about(old)}, this run {about(m)}; the architecture "
                         f"and --model.width must be the same")
     with torch.no_grad():
         for name in kept:
@@ -55,7 +55,7 @@ def start_from(path: str, net: model.Denoiser, cfg: Config, source: Any = None) 
 
 # ---------------------------------------------------------------- what fits
 
-def unit(name: str) -> str:
+def layer_of(name: str) -> str:
     """Return what is kept or fresh as a whole: an embedder, the MLP of one group of controls, or a single layer."""
     if name.startswith("control_embedder."):
         return ".".join(name.split(".")[:3])                # control_embedder.mlps.high
@@ -63,13 +63,13 @@ def unit(name: str) -> str:
     return first if first.endswith("_embedder") else name.rpartition(".")[0]
 
 
-def fitting(found: dict[str, Tensor], own: dict[str, Tensor], old: ModelConfig, m: ModelConfig) -> list[str]:
+def matching_keys(found: dict[str, Tensor], own: dict[str, Tensor], old: ModelConfig, m: ModelConfig) -> list[str]:
     """Return the names of the weights to keep, in the order of the network's own."""
     both = own.keys() & found.keys()
-    misfit = {unit(n) for n in own.keys() | found.keys() if n not in both or own[n].shape != found[n].shape}
+    misfit = {layer_of(n) for n in own.keys() | found.keys() if n not in both or own[n].shape != found[n].shape}
     if old.prediction != m.prediction:                      # the same shape has another meaning
         misfit.add("final_layer.linear")
-    return [n for n in own if unit(n) not in misfit]
+    return [n for n in own if layer_of(n) not in misfit]
 
 
 # ---------------------------------------------------------------- the report
@@ -97,19 +97,19 @@ def table(found: dict[str, Tensor], own: dict[str, Tensor], kept: list[str]) -> 
 def extent(m: ModelConfig) -> float:
     """Return the largest coordinate of the positions in a row of patches."""
     n = m.resolution // m.patch
-    return {"grid": n - 1, "resample": m.base or n, "interpolate": (m.base or n) - 1}[m.positions]
+    return {"grid": n - 1, "resample": m.pos_base or n, "interpolate": (m.pos_base or n) - 1}[m.positions]
 
 
 def hints(run: Config, cfg: Config, header: dict, source: Any, kept: list[str]) -> list[str]:
     """Name what is likely to be an oversight, with the flag that would change it."""
     old, m, found = run.model, cfg.model, []
     ratio = m.resolution / old.resolution
-    if ratio != 1 and old.rescale == m.rescale:
+    if ratio != 1 and old.sigma_scale == m.sigma_scale:
         found.append(f"the resolution is {ratio:g} times as large and sigma is as before; to scale it as [COND] eq. 3 "
-                     f"does: --model.rescale={m.rescale * ratio:g}")
+                     f"does: --model.sigma_scale={m.sigma_scale * ratio:g}")
     if extent(old) != extent(m):
         found.append(f"positions reached to {extent(old)} and reach to {extent(m)} now; to keep the old extent: "
-                     f"--model.positions=resample --model.base={extent(old)}")
+                     f"--model.positions=resample --model.pos_base={extent(old)}")
     if old.prediction != m.prediction:
         found.append(f"the last layer is fresh: it predicted {old.prediction} and predicts {m.prediction} now")
     if m.semantics == old.semantics == "text" and run.encoder != cfg.encoder:

@@ -1,7 +1,7 @@
 """Load pretrained DiT checkpoints: the .pt files of the [DiT] authors, or folders in the format of diffusers.
 
 net, cfg = load_official_dit("DiT-XL-2-256x256.pt")
-python -m baselines.official_dit --weights=DiT-XL-2-256x256.pt --out=out/dit-xl      a run folder: sample.py --out, train.py --init
+python -m baselines.official_dit --weights=DiT-XL-2-256x256.pt --out=out/dit-xl      a run folder: sample.py --out, train.py --init_from
 
 Names are strict, and sizes follow from the shapes. The published last layer also predicts a variance; its rows are
 dropped, which leaves eps as it is. Positions are compared with ours and dropped. The published networks were trained
@@ -148,7 +148,7 @@ def drop_sigma(tensors: dict[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor
 def as_run(path: str | Path, cfg: ModelConfig) -> tuple[Config, dict[str, str]]:
     """Return the config and header that a run's weights would have. Class names come from diffusers, or are numbers."""
     path, names = Path(path).expanduser(), [str(k) for k in range(cfg.classes)]
-    made = Config(data="", augment="", encoder="words", lam=LAM, model=cfg)
+    made = Config(data="", augment="", encoder="words", guidance=LAM, model=cfg)
     for file in (path / "model_index.json", path.parent / "model_index.json"):
         with suppress(OSError, ValueError, KeyError, TypeError):
             labels = json.loads(file.read_text(encoding="utf-8"))["id2label"]

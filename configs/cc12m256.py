@@ -22,8 +22,8 @@ from config import Config, ModelConfig
 
 config = Config(
     out="out/cc12m256", data="latents/cc12m256", augment="crop+flip+size", crop="local", encoder="clip:openai",
-    padding="noisy", padding_noise=0.02, steps=500_000, batch=2048, micro=128, lr=5e-4, warmup=5000, lam=1.5,
+    padding="noisy", padding_noise=0.02, steps=500_000, batch=2048, microbatch=128, lr=5e-4, warmup=5000, guidance=1.5,
     log_every=100, save_every=5000, sample_every=10_000, workers=8,
     model=ModelConfig(
         semantics="text", text_dim=768, text_length=77, resolution=32, channels=4, patch=2, width=1152, depth=28,
-        heads=16, controls="crop+flip+size", positions="resample", base=16))
+        heads=16, controls="crop+flip+size", positions="resample", pos_base=16))

@@ -10,12 +10,12 @@ later on. Here crops are global: a caption names every object of a scene, and a 
 that captions would not hold. Positions are resampled on an extent of 28, so that those of the 8 x 8 patches here are
 0, 4, ... 28, pixels rather than patches: a small network tells them apart sooner (LOG.md).
 """
-from config import Config, ModelConfig
+from config import Config, ModelConfig, ShapesConfig
 
 config = Config(
-    out="out/shapes32", data="shapes", augment="crop+flip+size", crop="global", objects=2, scenes="grid",
-    padding="noisy", steps=2000, batch=64, micro=64, lr=4e-3, muon=0.014, warmup=50, cooldown=0.5, ema=0.05,
-    noise_weight=1.0, lam=3.0, eta=1.0, workers=0,
+    out="out/shapes32", data="shapes", augment="crop+flip+size", crop="global",
+    shapes=ShapesConfig(objects=2, layout="grid"), padding="noisy", steps=2000, batch=64, microbatch=64, lr=4e-3,
+    lr_muon=0.014, warmup=50, cooldown=0.5, ema_std=0.05, loss_sigma_power=1.0, guidance=3.0, eta=1.0, workers=0,
     model=ModelConfig(
         semantics="text", text_length=12, resolution=32, patch=4, width=128, depth=6, heads=4, prediction="v",
-        controls="crop+flip+size", positions="resample", base=28))
+        controls="crop+flip+size", positions="resample", pos_base=28))

@@ -24,12 +24,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from config import UserError, parse, run
-from evaluation.inception import precise
-from fid import Mean, mean_over
+from evaluation.inception import exact_fp32
+from fid import MeanWithError, mean_over
 from runtime import checkpoint, distributed
-from runtime.optional import library
+from runtime.optional import optional_import
 from sample import read_prompts
-from sources.folders import open_pictures
+from sources.folders import open_images
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Protocol:
 # coco is l14 on images of one caption for each image of COCO's 2014 validation set, as [COND] takes it
 PROTOCOLS = {"l14": Protocol("ViT-L-14", 100.0, ""), "coco": Protocol("ViT-L-14", 100.0, ""),
              "hessel": Protocol("ViT-B-32", 2.5, "A photo depicts ")}       # [CLIPS] sec. 3
-COCO = {"n": 40504, "steps": 25, "lam": 5.0}
+COCO = {"n": 40504, "steps": 25, "guidance": 5.0}
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)   # of OpenAI's images
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
 CONFIG = "open_clip_config.json"
@@ -55,7 +55,7 @@ class CLIP:
     UserError for weights that are missing, do not fit, or may not want QuickGELU: with another activation the scores
     are wrong and no error shows it. sha256 is that of the file."""
     def __init__(self, path: str, name: str, device: torch.device) -> None:
-        open_clip = library("open_clip", "CLIP", "open_clip_torch")
+        open_clip = optional_import("open_clip", "CLIP", "open_clip_torch")
         file, cfg = find_clip(path, name, open_clip)
         if not cfg.get("quick_gelu"):
             raise UserError(f"CLIPScore needs OpenAI's CLIP with QuickGELU, and nothing says that {file} has it; if "
@@ -116,7 +116,7 @@ def find_clip(path: str, name: str, open_clip: Any) -> tuple[Path, dict]:
 
 
 def clip_score(batches: Iterable[tuple[Tensor, list[str]]], clip: CLIP, protocol: Protocol,
-               place: distributed.Place) -> tuple[Mean, int]:
+               dist: distributed.Dist) -> tuple[MeanWithError, int]:
     """[CLIPS] eq. 1: scale * mean of max(cos(image, caption), 0) over pairs; and how many captions were cut short.
 
     batches: this process's uint8 images (B, 3, h, w) with their B captions."""
@@ -124,13 +124,13 @@ def clip_score(batches: Iterable[tuple[Tensor, list[str]]], clip: CLIP, protocol
     for images, captions in batches:
         if len(images) != len(captions):
             raise ValueError(f"{len(images)} images with {len(captions)} captions: caption k belongs to image k")
-        with torch.no_grad(), precise(place.device):
+        with torch.no_grad(), exact_fp32(dist.device):
             vectors, short = clip.captions([protocol.prefix + c for c in captions])
             cosine = (clip.pictures(images) * vectors).sum(1)                           # (B,)
         values += (protocol.scale * cosine.clamp(min=0)).tolist()
         cut += short
-    result = mean_over(values, place)
-    return result, int(distributed.add_up(torch.tensor([cut], device=place.device), place).item())
+    result = mean_over(values, dist)
+    return result, int(distributed.all_reduce_sum(torch.tensor([cut], device=dist.device), dist).item())
 
 
 # ---------------------------------------------------------------- the command
@@ -146,7 +146,7 @@ class Options:
     batch: int = 64                 # images at a time
 
 
-def departures(images: Path, n: int) -> list[str]:
+def protocol_differences(images: Path, n: int) -> list[str]:
     """Return "key: COCO's -> this" for each difference from [COND], by the .json that sample.py puts beside images."""
     beside = images.with_suffix(".json")
     used = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
@@ -157,24 +157,24 @@ def main(argv: list[str]) -> None:
     o = parse(argv, Options())
     if o.protocol not in PROTOCOLS:
         raise UserError(f"unknown protocol={o.protocol!r}; there are {', '.join(PROTOCOLS)}")
-    captions, pictures = read_prompts(o.prompts, o.seed), open_pictures(o.images)
+    captions, pictures = read_prompts(o.prompts, o.seed), open_images(o.images)
     n = len(pictures)
     if len(captions) != n:
         raise UserError(f"{n} images in {o.images}, {len(captions)} captions in {o.prompts}; caption k belongs to "
                         f"image k")
-    place, protocol = distributed.setup(), PROTOCOLS[o.protocol]
-    clip = CLIP(o.clip, protocol.model, place.device)
-    parts = [np.arange(k, min(k + o.batch, n)) for k in range(0, n, o.batch)][place.rank::place.world]
+    dist, protocol = distributed.setup(), PROTOCOLS[o.protocol]
+    clip = CLIP(o.clip, protocol.model, dist.device)
+    parts = [np.arange(k, min(k + o.batch, n)) for k in range(0, n, o.batch)][dist.rank::dist.world]
     batches = ((pictures(part), captions[part[0]:part[-1] + 1]) for part in parts)
-    result, cut = clip_score(batches, clip, protocol, place)
-    if place.rank == 0:
+    result, cut = clip_score(batches, clip, protocol, dist)
+    if dist.rank == 0:
         line = {"metric": f"clip_{o.protocol}", **dataclasses.asdict(result), "scale": protocol.scale,
                 "model": protocol.model, "prefix": protocol.prefix, "captions_cut": cut, "weights": clip.sha256,
                 "images": o.images}
-        line |= {"departs": departures(Path(o.images), n)} if o.protocol == "coco" else {}
+        line |= {"departs": protocol_differences(Path(o.images), n)} if o.protocol == "coco" else {}
         print(f"{line['metric']} {result.value:.4f} ± {result.error:.4f} over {n}")
         print(json.dumps({**line, "dtype": "float32", "torch": torch.__version__}))
 
 
 if __name__ == "__main__":
-    run(main, cleanup=distributed.leave)
+    run(main, cleanup=distributed.cleanup)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import UserError
-from runtime import checkpoint, distributed
+from runtime import distributed, log
 
 NAME, DIM, CLASSES = "inception-2015-12-05", 2048, 1008
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -164,7 +164,7 @@ RESIZE = {"tf1": tf1_resize, "clean": clean_resize}
 
 
 @contextmanager
-def precise(device: torch.device) -> Iterator[None]:
+def exact_fp32(device: torch.device) -> Iterator[None]:
     """Compute in true fp32, repeatably: no TF32, no autocast, no algorithm search. Restores the settings at the end."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
@@ -183,7 +183,7 @@ def cached() -> list[Path]:
     return [Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1] for url in URLS]
 
 
-def find_weights(asked: str, place: distributed.Place) -> Path:
+def find_weights(asked: str, dist: distributed.Dist) -> Path:
     """The weights file: `asked`, else $INCEPTION_WEIGHTS, else the cache, which one process of a machine fills.
 
     If one process fails, all raise a UserError, so that none waits for another."""
@@ -193,7 +193,7 @@ def find_weights(asked: str, place: distributed.Place) -> Path:
             error = f"no file {named!r}, given by {'--inception' if asked else VARIABLE}"
         elif not named and not any(path.is_file() for path in cached()):
             error = download()
-    if distributed.add_up(torch.tensor([float(bool(error))], device=place.device), place).item():
+    if distributed.all_reduce_sum(torch.tensor([float(bool(error))], device=dist.device), dist).item():
         raise UserError(f"{error}; {ADVICE}{cached()[0]}" if error else "another process has no Inception weights; its "
                         "message says why")
     return Path(named) if named else next((path for path in cached() if path.is_file()), cached()[0])
@@ -203,7 +203,7 @@ def download() -> str:
     """Fill the cache from the first mirror that answers, checking the whole hash. Returns the error if none does."""
     errors = []
     for url, path in zip(URLS, cached()):
-        checkpoint.say(f"downloading 95.6 MB of Inception weights from {url}")
+        log.info(f"downloading 95.6 MB of Inception weights from {url}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), hash_prefix=SHA256, progress=False)
@@ -231,23 +231,23 @@ class Extractor:
     resize: a key of RESIZE. UserError for another one, and for missing or other weights."""
     name, dim, classes = NAME, DIM, CLASSES
 
-    def __init__(self, weights: str, resize: str, place: distributed.Place) -> None:
+    def __init__(self, weights: str, resize: str, dist: distributed.Dist) -> None:
         if resize not in RESIZE:
             raise UserError(f"unknown resize={resize!r}; there are {', '.join(RESIZE)}")
-        tensors = read_weights(find_weights(weights, place))
+        tensors = read_weights(find_weights(weights, dist))
         with torch.device("meta"):
             net = Inception()
         net.load_state_dict(tensors, strict=True, assign=True)
         net = fold_(net.eval().requires_grad_(False))
-        self.net = net.to(place.device, memory_format=torch.channels_last)
-        self.sha256, self.resize, self.device = SHA256, resize, place.device
+        self.net = net.to(dist.device, memory_format=torch.channels_last)
+        self.sha256, self.resize, self.device = SHA256, resize, dist.device
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features (B, 2048) and logits (B, 1008), fp32, of images (B, 3, H, W) uint8. ValueError for others."""
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images are {tuple(images.shape)} {images.dtype}, wanted (B, 3, H, W) uint8")
         found = []
-        with torch.inference_mode(), precise(self.device):
+        with torch.inference_mode(), exact_fp32(self.device):
             for part in images.split(CHUNK):
                 x = RESIZE[self.resize](part.to(self.device).float())
                 found.append(self.net(x.contiguous(memory_format=torch.channels_last)))

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 import sample
 from config import UserError, parse, run
-from evaluation.inception import precise
-from fid import Mean, mean_over, mean_pair_distance, size_groups
+from evaluation.inception import exact_fp32
+from fid import MeanWithError, mean_over, mean_pair_distance, size_groups
 from runtime import distributed
 
 SIZES = {"all": (64, 128, 256, 512, 1024), "hr": (256, 512, 1024)}  # [COND] table 2a: LPIPS and, at 256 px, LPIPS/HR
@@ -89,16 +89,16 @@ def lpips_features(net: nn.Module, images: Tensor) -> list[Tensor]:
     return [x * (w / (x.shape[2] * x.shape[3])).sqrt() for x, w in zip(unit, weights)]
 
 
-def lpips_diversity(groups: Iterable[Tensor], net: nn.Module, place: distributed.Place) -> Mean:
+def lpips_diversity(groups: Iterable[Tensor], net: nn.Module, dist: distributed.Dist) -> MeanWithError:
     """[COND] sec. 3.1: LPIPS between images that differ in one control, mean over pairs, then prompts. Low is good.
 
     groups: this process's prompts, uint8 (P, K, 3, h, w) at a time."""
     values, device = [], next(net.parameters()).device
     for images in groups:
-        with torch.no_grad(), precise(place.device):
+        with torch.no_grad(), exact_fp32(dist.device):
             features = lpips_features(net, images.flatten(0, 1).to(device))
             values += mean_pair_distance([f.unflatten(0, images.shape[:2]) for f in features]).tolist()
-    return mean_over(values, place)
+    return mean_over(values, dist)
 
 
 # ---------------------------------------------------------------- the command
@@ -107,12 +107,12 @@ def lpips_diversity(groups: Iterable[Tensor], net: nn.Module, place: distributed
 class Options:
     """Which run to measure, and how."""
     out: str = ""                   # run folder of a model with the control size
-    file: str = sample.Options.file     # in the run folder, the weights to sample with
+    ema_file: str = sample.Options.file   # in the run folder, the weights to sample with
     autoencoder: str = ""           # decoder of latents; empty = that of the run's latents
     sizes: str = "hr"               # hr, all, or sizes in pixels joined with +
     n: int = 1000                   # prompts; the paper takes 10000
     steps: int = 50                 # sampling steps
-    lam: float = -1.0               # guidance scale; -1 = that of the run
+    guidance: float = -1.0          # guidance scale; -1 = that of the run
     seed: int = 0                   # keys the noise
     batch: int = 64                 # images at a time
     trunk: str = ""                 # AlexNet's file; empty = $LPIPS_TRUNK, else torch's cache
@@ -129,20 +129,20 @@ def read_sizes(text: str) -> tuple[int, ...]:
 
 
 def main(argv: list[str]) -> None:
-    o, place = parse(argv, Options()), distributed.setup()
+    o, dist = parse(argv, Options()), distributed.setup()
     sizes = read_sizes(o.sizes)
-    net = load_lpips(o.trunk, place.device)
-    drawing = sample.Options(out=o.out, file=o.file, autoencoder=o.autoencoder, n=o.n, steps=o.steps, lam=o.lam,
+    net = load_lpips(o.trunk, dist.device)
+    drawing = sample.Options(out=o.out, ema_file=o.ema_file, autoencoder=o.autoencoder, n=o.n, steps=o.steps, guidance=o.guidance,
                              seed=o.seed, batch=o.batch)
-    drawing = sample.settled(drawing, sample.open_run(drawing)[1])
-    result = lpips_diversity(size_groups(drawing, sizes, place), net, place)
-    if place.rank == 0:
+    drawing = sample.resolve_defaults(drawing, sample.open_run(drawing)[1])
+    result = lpips_diversity(size_groups(drawing, sizes, dist), net, dist)
+    if dist.rank == 0:
         print(f"lpips_alex {result.value:.4f} ± {result.error:.4f} over {result.n}")
         print(json.dumps({"metric": "lpips_alex", **dataclasses.asdict(result), "sizes": sizes, "K": len(sizes),
                           "pairs": math.comb(len(sizes), 2), "version": "0.1", "weights": TRUNK_SHA256, "run": o.out,
-                          "file": o.file, "steps": o.steps, "lam": drawing.lam, "eta": drawing.eta, "seed": o.seed,
+                          "ema_file": o.ema_file, "steps": o.steps, "guidance": drawing.guidance, "eta": drawing.eta, "seed": o.seed,
                           "dtype": "float32", "torch": torch.__version__}))
 
 
 if __name__ == "__main__":
-    run(main, cleanup=distributed.leave)
+    run(main, cleanup=distributed.cleanup)

@@ -27,12 +27,12 @@ import data
 import model
 from config import Config, UserError, parse, run
 from evaluation.shapes_score import score
-from fid import FeatureStats, Mean, frechet_distance, mean_over, mean_pair_distance, size_groups
+from fid import FeatureStats, MeanWithError, frechet_distance, mean_over, mean_pair_distance, size_groups
 from rng import seed64
 from runtime import checkpoint, distributed
-from sample import Options as Drawing, Wishes, read_prompts, settled
-from sources.folders import open_pictures
-from sources.shapes import NATIVE, VERSION, Shapes, canvas, render
+from sample import Options as Drawing, SampleConditions, read_prompts, resolve_defaults
+from sources.folders import open_images
+from sources.shapes import NATIVE, VERSION, Shapes, canvas_side, render
 from sources.shapes_grammar import BACKGROUNDS, COLORS, SHAPES
 
 JUDGE = Path(__file__).parents[1] / "weights" / "judge.safetensors"    # the shipped one
@@ -43,7 +43,7 @@ REFERENCE = 10_000                      # renders that toy_fd compares with, fro
 FAR = 2 ** 24                           # renders from this index on have captions that no model was asked for
 
 
-class Reading(NamedTuple):
+class Prediction(NamedTuple):
     """What the judge sees, for each colour: logits, except x, y and r in fractions of the image's side."""
     there: Tensor                       # (B, K) whether an object has this colour
     shape: Tensor                       # (B, K, shapes) its shape
@@ -54,7 +54,7 @@ class Reading(NamedTuple):
     native: Tensor                      # (B, sizes) its native size, so that features know sharpness
 
 
-class Judge(nn.Module):
+class ShapesClassifier(nn.Module):
     """Four convolutions to a map of F features; for each colour a map of its place, which pools those features.
 
     Images (B, 3, R, R) in [-1, 1], of any R, are averaged down to SIDE pixels first."""
@@ -72,18 +72,18 @@ class Judge(nn.Module):
         """Return the features at every place. (B, 3, R, R) -> (B, F, S, S)"""
         return self.trunk(F.interpolate(images, (SIDE, SIDE), mode="area") if images.shape[-1] != SIDE else images)
 
-    def read_map(self, f: Tensor) -> Reading:
+    def read_map(self, f: Tensor) -> Prediction:
         """Read the features (B, F, S, S)."""
         logits = self.where(f).flatten(2)                                       # (B, K, S S)
         at = logits.softmax(2)
         pooled = at @ f.flatten(2).transpose(1, 2)                              # (B, K, F)
         rows, S = at.unflatten(2, f.shape[2:]), f.shape[-1]
-        place, mean = (torch.arange(S, device=f.device) + 0.5) / S, f.mean((2, 3))
-        return Reading(there=logits.logsumexp(2) - math.log(S * S), shape=self.shape(pooled),
-                       x=rows.sum(2) @ place, y=rows.sum(3) @ place, r=self.r(pooled)[..., 0] * UNIT,
+        dist, mean = (torch.arange(S, device=f.device) + 0.5) / S, f.mean((2, 3))
+        return Prediction(there=logits.logsumexp(2) - math.log(S * S), shape=self.shape(pooled),
+                       x=rows.sum(2) @ dist, y=rows.sum(3) @ dist, r=self.r(pooled)[..., 0] * UNIT,
                        background=self.background(mean), native=self.native(mean))
 
-    def forward(self, images: Tensor) -> Reading:
+    def forward(self, images: Tensor) -> Prediction:
         return self.read_map(self.map(images))
 
 
@@ -93,7 +93,7 @@ class JudgeFeatures:
     Features are the map's means; logits are those of the largest object's shape."""
     resize, classes = "area", len(SHAPES)
 
-    def __init__(self, judge: Judge) -> None:
+    def __init__(self, judge: ShapesClassifier) -> None:
         self.judge, self.name, self.sha256, self.dim = judge, f"judge-{judge.sha256[:8]}", judge.sha256, judge.width
 
     @torch.inference_mode()
@@ -104,26 +104,26 @@ class JudgeFeatures:
 
 
 @torch.inference_mode()
-def read(judge: Judge, images: Tensor) -> Reading:
+def read(judge: ShapesClassifier, images: Tensor) -> Prediction:
     """Read images (B, 3, R, R) in [-1, 1], BATCH at a time."""
     parts = [judge(part) for part in images.split(BATCH)]
-    return Reading(*(torch.cat(column) for column in zip(*parts)))
+    return Prediction(*(torch.cat(column) for column in zip(*parts)))
 
 
-def largest_logits(seen: Reading) -> Tensor:
+def largest_logits(seen: Prediction) -> Tensor:
     """Return the shape logits (B, shapes) of the largest object that the judge sees."""
     r = seen.r.masked_fill(seen.there <= 0, -1)                                 # (B, K)
     return seen.shape[torch.arange(len(r)), r.argmax(1)]
 
 
-def largest(seen: Reading) -> Tensor:
+def largest(seen: Prediction) -> Tensor:
     """Return the shape (B,) of the largest object that the judge sees: the class of an image of this data set."""
     return largest_logits(seen).argmax(1)
 
 
 # ---------------------------------------------------------------- training
 
-def truth(scene: dict[str, Tensor]) -> tuple[Reading, Tensor]:
+def targets(scene: dict[str, Tensor]) -> tuple[Prediction, Tensor]:
     """Return what a Reading should be, as class numbers, and (B, K) whether each object counts.
 
     An object whose centre is cropped away while its rim is not does not count: nobody could tell whether it exists."""
@@ -139,13 +139,13 @@ def truth(scene: dict[str, Tensor]) -> tuple[Reading, Tensor]:
     x, y, r = (placed(scene[name].float()) for name in "xyr")                   # (B, K)
     inside = (x > 0) & (x < 1) & (y > 0) & (y < 1) & placed(has)
     gone = (x + r < 0) | (x - r > 1) | (y + r < 0) | (y - r > 1) | ~placed(has)
-    true = Reading(inside, placed(scene["shape"]), x, y, r, scene["background"], scene["native"])
+    true = Prediction(inside, placed(scene["shape"]), x, y, r, scene["background"], scene["native"])
     return true, inside | gone
 
 
-def loss(seen: Reading, scene: dict[str, Tensor]) -> Tensor:
+def loss(seen: Prediction, scene: dict[str, Tensor]) -> Tensor:
     """Cross-entropy of presence, shape, background and native size, plus the squared error of x, y and r in UNITs."""
-    true, counts = truth(scene)
+    true, counts = targets(scene)
     there = F.binary_cross_entropy_with_logits(seen.there[counts], true.there[counts].float())
     k = true.there
     pairs = ((seen.x, true.x), (seen.y, true.y), (seen.r, true.r))
@@ -154,10 +154,10 @@ def loss(seen: Reading, scene: dict[str, Tensor]) -> Tensor:
             + F.cross_entropy(seen.background, true.background) + F.cross_entropy(seen.native, true.native))
 
 
-def train(seed: int, steps: int, batch: int = 128, peak: float = 4e-3) -> Judge:
+def train(seed: int, steps: int, batch: int = 128, peak: float = 4e-3) -> ShapesClassifier:
     """Train a judge on renders of the split train, each once: up to three objects, cropped, mirrored, all sizes."""
     torch.manual_seed(seed64(seed, "judge"))
-    net, source = Judge(), Shapes(SIDE, seed)
+    net, source = ShapesClassifier(), Shapes(SIDE, seed)
     optimizer = torch.optim.AdamW(net.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01)
     bar = tqdm(range(steps), desc="training the judge", unit="step", disable=None)
     for step in bar:
@@ -173,13 +173,13 @@ def train(seed: int, steps: int, batch: int = 128, peak: float = 4e-3) -> Judge:
     return net.eval().requires_grad_(False)
 
 
-def write(net: Judge, path: Path, about: dict) -> None:
+def write(net: ShapesClassifier, path: Path, about: dict) -> None:
     """Write the judge as safetensors, with `about`, its training, in the header."""
     header = {"config": json.dumps({"width": net.width, "data": VERSION, **about}), "judge": "shapes"}
     checkpoint.write_weights(path, net.state_dict(), header)
 
 
-def load(path: Path = JUDGE) -> Judge:
+def load(path: Path = JUDGE) -> ShapesClassifier:
     """Load a judge that `write` wrote; its sha256 is that of its weights. UserError for any other file."""
     if not path.is_file():
         raise UserError(f"no judge at {path}; make one with: python -m evaluation.shapes_judge --write={path}")
@@ -187,7 +187,7 @@ def load(path: Path = JUDGE) -> Judge:
     about = json.loads(header["config"])
     if header.get("judge") != "shapes" or about["data"] != VERSION:
         raise UserError(f"{path} is no judge of {VERSION!r}; make one with: python -m evaluation.shapes_judge --write={path}")
-    net = Judge(about["width"])
+    net = ShapesClassifier(about["width"])
     checkpoint.load_strictly(net, tensors, str(path))
     net.sha256 = header["sha256"]
     return net.eval().requires_grad_(False)
@@ -200,13 +200,13 @@ def to_bytes(images: Tensor | np.ndarray) -> Tensor:
     return ((torch.as_tensor(images) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def add_features(stats: FeatureStats, judge: Judge, images: Tensor) -> None:
+def add_features(stats: FeatureStats, judge: ShapesClassifier, images: Tensor) -> None:
     """Add images (B, 3, R, R) in [-1, 1] to the statistics, rounded to 8 bits like those of a file."""
     for part in to_bytes(images).split(BATCH):
         stats.update(JudgeFeatures(judge)(part)[0])
 
 
-def render_stats(judge: Judge, source: Shapes, indices: Iterable[int]) -> FeatureStats:
+def render_stats(judge: ShapesClassifier, source: Shapes, indices: Iterable[int]) -> FeatureStats:
     """Return the statistics of the renders `indices` of a data set."""
     stats, indices = FeatureStats(judge.width), list(indices)
     for k in range(0, len(indices), BATCH):
@@ -214,7 +214,7 @@ def render_stats(judge: Judge, source: Shapes, indices: Iterable[int]) -> Featur
     return stats
 
 
-def toy_fd(judge: Judge, images: Tensor, reference: FeatureStats) -> float:
+def toy_fd(judge: ShapesClassifier, images: Tensor, reference: FeatureStats) -> float:
     """Fréchet distance between images (n, 3, R, R) in [-1, 1] and renders, in the features of this judge. No FID.
 
     reference: render_stats of the same judge, on a split that it did not train on. The bias falls as 1/n."""
@@ -225,7 +225,7 @@ def toy_fd(judge: Judge, images: Tensor, reference: FeatureStats) -> float:
 
 # ---------------------------------------------------------------- the leak
 
-def content(seen: Reading) -> Tensor:
+def descriptor(seen: Prediction) -> Tensor:
     """Describe an image by numbers that ignore sharpness: (B, K (shapes + 2)).
 
     For each colour these are the probabilities of every shape, and the centre in fractions of the image's side, all
@@ -234,22 +234,22 @@ def content(seen: Reading) -> Tensor:
     return (there * torch.cat([seen.shape.softmax(2), seen.x[..., None], seen.y[..., None]], 2)).flatten(1)
 
 
-def toy_leak(judge: Judge, groups: Iterable[Tensor], place: distributed.Place) -> Mean:
+def toy_leak(judge: ShapesClassifier, groups: Iterable[Tensor], dist: distributed.Dist) -> MeanWithError:
     """[COND] sec. 3.1 in miniature: mean squared distance in content of images that differ in requested size alone.
 
     The mean runs over all pairs of a prompt's K images, then over prompts, as LPIPS diversity does. groups: this
     process's prompts, uint8 (P, K, 3, R, R) at a time. Low is good; even renders are not at 0."""
     values = []
     for images in groups:
-        seen = content(read(judge, images.flatten(0, 1).float() / 127.5 - 1))
+        seen = descriptor(read(judge, images.flatten(0, 1).float() / 127.5 - 1))
         values += mean_pair_distance([seen.unflatten(0, images.shape[:2])]).tolist()
-    return mean_over(values, place)
+    return mean_over(values, dist)
 
 
 def resized(source: Shapes, indices: Sequence[int]) -> Tensor:
     """Render the same scenes at every native size: the leak of a model that leaks nothing. uint8 (P, K, 3, R, R)"""
     scene, zero, R = source.drawn(np.asarray(indices))[1], np.zeros(len(indices), int), source.resolution
-    return torch.stack([to_bytes(render(scene | {"native": zero + k}, zero + canvas(R), zero, zero, zero > 0, R))
+    return torch.stack([to_bytes(render(scene | {"native": zero + k}, zero + canvas_side(R), zero, zero, zero > 0, R))
                         for k in range(len(NATIVE))], 1)
 
 
@@ -274,7 +274,7 @@ def make(o: Options) -> dict:
     write(net, Path(o.write), {"seed": o.seed, "steps": o.steps})
     batch = Shapes(SIDE, split="test", crop=False).records(range(500))
     right = largest(read(net, batch["image"])) == batch["label"]
-    return {"judge": load(Path(o.write)).sha256, "seed": o.seed, "steps": o.steps, "by_class": shares(right.float())}
+    return {"judge": load(Path(o.write)).sha256, "seed": o.seed, "steps": o.steps, "by_class": fraction_with_error(right.float())}
 
 
 def open_run(folder: Path) -> tuple[Config, Shapes]:
@@ -285,7 +285,7 @@ def open_run(folder: Path) -> tuple[Config, Shapes]:
     return cfg, data.open_source(cfg, "test")
 
 
-def measure(o: Options, judge: Judge) -> dict:
+def measure(o: Options, judge: ShapesClassifier) -> dict:
     """Measure toy_fd and accuracy of the images of an npz, beside as many renders; return the last line."""
     file = Path(o.images)
     beside = file.with_suffix(".json")
@@ -293,7 +293,7 @@ def measure(o: Options, judge: Judge) -> dict:
         raise UserError(f"{beside} is missing: the judge reads images that sample.py wrote into a run folder")
     used = json.loads(beside.read_text(encoding="utf-8"))
     cfg, source = open_run(file.parent.parent)
-    pictures = open_pictures(o.images)
+    pictures = open_images(o.images)
     index = np.arange(len(pictures))
     images = pictures(index).float() / 127.5 - 1
     reference = render_stats(judge, source, range(FAR, FAR + REFERENCE))
@@ -305,10 +305,10 @@ def measure(o: Options, judge: Judge) -> dict:
 
     titles = asked_for(file, used, cfg, index)
     if cfg.model.semantics == "text":
-        line["by_pixels"] = {key: shares(v) for key, v in score(images, titles).items()}
+        line["by_pixels"] = {key: fraction_with_error(v) for key, v in score(images, titles).items()}
     elif cfg.model.semantics == "class":
         right = [SHAPES[k] == title for k, title in zip(largest(read(judge, images)), titles)]
-        line["by_class"] = shares(torch.tensor(right).float())
+        line["by_class"] = fraction_with_error(torch.tensor(right).float())
     return line
 
 
@@ -321,10 +321,10 @@ def asked_for(file: Path, used: dict, cfg: Config, index: np.ndarray) -> list[st
     known = {f.name: used[f.name] for f in dataclasses.fields(Drawing) if f.name in used}
     folder = file.parent.parent
     header = checkpoint.read_header(folder / "weights.safetensors")
-    return Wishes(Drawing(**known | {"out": str(folder)}), cfg, header).titles(index)
+    return SampleConditions(Drawing(**known | {"out": str(folder)}), cfg, header).titles(index)
 
 
-def shares(said: Tensor) -> list[float | None]:
+def fraction_with_error(said: Tensor) -> list[float | None]:
     """Return the fraction of 1s among 1, 0 and NaN, its standard error, and how many are not NaN."""
     stated = said[~said.isnan()]
     if not len(stated):
@@ -333,31 +333,31 @@ def shares(said: Tensor) -> list[float | None]:
     return [round(p, 4), round(math.sqrt(p * (1 - p) / len(stated)), 4), len(stated)]
 
 
-def leak(o: Options, judge: Judge, place: distributed.Place) -> dict:
+def leak(o: Options, judge: ShapesClassifier, dist: distributed.Dist) -> dict:
     """Measure toy_leak of a run, beside that of renders, which leak nothing; return the last line."""
     cfg, source = open_run(Path(o.leak))
-    drawing = settled(Drawing(out=o.leak, n=o.n, seed=o.seed), cfg)
-    result = toy_leak(judge, size_groups(drawing, NATIVE, place), place)
-    mine = np.arange(place.rank, o.n, place.world)
-    floor = toy_leak(judge, [resized(source, mine)] if len(mine) else [], place)
+    drawing = resolve_defaults(Drawing(out=o.leak, n=o.n, seed=o.seed), cfg)
+    result = toy_leak(judge, size_groups(drawing, NATIVE, dist), dist)
+    mine = np.arange(dist.rank, o.n, dist.world)
+    floor = toy_leak(judge, [resized(source, mine)] if len(mine) else [], dist)
     return {"metric": f"toy_leak/{JudgeFeatures(judge).name}", **dataclasses.asdict(result), "renders": floor.value,
             "sizes": NATIVE, "judge": judge.sha256, "run": o.leak, "seed": o.seed, "steps": drawing.steps,
-            "lam": drawing.lam, "eta": drawing.eta}
+            "guidance": drawing.guidance, "eta": drawing.eta}
 
 
 def main(argv: list[str]) -> None:
     o = parse(argv, Options())
     if sum(map(bool, (o.write, o.images, o.leak))) != 1:
         raise UserError("give one of --write=FILE, --images=FILE.npz and --leak=RUN; --help explains them")
-    place = distributed.setup(o.threads)
+    dist = distributed.setup(o.threads)
     if o.write:
         line = make(o)
     else:
         judge = load(Path(o.judge or JUDGE))
-        line = measure(o, judge) if o.images else leak(o, judge, place)
-    if place.rank == 0:
+        line = measure(o, judge) if o.images else leak(o, judge, dist)
+    if dist.rank == 0:
         print(json.dumps({**line, "torch": torch.__version__}))
 
 
 if __name__ == "__main__":
-    run(main, cleanup=distributed.leave)
+    run(main, cleanup=distributed.cleanup)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from sources.shapes import LARGE, RADIUS, SMALL, rgb, sdf
-from sources.shapes_grammar import BACKGROUNDS, COLORS, RELATIONS, SHAPES, describe
+from sources.shapes_grammar import BACKGROUNDS, COLORS, RELATIONS, SHAPES, parse_caption
 
-ANSWERS = ("color", "count", "background", "shape", "size", "side", "level")
+ATTRIBUTES = ("color", "count", "background", "shape", "size", "side", "level")
 
 
 @lru_cache(maxsize=None)
@@ -64,21 +64,21 @@ def count(owner: np.ndarray, share: np.ndarray) -> np.ndarray:
         if (patch == before).all():
             break
     size = np.bincount((patch + np.arange(B)[:, None, None] * (R * R + 1)).ravel(), minlength=B * (R * R + 1))
-    return (size.reshape(B, -1)[:, 1:] >= least(R)).sum(1)
+    return (size.reshape(B, -1)[:, 1:] >= min_object_pixels(R)).sum(1)
 
 
-def around(ink: np.ndarray, pixels: int) -> np.ndarray:
+def dilate(ink: np.ndarray, pixels: int) -> np.ndarray:
     """Dilate a mask (K, R, R) by so many pixels; 1 or 0."""
     wide = torch.from_numpy(ink).float()[:, None]
     return torch.nn.functional.max_pool2d(wide, 2 * pixels + 1, 1, pixels)[:, 0].numpy()
 
 
-def least(R: int) -> float:
+def min_object_pixels(R: int) -> float:
     """Return the fewest pixels that count as an object: 0.4 of the smallest whole one."""
     return 0.4 * moments()[0].min() * (RADIUS[0] * R) ** 2
 
 
-def fit(mask: np.ndarray) -> np.ndarray:
+def match_shape(mask: np.ndarray) -> np.ndarray:
     """Return the shape (K,) that overlaps each mask (K, R, R) best when rendered with its area and centroid.
 
     The rendered edge is a twentieth of the image wide, between the sharpest and the most blurred originals."""
@@ -109,9 +109,9 @@ def score(images: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
     level       above and below, likewise; a mirrored image is wrong on side and right on level
     all         every attribute that the caption states is right
     Objects that share a colour are scored for colour and count only. UserError for a caption outside the grammar."""
-    facts = [describe(text) for text in captions]
+    facts = [parse_caption(text) for text in captions]
     back, owner, share = unmix(images)
-    R, values = images.shape[-1], {name: np.full(len(facts), np.nan) for name in ANSWERS}
+    R, values = images.shape[-1], {name: np.full(len(facts), np.nan) for name in ATTRIBUTES}
 
     def answer(name, rows, right):
         np.fmin.at(values[name], np.asarray(rows, int), np.asarray(right, float))
@@ -127,15 +127,15 @@ def score(images: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
     size = [name for f in facts for name in f.sizes]
     alone = np.array([f.colors.count(name) == 1 for f in facts for name in f.colors], bool)
     mask = np.where((owner[row] == color[:, None, None]) & (share[row] > 0.15), share[row], 0)
-    mask = mask * around(mask > 0.5, R // 16)                                               # (K, R, R)
-    found = (mask > 0.5).sum((1, 2)) >= least(R)
+    mask = mask * dilate(mask > 0.5, R // 16)                                               # (K, R, R)
+    found = (mask > 0.5).sum((1, 2)) >= min_object_pixels(R)
     answer("color", row, found)
     area = np.stack([((owner == c) & (share > 0.5)).sum((1, 2)) for c in range(len(COLORS))], axis=1)
     unstated = np.array([[name not in f.colors for name in COLORS] for f in facts])          # (B, colours)
-    answer("color", range(len(facts)), ~((area >= least(R)) & unstated).any(1))
+    answer("color", range(len(facts)), ~((area >= min_object_pixels(R)) & unstated).any(1))
 
     judged = np.flatnonzero(found & alone)
-    best = fit(mask[judged])
+    best = match_shape(mask[judged])
     answer("shape", row[judged], best == shape[judged])
     large = mask[judged].sum((1, 2)) > moments()[0][best] * ((SMALL + LARGE) / 2 * R) ** 2
     sized = [k for k, j in enumerate(judged) if size[j]]
@@ -161,7 +161,7 @@ def sharpness(images: Tensor) -> Tensor:
     return step.square().sum(1) / step.abs().sum(1).clamp(min=1e-6)
 
 
-def cut(images: Tensor) -> Tensor:
+def touches_border(images: Tensor) -> Tensor:
     """Return (B,) bool: whether an object reaches the border of the image."""
     share = unmix(images)[2] > 0.6
     border = np.concatenate([share[:, 0], share[:, -1], share[:, :, 0], share[:, :, -1]], axis=1)

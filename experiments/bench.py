@@ -1,9 +1,9 @@
 """Speed of a forward pass, a training step and a guided sampling step, beside the hardware's peak or another network.
 
 python -m experiments.bench --config=configs/shapes.py --compile=on                  seconds, images/s, share of peak
-python -m experiments.bench --size=DiT-S/2 --batch=8 --threads=1 --vs=diffusers      against diffusers' DiT
-python -m experiments.bench --size=DiT-S/2 --batch=8 --threads=1 --peer=PATH         against a checkout of the official code
-python -m experiments.bench --config=configs/mp/shapes_e.py --threads=1 --vs=plain   the cost of preserving magnitudes
+python -m experiments.bench --size=DiT-S/2 --batch=8 --threads=1 --against=diffusers      against diffusers' DiT
+python -m experiments.bench --size=DiT-S/2 --batch=8 --threads=1 --official_dit=PATH         against a checkout of the official code
+python -m experiments.bench --config=configs/mp/shapes_e.py --threads=1 --against=plain   the cost of preserving magnitudes
 
 A training step is loss, backward pass, clipping, AdamW and weight averaging, as in train.py. Inputs are random and
 already on the device. Comparisons alternate between the networks; on a busy CPU use --threads=1.
@@ -31,9 +31,9 @@ from conditioning import CONTROLS, Condition
 from config import SIZES, Config, ModelConfig, UserError, load, parse, run
 from ema import PowerEMA
 from runtime import distributed
-from runtime.log import Window
-from runtime.optional import library, mend_torchvision
-from sample import ddim, guided
+from runtime.log import LossWindow
+from runtime.optional import optional_import, patch_torchvision_ops
+from sample import ddim, with_guidance
 from schedule import add_noise, alpha_bar_table
 from text import make_encoder
 
@@ -50,12 +50,12 @@ class Options(Config):
     """The config of a run, and what to time on it."""
     config: str = ""                    # config file of the run
     size: str = ""                      # model in place of the config's, such as DiT-S/2, for 32 x 32 x 4 inputs
-    what: str = "forward+train+sample"  # steps to time, joined with +
+    parts: str = "forward+train+sample"   # steps to time, joined with +
     batch: int = 0                      # images a step; 0 = micro of the config
     rounds: int = 30                    # most timed turns of each step, after the warm-up
     seconds: float = 20.0               # longest time for each step
-    vs: str = ""                        # compare with diffusers (its DiT), or with plain (the twin of an mp arch)
-    peer: str = ""                      # compare with the official DiT code: the folder of its models.py
+    against: str = ""                   # compare with diffusers (its DiT), or with plain (the twin of an mp arch)
+    official_dit: str = ""              # compare with the official DiT code: the folder of its models.py
 
 
 class Inputs(NamedTuple):
@@ -66,7 +66,7 @@ class Inputs(NamedTuple):
     alpha_bar: Tensor
 
 
-class Side(NamedTuple):
+class Implementation(NamedTuple):
     """One implementation. "forward" returns eps and "sample" the image after a guided step, to be compared."""
     name: str
     net: nn.Module
@@ -89,16 +89,16 @@ def read_options(argv: list[str]) -> Options:
     if m.semantics == "text" and not (m.text_dim and m.text_length):
         encoder = make_encoder(o)
         m = replace(m, text_dim=encoder.dim, text_length=encoder.length)
-    o = replace(o, batch=o.batch or o.micro, micro=o.batch or o.micro, model=m)
+    o = replace(o, batch=o.batch or o.micro, microbatch=o.batch or o.micro, model=m)
     train.check(o, world=1)
-    if unknown := [w for w in o.what.split("+") if w not in PASSES]:
-        raise UserError(f"what={o.what!r} names {unknown[0]!r}; there are {', '.join(PASSES)}, joined with +")
+    if unknown := [w for w in o.parts.split("+") if w not in PASSES]:
+        raise UserError(f"what={o.parts!r} names {unknown[0]!r}; there are {', '.join(PASSES)}, joined with +")
     is_dit = (m.arch, m.semantics, m.controls) == ("dit", "class", "")
     fits = {"": True, "diffusers": is_dit, "plain": m.arch.startswith("mp")}
-    if not fits.get(o.vs) or o.peer and (o.vs or not is_dit):
-        raise UserError(f"vs={o.vs!r}, peer={o.peer!r} do not fit model.arch={m.arch!r}, semantics={m.semantics!r}, "
-                        f"controls={m.controls!r}: --vs=diffusers or --peer compares a DiT of classes without controls "
-                        "(--size=DiT-S/2), --vs=plain an mp architecture")
+    if not fits.get(o.against) or o.official_dit and (o.against or not is_dit):
+        raise UserError(f"vs={o.against!r}, peer={o.official_dit!r} do not fit model.arch={m.arch!r}, semantics={m.semantics!r}, "
+                        f"controls={m.controls!r}: --against=diffusers or --official_dit compares a DiT of classes without controls "
+                        "(--size=DiT-S/2), --against=plain an mp architecture")
     return o
 
 
@@ -123,8 +123,8 @@ def make_inputs(o: Options, device: torch.device) -> Inputs:
     cond = Condition(label=whole(m.classes) if m.semantics == "class" else None,
                      text=normal(B, m.text_length, m.text_dim) if m.semantics == "text" else None,
                      steered=torch.ones(B, device=device) if controls else None, **controls)
-    alpha_bar = alpha_bar_table(m.schedule, m.noise_steps, m.rescale).float().to(device)
-    return Inputs(normal(B, m.channels, m.resolution, m.resolution), whole(m.noise_steps).float(), cond, alpha_bar)
+    alpha_bar = alpha_bar_table(m.schedule, m.timesteps, m.sigma_scale).float().to(device)
+    return Inputs(normal(B, m.channels, m.resolution, m.resolution), whole(m.timesteps).float(), cond, alpha_bar)
 
 
 def randomize(net: nn.Module) -> None:
@@ -134,19 +134,19 @@ def randomize(net: nn.Module) -> None:
             nn.init.normal_(p, std=0.02)
 
 
-def ours(cfg: Config, s: Inputs, dtype: str, compiled: bool) -> Side:
+def ours(cfg: Config, s: Inputs, dtype: str, compiled: bool) -> Implementation:
     """This library as train.py and sample.py run it, with tokens of type `dtype`."""
     device = s.x.device
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("highest")
     net = model.build(cfg.model).to(device)
     randomize(net)
-    net.dtype = distributed.precision(device, dtype)
+    net.dtype = distributed.compute_dtype(device, dtype)
     if compiled:
         for block in net.blocks:
             block.compile(fullgraph=True)
-    ema, window, denoise = PowerEMA(net, cfg.ema), Window(device), guided(net, s.cond, LAM)
-    rows = optim.keep_rows(net, cfg)
+    ema, window, denoise = PowerEMA(net, cfg.ema_std), LossWindow(device), with_guidance(net, s.cond, LAM)
+    rows = optim.normalized_rows(net, cfg)
     opt = optim.optimizer(net, replace(cfg, lr=LR), window)
 
     def train_step() -> None:
@@ -154,8 +154,8 @@ def ours(cfg: Config, s: Inputs, dtype: str, compiled: bool) -> Side:
         loss, i = train.denoising_loss(net, s.x, s.cond, g, s.alpha_bar, cfg)
         loss.mean().backward()
         window.add(loss, i, len(s.alpha_bar))
-        optim.tangent_(rows)
-        window.add_norm(nn.utils.clip_grad_norm_(net.parameters(), cfg.clip or math.inf, foreach=True), 0)
+        optim.project_grad_(rows)
+        window.add_norm(nn.utils.clip_grad_norm_(net.parameters(), cfg.grad_clip or math.inf, foreach=True), 0)
         opt.step()
         optim.renormalize_(rows, window.bad)
         opt.zero_grad(set_to_none=True)
@@ -164,13 +164,13 @@ def ours(cfg: Config, s: Inputs, dtype: str, compiled: bool) -> Side:
     steps = {"forward": lambda: net(s.x, s.i, s.cond), "train": train_step,
              "sample": lambda: ddim(denoise, s.x, s.alpha_bar, 1)}
     name = f"{cfg.model.arch}, {str(net.dtype)[6:]}{', compiled' * compiled}"
-    return Side(name, net, steps, model.flops(cfg.model), torch.get_float32_matmul_precision())
+    return Implementation(name, net, steps, model.flops(cfg.model), torch.get_float32_matmul_precision())
 
 
 # ---------------------------------------------------------------- other people's DiT
 
 def theirs(name: str, net: nn.Module, eps: Callable[..., Tensor], average: Callable[[], None], s: Inputs,
-           m: ModelConfig) -> Side:
+           m: ModelConfig) -> Implementation:
     """Another DiT in fp32 with default AdamW and the shortest code for loss, guidance and sampler.
 
     eps(x, i, label) calls the network; average() updates its averaged weights."""
@@ -191,7 +191,7 @@ def theirs(name: str, net: nn.Module, eps: Callable[..., Tensor], average: Calla
 
     steps = {"forward": lambda: eps(s.x, s.i, label), "train": train_step,
              "sample": lambda: ddim(denoise, s.x, s.alpha_bar, 1)}
-    return Side(name, net, steps, model.flops(m))
+    return Implementation(name, net, steps, model.flops(m))
 
 
 # diffusers' names of our layers; it splits q, k, v, and has a copy of both embeddings in every block
@@ -205,7 +205,7 @@ DIFFUSERS_NAMES = {
 
 def diffusers_dit(net: model.Denoiser) -> nn.Module:
     """diffusers' DiTTransformer2DModel with the size and the weights of `net`, a DiT of classes."""
-    kind, m, weights = library("diffusers", "--vs=diffusers", part="DiTTransformer2DModel"), net.cfg, {}
+    kind, m, weights = optional_import("diffusers", "--against=diffusers", part="DiTTransformer2DModel"), net.cfg, {}
     other = kind(num_layers=m.depth, num_attention_heads=m.heads, attention_head_dim=m.width // m.heads, norm_eps=1e-6,
                  in_channels=m.channels, sample_size=m.resolution, patch_size=m.patch, num_embeds_ada_norm=m.classes)
     for block in other.transformer_blocks:                  # our slowest frequency; theirs is exactly 1/10000
@@ -223,7 +223,7 @@ def diffusers_dit(net: model.Denoiser) -> nn.Module:
     return other.to(next(net.parameters()).device)
 
 
-def diffusers_side(net: model.Denoiser, s: Inputs) -> Side:
+def diffusers_side(net: model.Denoiser, s: Inputs) -> Implementation:
     """diffusers as its training example uses it, with its default EMAModel."""
     other = diffusers_dit(net)
     from diffusers.training_utils import EMAModel
@@ -232,16 +232,16 @@ def diffusers_side(net: model.Denoiser, s: Inputs) -> Side:
     return theirs("diffusers", other, eps, lambda: ema.step(other.parameters()), s, net.cfg)
 
 
-def official_side(net: model.Denoiser, s: Inputs, path: str) -> Side:
+def official_side(net: model.Denoiser, s: Inputs, path: str) -> Implementation:
     """models.DiT of the official code in the folder `path`, with a dictionary of averaged weights."""
     file, m = Path(path) / "models.py", net.cfg
     if not file.is_file():
-        raise UserError(f"--peer={path} has no models.py; give the folder of a checkout of the official DiT")
-    mend_torchvision()                                      # its timm imports torchvision
+        raise UserError(f"--official_dit={path} has no models.py; give the folder of a checkout of the official DiT")
+    patch_torchvision_ops()                                      # its timm imports torchvision
     try:
         kind = runpy.run_path(str(file))["DiT"]
     except ModuleNotFoundError as e:
-        raise UserError(f"--peer={path} needs {e.name}: pip install {e.name}") from e
+        raise UserError(f"--official_dit={path} needs {e.name}: pip install {e.name}") from e
     other = kind(input_size=m.resolution, patch_size=m.patch, in_channels=m.channels, hidden_size=m.width,
                  num_heads=m.heads, depth=m.depth, num_classes=m.classes, learn_sigma=False).to(s.x.device)
     other.load_state_dict({**net.state_dict(), "pos_embed": net.pos_embed[None]})
@@ -255,7 +255,7 @@ def official_side(net: model.Denoiser, s: Inputs, path: str) -> Side:
 
 
 @torch.inference_mode()
-def assert_alike(a: Side, b: Side) -> None:
+def assert_alike(a: Implementation, b: Implementation) -> None:
     """UserError unless both sides return the same eps and the same image after a guided step."""
     for what in ("forward", "sample"):
         y, z = (side.steps[what]() for side in (a, b) if side.net.eval())
@@ -265,23 +265,23 @@ def assert_alike(a: Side, b: Side) -> None:
 
 # ---------------------------------------------------------------- timing
 
-def choose_sides(o: Options, s: Inputs) -> list[Side]:
+def choose_sides(o: Options, s: Inputs) -> list[Implementation]:
     """The sides to time; the last is the reference of a comparison. A peer meets ours in fp32 and as it ships."""
-    dtype = str(distributed.precision(s.x.device, o.dtype))[6:]
+    dtype = str(distributed.compute_dtype(s.x.device, o.dtype))[6:]
     compiled = o.compile == "on" or o.compile == "auto" and s.x.device.type == "cuda"
-    if o.vs == "plain":
-        twin = replace(o.model, arch=o.model.arch.removeprefix("mp"), preserve="")
-        return [ours(cfg, s, dtype, compiled) for cfg in (replace(o, model=twin, normalize=False, lr_mp=0.0), o)]
-    if not (o.vs or o.peer):
+    if o.against == "plain":
+        twin = replace(o.model, arch=o.model.arch.removeprefix("mp"), mp="")
+        return [ours(cfg, s, dtype, compiled) for cfg in (replace(o, model=twin, forced_weight_norm=False, lr_mp=0.0), o)]
+    if not (o.against or o.official_dit):
         return [ours(o, s, dtype, compiled)]
     equal = ours(o, s, "float32", False)
-    other = diffusers_side(equal.net, s) if o.vs else official_side(equal.net, s, o.peer)
+    other = diffusers_side(equal.net, s) if o.against else official_side(equal.net, s, o.official_dit)
     assert_alike(equal, other)
     more = {("float32", compiled), (dtype, compiled)} - {("float32", False)}
     return [equal, *(ours(o, s, *kind) for kind in sorted(more, reverse=True)), other]
 
 
-def turn(side: Side, what: str, device: torch.device) -> float:
+def time_once(side: Implementation, what: str, device: torch.device) -> float:
     """Seconds of one step."""
     torch.set_float32_matmul_precision(side.matmul)
     distributed.synchronize(device)
@@ -292,7 +292,7 @@ def turn(side: Side, what: str, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def measure(sides: list[Side], what: str, o: Options, device: torch.device) -> list[dict]:
+def measure(sides: list[Implementation], what: str, o: Options, device: torch.device) -> list[dict]:
     """Time a step of all sides in turns, A B A B. A row for every side: its speed, and the last side's time over its.
 
     Both are medians, with quartiles low and high, least and most."""
@@ -300,10 +300,10 @@ def measure(sides: list[Side], what: str, o: Options, device: torch.device) -> l
     for side in sides:
         side.net.train(what == "train")
         for _ in range(WARMUP):
-            turn(side, what, device)
+            time_once(side, what, device)
     turns, end, rows = [], time.perf_counter() + o.seconds, []
     while len(turns) < LEAST or len(turns) < o.rounds and time.perf_counter() < end:
-        turns.append([turn(side, what, device) for side in sides])
+        turns.append([time_once(side, what, device) for side in sides])
     for k, side in enumerate(sides):
         low, seconds, high = statistics.quantiles([t[k] for t in turns], n=4, method="inclusive")
         least, ratio, most = statistics.quantiles([t[-1] / t[k] for t in turns], n=4, method="inclusive")
@@ -317,14 +317,14 @@ def main(argv: list[str]) -> None:
     o, device = read_options(argv), distributed.find_device()
     torch.set_num_threads(o.threads or torch.get_num_threads())
     sides = choose_sides(o, make_inputs(o, device))
-    peak = distributed.matmul_peak(device, distributed.precision(device, o.dtype)) / 1e12
+    peak = distributed.matmul_peak(device, distributed.compute_dtype(device, o.dtype)) / 1e12
     print(f"{o.size or o.model.arch}: {model.flops(o.model) / 1e9:.3f} GFLOP an image forward; batch {o.batch} on "
           f"{device}, {torch.get_num_threads()} CPU threads; matmul peak {peak:.3f} TFLOP/s\n{'step':8} {'network':28} "
           f"{'s/step':>8} {'(quartiles)':>18} {'images/s':>9} {'TFLOP/s':>8} "
           + (f"times as fast as {sides[-1].name}" if sides[1:] else "of peak     GB"))
     line = "{what:8} {side:28} {seconds:8.4f} ({low:.4f} .. {high:.4f}) {images:9.1f} {tflops:8.3f} "
     line += "{ratio:.3f} ({least:.3f} .. {most:.3f})" if sides[1:] else "{share:7.1%} {memory:6.2f}"
-    for what in o.what.split("+"):
+    for what in o.parts.split("+"):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         for row in measure(sides, what, o, device):

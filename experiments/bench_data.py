@@ -45,7 +45,7 @@ class Options:
 
 def read_images(source: data.Source, n: int, workers: int, turn: int) -> int:
     """Read about n images of a source as a run would; their exact number."""
-    fetch = partial(data.fetch, source, None, 0, n, MICRO)
+    fetch = partial(data.load_microbatch, source, None, 0, n, MICRO)
     with closing(data.prefetch(fetch, ((turn, m) for m in range(n // MICRO)), workers)) as batches:
         return sum(len(batch["image"]) for batch in batches)
 
@@ -61,12 +61,12 @@ def in_turns(readers: dict[str, Callable[[int], int]], turns: int) -> dict[str, 
     return rates
 
 
-def eaten(gflop: float) -> float:
+def images_needed(gflop: float) -> float:
     """Images/s of a training step, which costs three forward passes of `gflop` each, on one A100."""
     return PEAK * SHARE / (3e9 * gflop)
 
 
-def photographs(n: int, long: int = 342, short: int = 256) -> Iterator[tuple[bytes, int, int]]:
+def synthetic_photos(n: int, long: int = 342, short: int = 256) -> Iterator[tuple[bytes, int, int]]:
     """JPEGs with the detail of photographs, noise that fades as 1/frequency, and their height and width."""
     for k in range(n):
         h, w = (short, long) if k % 2 else (long, short)
@@ -83,7 +83,7 @@ def write_sources(root: Path, n: int) -> dict[str, str]:
     """Write n photographs to a folder of images and to tar shards like those of img2dataset; the paths of both."""
     (root / "folder" / "photos").mkdir(parents=True)
     (root / "tars").mkdir()
-    for k, (content, h, w) in enumerate(photographs(n)):
+    for k, (content, h, w) in enumerate(synthetic_photos(n)):
         (root / "folder" / "photos" / f"{k:09}.jpg").write_bytes(content)
         text = json.dumps({"original_height": h, "original_width": w}).encode()
         with tarfile.open(root / "tars" / f"{k // 128:05}.tar", "a") as tar:
@@ -100,13 +100,13 @@ def main(argv: list[str]) -> None:
         raise UserError(f"workers={o.workers!r} wants whole numbers such as 0,1,2; n={o.n} at least {MICRO}; "
                         f"turns={o.turns} at least 2")
     with tempfile.TemporaryDirectory() as scratch:
-        paths = {data.kind(o.data): o.data} if o.data else write_sources(Path(scratch), o.n)
+        paths = {data.source_type(o.data): o.data} if o.data else write_sources(Path(scratch), o.n)
         model = ModelConfig(semantics=o.semantics if o.data else "none", resolution=o.resolution)
-        sources = {name: data.SOURCES[data.kind(path)].open(Config(data=path, augment="flip", model=model), "train")
+        sources = {name: data.SOURCES[data.source_type(path)].open(Config(data=path, augment="flip", model=model), "train")
                    for name, path in paths.items()}
         rates = in_turns({f"{name}, {workers} workers": partial(read_images, source, o.n, int(workers))
                           for workers in o.workers.split(",") for name, source in sources.items()}, o.turns)
-    need = o.need or eaten(GFLOP)
+    need = o.need or images_needed(GFLOP)
     print(f"{o.n} images a turn, {o.turns} turns, {o.resolution} px, {os.cpu_count()} cores; training needs "
           f"{need:.0f} images/s" + ("" if o.need else f": DiT-XL/2 on one A100 at {SHARE:.0%} of its peak"))
     for name, every in rates.items():

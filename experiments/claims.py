@@ -41,13 +41,13 @@ BETAS = (0.5, 1.0, 1.5, 2.0)            # at 0 the size has no effect by constru
 POOL = 4                                # images are compared in squares of so many pixels, which hides blur
 LAM = 2.0                               # lambda at 32 px
 STEPS = 25                              # sampling steps
-FINE = ("--lr=2e-3", "--muon=0.007")    # peak rates of a run that starts from another
-STILL = ("--lr=2e-3", "--muon=0.001")   # the same, with little change of the blocks' matrices
-ADAM = ("--muon=0", "--batch=16", "--micro=16")     # the optimizer of [MAG], in small steps
-CLASSES = ("--model.semantics=class", "--model.text_length=0", "--model.prediction=eps", "--noise_weight=0", *ADAM)
-CONSTANT = ("--model.prediction=eps", "--noise_weight=0", "--cooldown=0", "--dtype=bfloat16", *ADAM)
+FINETUNE = ("--lr=2e-3", "--lr_muon=0.007")    # peak rates of a run that starts from another
+SLOW_MUON = ("--lr=2e-3", "--lr_muon=0.001")   # the same, with little change of the blocks' matrices
+ADAM = ("--lr_muon=0", "--batch=16", "--microbatch=16")     # the optimizer of [MAG], in small steps
+CLASSES = ("--model.semantics=class", "--model.text_length=0", "--model.prediction=eps", "--loss_sigma_power=0", *ADAM)
+CONSTANT = ("--model.prediction=eps", "--loss_sigma_power=0", "--cooldown=0", "--dtype=bfloat16", *ADAM)
 RATES = (2e-3, 6e-3, 2e-2, 6e-2)        # learning rates from which every arm of a [MAG] claim takes its best
-STEEP = (6e-3, 2e-2, 6e-2, 2e-1, 6e-1)  # learning rates of the stability claim
+STABILITY_LRS = (6e-3, 2e-2, 6e-2, 2e-1, 6e-1)  # learning rates of the stability claim
 HELD = 1000                             # images of the held-out loss, one for each noise level
 REAL = 10_000                           # renders in the reference of toy_fd
 
@@ -58,11 +58,11 @@ class Options:
     claim: str = "flip"             # a key of CLAIMS
     out: str = "out/claims"         # folder of all runs
     seeds: int = 3                  # runs of every arm
-    base: int = 1200                # size, transfer: training steps at 32 px of the run that the arms start from
-    long: int = 4000                # flip: of the run that the arms start from
+    pretrain_steps: int = 1200      # size, transfer: training steps at 32 px of the run that the arms start from
+    pretrain_steps_flip: int = 4000   # flip: of the run that the arms start from
     steps: int = 300                # training steps of an arm; flip 3 times as many, magnitude and modulation 4 times
-    fine: int = 150                 # transfer: training steps of an arm at 64 px
-    tune: int = 400                 # magnitude, modulation: steps at every rate; stability: steps
+    finetune_steps: int = 150       # transfer: training steps of an arm at 64 px
+    tune_steps: int = 400           # magnitude, modulation: steps at every rate; stability: steps
     n: int = 200                    # images measured of every run
     jobs: int = 0                   # runs at a time, each on its share of the cores; 0 = one a core
     compile: str = "auto"           # as train.py's; on a CPU "on" is faster where there is a C++ compiler
@@ -94,11 +94,11 @@ def train(o: Options, runs: dict[str, list[str]], may_diverge: bool = False) -> 
 def train_seeds(o: Options, arms: dict[str, list[str]], steps: int, start: str = "", may_diverge: bool = False) -> None:
     """Train every arm, name -> flags, with every seed, from the runs named `start` where given: <name>-<seed>."""
     train(o, {f"{name}-{seed}": [f"--steps={steps}", f"--seed={seed}", *flags]
-              + ([f"--init={o.out}/{start}-{seed}"] if start else [])
+              + ([f"--init_from={o.out}/{start}-{seed}"] if start else [])
               for name, flags in arms.items() for seed in range(o.seeds)}, may_diverge)
 
 
-def base(o: Options, steps: int) -> str:
+def pretrain(o: Options, steps: int) -> str:
     """Train a run a seed on plain images at 32 px, for others to start from; their name without the seed."""
     train_seeds(o, {f"base{steps}": []}, steps)
     return f"base{steps}"
@@ -108,19 +108,19 @@ def pictures(o: Options, name: str, captions: list[str], lam: float, beta: float
              controls: dict[str, float | tuple[float, float]] | None = None) -> Tensor:
     """Images of these captions by run `name`, all with the same controls, same noise at every call. (B, 3, R, R)"""
     net, cfg = model.load(f"{o.out}/{name}")
-    options = sample.Options(lam=lam, beta=beta, steps=STEPS, batch=100, prompt=";".join(captions))
-    wishes = sample.Wishes(options, cfg, checkpoint.read_header(Path(o.out) / name / "weights.safetensors"))
+    options = sample.Options(guidance=lam, control_guidance=beta, steps=STEPS, batch=100, prompt=";".join(captions))
+    wishes = sample.SampleConditions(options, cfg, checkpoint.read_header(Path(o.out) / name / "weights.safetensors"))
     cond = wishes(np.arange(len(captions)))[0]
     rows = {key: torch.tensor([value] * len(captions)) for key, value in (controls or {}).items()}
     return generate(net, cfg, replace(cond, **rows), options)
 
 
-def asked(o: Options, name: str) -> list[str]:
+def test_captions(o: Options, name: str) -> list[str]:
     """The first n captions of the test split of a run's data."""
     return data.open_source(model.load(f"{o.out}/{name}")[1], "test").records(np.arange(o.n))["caption"]
 
 
-def right(images: Tensor, captions: list[str], *keys: str) -> Row:
+def accuracy(images: Tensor, captions: list[str], *keys: str) -> Row:
     """Share of images that match their captions, by attribute, a key of shapes.score."""
     answers = score(images, captions)
     return {key: answers[key].nanmean().item() for key in keys}
@@ -134,13 +134,13 @@ def flip(o: Options) -> dict[str, list[Row]]:
     Compares training without and with the flip flag as a control: flag 0 should give the caption's side, flag 1 the
     other one. All start from a run that knows left from right, on scenes whose captions all name a side; without that
     start neither word nor flag alone says anything, and a short one unlearns the word before it learns the flag."""
-    start, flags = base(o, o.long), ["--scenes=sides", "--augment=flip", *STILL]
+    start, flags = pretrain(o, o.pretrain_steps_flip), ["--shapes.layout=sides", "--augment=flip", *SLOW_MUON]
     train_seeds(o, {"silent": [*flags, "--model.controls="], "told": [*flags, "--model.controls=flip"]}, 3 * o.steps,
                 start)
 
     def measure(kind: str, seed: int, flag: dict[str, float]) -> Row:
-        captions = asked(o, f"told-{seed}")
-        return right(pictures(o, f"{kind}-{seed}", captions, LAM, controls=flag), captions, "side", "color")
+        captions = test_captions(o, f"told-{seed}")
+        return accuracy(pictures(o, f"{kind}-{seed}", captions, LAM, controls=flag), captions, "side", "color")
     return {arm: [measure(kind, seed, flag) for seed in range(o.seeds)] for arm, kind, flag in (
         ("before", start, {}), ("not told", "silent", {}), ("told 0", "told", {"flip": 0.0}),
         ("told 1", "told", {"flip": 1.0}))}
@@ -152,17 +152,17 @@ def size(o: Options) -> dict[str, list[Row]]:
     apart: root mean square distance of images that differ only in the requested size, over all pairs, in squares of
     POOL pixels; color: share that matches; sharp H: sharpness at requested size H; at beta b: two-scale guidance."""
     arms = {"size0": "uniform", "size1": "cosine"}
-    flags = ["--augment=size", "--model.controls=size", *FINE]
+    flags = ["--augment=size", "--model.controls=size", *FINETUNE]
     train_seeds(o, {name: [*flags, f"--model.control_weight={kind}"] for name, kind in arms.items()}, o.steps,
-                base(o, o.base))
+                pretrain(o, o.pretrain_steps))
 
     def measure(name: str) -> Row:
-        captions = asked(o, name)
+        captions = test_captions(o, name)
         at = lambda pixels, beta=1.0: pictures(o, name, captions, LAM, beta, {"size": (float(pixels), float(pixels))})
         drawn = {s: at(s) for s in SIZES}
         rough = [F.avg_pool2d(x, POOL) for x in drawn.values()]
         row = {"apart": mean((a - b).square().mean().sqrt().item() for a, b in combinations(rough, 2)),
-               "color": mean(right(x, captions, "color")["color"] for x in drawn.values())}
+               "color": mean(accuracy(x, captions, "color")["color"] for x in drawn.values())}
         row |= {f"sharp {s}": sharpness(x).mean().item() for s, x in drawn.items()}
         for beta in BETAS:
             low, high = (sharpness(drawn[s] if beta == 1 else at(s, beta)).mean() for s in (SIZES[0], SIZES[-1]))
@@ -176,14 +176,14 @@ def transfer(o: Options) -> dict[str, list[Row]]:
     """[COND] sec. 2.3, table A3: from 32 to 64 px in few steps, with sigma doubled and positions resampled, or without.
 
     Positions at 32 px are 0, 4, ..., 28; extrapolation continues them to 60, resampling keeps their extent."""
-    arms = {"neither": ["--model.base=60"], "positions": [], "positions, sigma": ["--model.rescale=2"]}
-    train_seeds(o, {f"high{k}": ["--model.resolution=64", *FINE, *flags] for k, flags in enumerate(arms.values())},
-                o.fine, base(o, o.base))
+    arms = {"neither": ["--model.pos_base=60"], "positions": [], "positions, sigma": ["--model.sigma_scale=2"]}
+    train_seeds(o, {f"high{k}": ["--model.resolution=64", *FINETUNE, *flags] for k, flags in enumerate(arms.values())},
+                o.finetune_steps, pretrain(o, o.pretrain_steps))
 
     def measure(name: str) -> Row:
-        captions = asked(o, name)
+        captions = test_captions(o, name)
         drawn = pictures(o, name, captions, rescale_guidance(LAM, 2))
-        return right(drawn, captions, "color", "count", "side", "size", "shape")
+        return accuracy(drawn, captions, "color", "count", "side", "size", "shape")
     return {arm: [measure(f"high{k}-{seed}") for seed in range(o.seeds)] for k, arm in enumerate(arms)}
 
 
@@ -202,7 +202,7 @@ def held_out(net: model.Denoiser, cfg: Config) -> float:
     return torch.stack(parts).mean().item()
 
 
-def by_class(o: Options, name: str, eye: shapes_judge.Judge, reference: FeatureStats) -> Row:
+def by_class(o: Options, name: str, eye: shapes_judge.ShapesClassifier, reference: FeatureStats) -> Row:
     """The quality of a run of classes: held-out loss, and toy_fd and class accuracy of o.n images without guidance.
 
     M k: magnitude of the tokens after block k, on held-out images at all noise levels."""
@@ -211,13 +211,13 @@ def by_class(o: Options, name: str, eye: shapes_judge.Judge, reference: FeatureS
     row |= {f"M {k.split('.')[1]}": v for k, v in magnitudes.measure(net, lambda: held_out(net, cfg))["activations"]
             .items() if k.count(".") == 1}
     label = torch.arange(o.n) % len(SHAPES)
-    drawn = generate(net, cfg, Condition(label=label), sample.Options(lam=1.0, eta=0.0, steps=STEPS, batch=100))
+    drawn = generate(net, cfg, Condition(label=label), sample.Options(guidance=1.0, eta=0.0, steps=STEPS, batch=100))
     seen = shapes_judge.largest(shapes_judge.read(eye, drawn))
     return row | {f"toy_fd{o.n}": shapes_judge.toy_fd(eye, drawn, reference), "class": (seen == label).float().mean().item()}
 
 
 def best_rate(o: Options, arm: str) -> float:
-    """The rate of RATES with the lowest held-out loss after o.tune steps."""
+    """The rate of RATES with the lowest held-out loss after o.tune_steps steps."""
     names = {rate: f"{arm}-{rate:g}" for rate in RATES}
     losses = {rate: held_out(*model.load(f"{o.out}/{name}")) for rate, name in names.items()
               if (Path(o.out) / name / "weights.safetensors").is_file()}
@@ -229,7 +229,7 @@ def best_rate(o: Options, arm: str) -> float:
 
 def at_best_rate(o: Options, arms: dict[str, list[str]]) -> dict[str, list[Row]]:
     """Every arm at its best rate, over the seeds."""
-    train(o, {f"{arm}-{rate:g}": [*CLASSES, *flags, f"--lr={rate}", f"--steps={o.tune}"]
+    train(o, {f"{arm}-{rate:g}": [*CLASSES, *flags, f"--lr={rate}", f"--steps={o.tune_steps}"]
               for arm, flags in arms.items() for rate in RATES}, may_diverge=True)
     train_seeds(o, {arm: [*CLASSES, *flags, f"--lr={best_rate(o, arm)}"] for arm, flags in arms.items()}, 4 * o.steps)
     eye = shapes_judge.load()
@@ -238,12 +238,12 @@ def at_best_rate(o: Options, arms: dict[str, list[str]]) -> dict[str, list[Row]]
     return {arm: [by_class(o, f"{arm}-{seed}", eye, reference) for seed in range(o.seeds)] for arm in arms}
 
 
-MP = ["--model.arch=mpdit", "--normalize=true"]
+MP = ["--model.arch=mpdit", "--forced_weight_norm=true"]
 
 
 def magnitude(o: Options) -> dict[str, list[Row]]:
     """[MAG] table 1: DiT against the same without normalisation layers; a remedy for attention, which averages."""
-    heads = "--model.preserve=cosine+weights+stream+heads"
+    heads = "--model.mp=cosine+weights+stream+heads"
     return at_best_rate(o, {"DiT": ["--model.arch=dit"], "MP-DiT": MP, "MP-DiT heads": [*MP, heads]})
 
 
@@ -256,14 +256,14 @@ def modulation(o: Options) -> dict[str, list[Row]]:
 
 def stability(o: Options) -> dict[str, list[Row]]:
     """[MAG] sec. 1: at which rates does training stay finite in bfloat16? Loss of the last steps; inf: it did not."""
-    arms = {"mmDiT": ["--model.arch=mmdit"], "MP-mmDiT": ["--model.arch=mpmmdit", "--normalize=true"]}
+    arms = {"mmDiT": ["--model.arch=mmdit"], "MP-mmDiT": ["--model.arch=mpmmdit", "--forced_weight_norm=true"]}
     train_seeds(o, {f"{arm}-rate{rate:g}": [*flags, f"--lr={rate}", *CONSTANT]
-                    for arm, flags in arms.items() for rate in STEEP}, o.tune, may_diverge=True)
+                    for arm, flags in arms.items() for rate in STABILITY_LRS}, o.tune_steps, may_diverge=True)
 
     def last_loss(name: str) -> float:
         lines = log.read(Path(o.out) / name)
-        return lines[-1]["loss"] if lines and lines[-1]["step"] == o.tune else math.inf
-    return {arm: [{f"lr {rate:g}": last_loss(f"{arm}-rate{rate:g}-{seed}") for rate in STEEP}
+        return lines[-1]["loss"] if lines and lines[-1]["step"] == o.tune_steps else math.inf
+    return {arm: [{f"lr {rate:g}": last_loss(f"{arm}-rate{rate:g}-{seed}") for rate in STABILITY_LRS}
                   for seed in range(o.seeds)] for arm in arms}
 
 
@@ -289,13 +289,13 @@ def main(argv: list[str]) -> None:
     o = parse(argv, Options())
     if o.claim not in CLAIMS:
         raise UserError(f"unknown claim={o.claim!r}; there are {', '.join(CLAIMS)}")
-    for key in ("seeds", "base", "long", "steps", "fine", "tune", "n"):
+    for key in ("seeds", "pretrain_steps", "pretrain_steps_flip", "steps", "finetune_steps", "tune_steps", "n"):
         if getattr(o, key) < 1:
             raise UserError(f"{key}={getattr(o, key)} must be at least 1")
     text = table(CLAIMS[o.claim](o))
-    checkpoint.write_text(Path(o.out) / f"{o.claim}.txt", text + "\n")
+    log.write_text(Path(o.out) / f"{o.claim}.txt", text + "\n")
     print(text)
 
 
 if __name__ == "__main__":
-    run(main, cleanup=distributed.leave)
+    run(main, cleanup=distributed.cleanup)

@@ -76,8 +76,8 @@ def can_compile() -> bool:
 def generate(net: model.Denoiser, cfg: config.Config, cond: Condition, options: sample.Options) -> Tensor:
     """An image for every row of a condition, numbered from 0, options.batch at a time. (B, C, R, R)"""
     device = distributed.setup().device
-    net.dtype, rows = distributed.precision(device, "auto"), cond.label if cond.text is None else cond.text
-    parts = [sample.draw(net.to(device), cfg, cond.map(lambda v: v[k]), k.tolist(), options, device).float().cpu()
+    net.dtype, rows = distributed.compute_dtype(device, "auto"), cond.label if cond.text is None else cond.text
+    parts = [sample.generate(net.to(device), cfg, cond.map(lambda v: v[k]), k.tolist(), options, device).float().cpu()
              for k in torch.arange(len(rows)).split(options.batch)]
     return torch.cat(parts)
 
@@ -89,7 +89,7 @@ def scorecard(o: Options) -> str:
     net, cfg = model.load(o.out)
     real = data.open_source(cfg, "test").records(np.arange(MEASURED), np.zeros(MEASURED, int))["image"]
     options = sample.Options(out=o.out, n=MEASURED)
-    wishes = sample.Wishes(options, cfg, checkpoint.read_header(Path(o.out) / "weights.safetensors"))
+    wishes = sample.SampleConditions(options, cfg, checkpoint.read_header(Path(o.out) / "weights.safetensors"))
     cond, captions = wishes(np.arange(MEASURED))
     images, others = generate(net, cfg, cond, options), captions[1:] + captions[:1]
     columns = [score(images, captions), score(images, others), score(real, captions)]
@@ -112,7 +112,7 @@ def main(argv: list[str]) -> int:
     if code:
         return code
     card = scorecard(o)
-    checkpoint.write_text(Path(o.out) / "scorecard.txt", card + "\n")
+    log.write_text(Path(o.out) / "scorecard.txt", card + "\n")
     sample.main([f"--out={o.out}", f"--prompt={';'.join(PROMPTS)}", f"--n={2 * len(PROMPTS)}", "--name=demo"])
     print(f"\n{card}\n\nimages     {o.out}/samples/demo.png\nloss       {plot.plot(Path(o.out))}\n"
           f"scorecard  {o.out}/scorecard.txt\nall in {(time.monotonic() - begun) / 60:.1f} minutes; your own images:\n"
@@ -121,4 +121,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    config.run(main, cleanup=distributed.leave)
+    config.run(main, cleanup=distributed.cleanup)

@@ -24,7 +24,7 @@ sys.path.insert(0, str(HERE.parent))
 
 import model  # noqa: E402
 from config import UserError, parse, to_json  # noqa: E402
-from runtime import checkpoint  # noqa: E402
+from runtime import checkpoint, log  # noqa: E402
 
 BYTES = 300_000                         # most bytes of a notebook's file
 COLORS = 128                            # of a picture's palette: a third of the bytes of full colour
@@ -114,7 +114,7 @@ def ship(run_folder: str, name: str) -> Path:
     source, target = Path(run_folder), HERE / f"{name}.safetensors"
     _, cfg = model.load(source)
     tensors, header = checkpoint.read_weights(source / "weights.safetensors" if source.is_dir() else source)
-    header = {**header, "config": to_json(replace(cfg, out=f"notebooks/{name}", init=""))}
+    header = {**header, "config": to_json(replace(cfg, out=f"notebooks/{name}", init_from=""))}
     del header["sha256"]
     checkpoint.write_weights(target, {k: v.half() for k, v in tensors.items()}, header)
     model.load(target)                                      # what is shipped can be read
@@ -139,12 +139,12 @@ def main(argv: list[str]) -> None:
         print(f"{path.name}: {seconds:.0f} s, {size / 1000:.0f} kB", flush=True)
         if size > BYTES:
             raise UserError(f"{path.name} has {size:,} bytes; a notebook may have {BYTES:,}. It was not written")
-        checkpoint.write_text(to / path.name, text)
+        log.write_text(to / path.name, text)
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except UserError as e:
-        checkpoint.say(f"error: {e}.")
+        log.info(f"error: {e}.")
         sys.exit(2)

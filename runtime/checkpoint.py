@@ -25,18 +25,18 @@ from torch import Tensor, nn
 
 from config import Config, UserError, differences, from_json
 from runtime import distributed, log
-from runtime.log import TEMPORARY, atomic_path, remove, say, sync, tolerate, write_bytes, write_text
+from runtime.log import TEMPORARY, atomic_path, info, remove, sync, warn_on_disk_error, write_bytes, write_text
 
 FORMAT = 1                              # of checkpoints; a newer one is refused
 KEEP = 2                                # checkpoints that stay
 MARGIN = 1.2                            # free disk space that a checkpoint needs, as a multiple of its size
 MAX_LISTED = 16                         # names in an error message
 # Options that can cure a loss that is not finite.
-CURES = ("lr", "lr_mp", "warmup", "decay", "cooldown", "clip", "dtype")
-TRY = f"change {' or '.join('--' + key for key in CURES)}"
+RETRY_FIELDS = ("lr", "lr_mp", "warmup", "lr_decay_start", "cooldown", "grad_clip", "dtype")
+RETRY_HINT = f"change {' or '.join('--' + key for key in RETRY_FIELDS)}"
 # What a resumed run may change. `data` is a path: the data themselves are compared by fingerprint.
-MAY_CHANGE = {*CURES, "out", "data", "steps", "workers", "max_bad", "log_every", "save_every", "sample_every", "lam",
-              "eta", "magnitudes_every", "fid_every", "fid_ref", "fid_n", "threads", "compile"}
+MAY_CHANGE = {*RETRY_FIELDS, "out", "data", "steps", "workers", "max_bad_fraction", "log_every", "save_every",
+              "sample_every", "guidance", "eta", "magnitudes_every", "fid_every", "fid_ref", "fid_n", "threads", "compile"}
 
 
 class Nonfinite(Exception):
@@ -55,7 +55,7 @@ def lock(out: Path) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             if not stack.enter_context(log.lock_file(out / ".lock")):
-                say(f"note: {out} cannot be locked; let one run at a time write to it.")
+                info(f"note: {out} cannot be locked; let one run at a time write to it.")
         except Timeout as e:
             raise UserError(f"another run is writing to {out}; wait for it or choose another --out") from e
         for stale in (*out.glob(f"{TEMPORARY}*"), *out.glob(f"samples/{TEMPORARY}*")):
@@ -102,7 +102,7 @@ def save(out: Path, step: int, tensors: dict[str, Tensor], meta: dict) -> bool:
         sync(out)
     except (OSError, SafetensorError) as e:
         remove(tmp)
-        say(f"warning: checkpoint at step {step:,} not written: {e}. Training goes on; last good checkpoint: "
+        info(f"warning: checkpoint at step {step:,} not written: {e}. Training goes on; last good checkpoint: "
             f"{', '.join(f'step {s:,}' for s in steps(out)[:1]) or 'none'}.")
         return False
     for newer in [s for s in steps(out) if s > step]:       # damaged, or the run would have resumed there
@@ -117,7 +117,7 @@ def prune(out: Path, step: int) -> None:
         remove(folder(out, old))
 
 
-def newest(out: Path) -> dict | None:
+def latest(out: Path) -> dict | None:
     """Return the meta of the newest undamaged checkpoint, with a warning for each damaged one; None if there is none.
 
     UserError if all are damaged, or if only weights are left: a run never starts afresh over an old one."""
@@ -129,7 +129,7 @@ def newest(out: Path) -> dict | None:
             raise
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
             damaged.append(f"{folder(out, step).name}: {e or type(e).__name__}")
-            say(f"warning: checkpoint {damaged[-1]}; it is damaged, trying the one before.")
+            info(f"warning: checkpoint {damaged[-1]}; it is damaged, trying the one before.")
     if damaged:
         raise UserError(f"none of the {len(damaged)} checkpoints in {out} can be read ({'; '.join(damaged)}). "
                         f"Put a good copy back or choose another --out")
@@ -166,22 +166,22 @@ class Checkpointer:
 
     saved: step of the last checkpoint. meta: further fields of meta.json."""
     def __init__(self, out: Path, net: nn.Module, tensors: dict[str, Tensor], saved: int, meta: dict,
-                 place: distributed.Place) -> None:
-        self.out, self.net, self.tensors, self.saved, self.meta, self.place = out, net, tensors, saved, meta, place
+                 dist: distributed.Dist) -> None:
+        self.out, self.net, self.tensors, self.saved, self.meta, self.dist = out, net, tensors, saved, meta, dist
 
     def save(self, step: int) -> None:
         """Write a checkpoint. RuntimeError if weights differ between processes, Nonfinite for inf or nan in them."""
-        if distributed.replicas_differ(self.net, self.place):
+        if distributed.replicas_differ(self.net, self.dist):
             raise RuntimeError(f"weights differ between processes at step {step:,}; nothing was saved")
         if broken := not_finite(self.tensors):
             raise Nonfinite(f"{', '.join(broken[:MAX_LISTED])} are not finite at step {step:,}; nothing was saved")
-        if self.place.rank == 0 and save(self.out, step, self.tensors, self.meta):
+        if self.dist.rank == 0 and save(self.out, step, self.tensors, self.meta):
             self.saved = step
 
     def write_weights(self, step: int, net: nn.Module, header: dict[str, str]) -> None:
         """Write weights.safetensors if `step` has a checkpoint; a resumed run makes up for a kill between the two."""
-        if self.place.rank == 0 and self.saved == step > 0:
-            with tolerate("weights.safetensors"):
+        if self.dist.rank == 0 and self.saved == step > 0:
+            with warn_on_disk_error("weights.safetensors"):
                 write_weights(self.out / "weights.safetensors", net.state_dict(), {**header, "step": str(step)})
 
 
@@ -194,9 +194,9 @@ def check_retry(cfg: Config, out: Path) -> None:
         return
     with suppress(UserError):                               # a config of another version
         old = from_json(path.read_text(encoding="utf-8"))
-        if all(getattr(old, key) == getattr(cfg, key) for key in CURES):
+        if all(getattr(old, key) == getattr(cfg, key) for key in RETRY_FIELDS):
             raise Nonfinite(f"the last run in {out} was not finite at step {last.get('step')} and nothing relevant has "
-                            f"changed; {TRY}, or delete {out / 'status.json'} to try anyway")
+                            f"changed; {RETRY_HINT}, or delete {out / 'status.json'} to try anyway")
 
 
 def check_resume(cfg: Config, meta: dict, fingerprint: str, out: Path) -> None:
@@ -212,7 +212,7 @@ def check_resume(cfg: Config, meta: dict, fingerprint: str, out: Path) -> None:
                         "or another --out")
     now = {"threads": torch.get_num_threads(), **distributed.versions()}
     if other := [f"{k} {meta.get(k)} -> {v}" for k, v in now.items() if meta.get(k) != v]:
-        say(f"note: {', '.join(other)}; sums may differ in the last bit.")
+        info(f"note: {', '.join(other)}; sums may differ in the last bit.")
 
 
 # ---------------------------------------------------------------- weights

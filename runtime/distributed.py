@@ -33,18 +33,18 @@ TIMEOUT = timedelta(minutes=30)         # a collective that takes longer has hun
 SIGNALS = (signal.SIGINT, signal.SIGTERM)   # they make a run save and stop
 DTYPES = ("auto", "float32", "bfloat16")
 FILES = (65_536, 10_240)                # open files that a process asks for; macOS grants the second
-ECHO = 2.0                              # seconds within which a signal repeats the one before
+DEBOUNCE_S = 2.0                              # seconds within which a signal repeats the one before
 
 
 @dataclass(frozen=True)
-class Place:
+class Dist:
     """The device of this process, its rank, and the number of processes."""
     device: torch.device
     rank: int
     world: int
 
 
-def setup(threads: int = 0) -> Place:
+def setup(threads: int = 0) -> Dist:
     """Join the process group that torchrun describes, or make one of a single process; share out the CPU's cores."""
     world, local_world = (int(os.environ.get(k, 1)) for k in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     rank, local_rank = (int(os.environ.get(k, 0)) for k in ("RANK", "LOCAL_RANK"))
@@ -55,14 +55,14 @@ def setup(threads: int = 0) -> Place:
         store = dist.HashStore() if world == 1 else None
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world,
                                 timeout=TIMEOUT)
-    open_more_files()
+    raise_file_limit()
     torch.set_num_threads(threads or max(1, cores() // local_world))
     if hasattr(faulthandler, "register") and sys.__stderr__:    # kill -USR2 prints the stack of every thread
         faulthandler.register(signal.SIGUSR2, file=sys.__stderr__, all_threads=True)
-    return Place(device, rank, world)
+    return Dist(device, rank, world)
 
 
-def open_more_files() -> None:
+def raise_file_limit() -> None:
     """Raise this process's limit of open files: a data set may be thousands of memory-mapped files."""
     if resource is None:                                    # Windows does not count mapped files
         return
@@ -74,7 +74,7 @@ def open_more_files() -> None:
                 return resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
-def leave() -> None:
+def cleanup() -> None:
     """Leave the process group, at the end of a program."""
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -94,19 +94,19 @@ def find_device(local_rank: int = 0) -> torch.device:
 
 # ---------------------------------------------------------------- types and speed
 
-def precision(device: torch.device, name: str) -> torch.dtype:
+def compute_dtype(device: torch.device, name: str) -> torch.dtype:
     """The dtype of the tokens; "auto" is bfloat16 where the hardware multiplies it.
 
     With bfloat16, the remaining fp32 products may use fast units too (TF32 on CUDA, oneDNN's kernels on CPU)."""
     if name not in DTYPES:
         raise UserError(f"unknown dtype={name!r}; there are {', '.join(DTYPES)}")
-    if name == "float32" or name == "auto" and not multiplies_bfloat16(device):
+    if name == "float32" or name == "auto" and not supports_bf16(device):
         return torch.float32
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else "medium")
     return torch.bfloat16
 
 
-def multiplies_bfloat16(device: torch.device) -> bool:
+def supports_bf16(device: torch.device) -> bool:
     """Whether the hardware has bfloat16 products: Ampere and later, CPUs with AVX512-BF16 or AMX."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -153,14 +153,14 @@ def versions() -> dict[str, str]:
 
 # ---------------------------------------------------------------- several processes
 
-def pinned(batch: dict, place: Place) -> dict:
+def pin_memory(batch: dict, place: Dist) -> dict:
     """The batch in memory from which a GPU copies while it computes; other devices need none."""
     if place.device.type != "cuda":
         return batch
     return {k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
-def parallel(net: nn.Module, place: Place) -> nn.Module:
+def wrap_ddp(net: nn.Module, place: Dist) -> nn.Module:
     """Wrap the network so that its backward pass averages gradients over processes. MPS has no collectives."""
     if place.device.type == "mps":
         return net
@@ -169,14 +169,14 @@ def parallel(net: nn.Module, place: Place) -> nn.Module:
     return ddp
 
 
-def add_up(x: Tensor, place: Place) -> Tensor:
+def all_reduce_sum(x: Tensor, place: Dist) -> Tensor:
     """The sum of x over all processes."""
     if place.world > 1:
         dist.all_reduce(x)
     return x
 
 
-def agree(number: int, place: Place) -> int:
+def broadcast_from_rank0(number: int, place: Dist) -> int:
     """Rank 0's number, on every process; all wait for rank 0 here."""
     if place.world == 1:
         return number
@@ -185,7 +185,7 @@ def agree(number: int, place: Place) -> int:
     return int(box.item())
 
 
-def replicas_differ(net: nn.Module, place: Place) -> bool:
+def replicas_differ(net: nn.Module, place: Dist) -> bool:
     """Whether the fp32 weights of any two processes differ: compares the sum of each parameter's bits."""
     if place.world == 1:
         return False
@@ -215,7 +215,7 @@ class Stop:
 
     def note(self, number: int, frame: object) -> None:
         """Handle a signal."""
-        if self.deaf or self.signal and time.monotonic() - self.since < ECHO:
+        if self.deaf or self.signal and time.monotonic() - self.since < DEBOUNCE_S:
             return
         if self.signal:
             os._exit(128 + number)

@@ -37,19 +37,19 @@ SKIPPED = "skipped.jsonl"
 
 # ---------------------------------------------------------------- printing and small files
 
-def say(line: str) -> None:
+def info(line: str) -> None:
     """Print one line on stderr, past any progress bar."""
     tqdm.write(line, file=sys.stderr)
     sys.stderr.flush()
 
 
 @contextmanager
-def tolerate(what: str) -> Iterator[None]:
+def warn_on_disk_error(what: str) -> Iterator[None]:
     """Turn a disk error while writing `what` into a warning: training continues without it."""
     try:
         yield
     except (OSError, SafetensorError) as e:
-        say(f"warning: {what} not written: {e}. Training goes on.")
+        info(f"warning: {what} not written: {e}. Training goes on.")
 
 
 @contextmanager
@@ -124,7 +124,7 @@ def remove(path: Path) -> None:
 
 # ---------------------------------------------------------------- log.jsonl
 
-class Window:
+class LossWindow:
     """Sums since the last line of the log, on the device: loss and count by noise quarter, gradient norm.
 
     `bad` becomes 1 at the first step with a gradient that is not finite, and stays so; `bad_step` is that step."""
@@ -147,12 +147,12 @@ class Window:
         self.bad_step.copy_(torch.where(bad > self.bad, float(step), self.bad_step))
         self.bad.copy_(torch.maximum(self.bad, bad))
 
-    def read(self, steps: int, stop: distributed.Stop, place: distributed.Place) -> tuple[dict, int, int]:
+    def read(self, steps: int, stop: distributed.Stop, dist: distributed.Dist) -> tuple[dict, int, int]:
         """Return means over all processes, the signal that any of them got (0 = none), the first bad step (-1 = none).
 
         Then start the sums again."""
-        signals = torch.tensor([float(stop.signal == s) for s in distributed.SIGNALS], device=place.device)
-        shared = distributed.add_up(torch.cat([self.loss, self.count, signals]), place)
+        signals = torch.tensor([float(stop.signal == s) for s in distributed.SIGNALS], device=dist.device)
+        shared = distributed.all_reduce_sum(torch.cat([self.loss, self.count, signals]), dist)
         *shared, norm, bad_step = torch.cat([shared, self.norm[None], self.bad_step[None]]).tolist()
         sums, counts, signals = shared[:QUARTERS], shared[QUARTERS:2 * QUARTERS], shared[2 * QUARTERS:]
         for t in (self.loss, self.count, self.norm):
@@ -179,7 +179,7 @@ def read(out: Path) -> list[dict]:
     return found
 
 
-def rewind(out: Path, step: int) -> None:
+def drop_after(out: Path, step: int) -> None:
     """Drop lines and previews newer than the checkpoint, so that a resumed run leaves each once."""
     kept = [json.dumps(line) + "\n" for line in read(out) if line["step"] <= step]
     write_text(out / "log.jsonl", "".join(kept))
@@ -192,10 +192,10 @@ class RunLog:
     """Times a run and reports it. Rank 0 writes lines of log.jsonl and shows a progress bar, other ranks nothing.
 
     flops: of a training step per image. peak: FLOP/s of all processes together."""
-    def __init__(self, out: Path, start: int, cfg: Config, flops: int, peak: float, place: distributed.Place) -> None:
-        self.out, self.cfg, self.flops, self.peak, self.place = out, cfg, flops, peak, place
+    def __init__(self, out: Path, start: int, cfg: Config, flops: int, peak: float, dist: distributed.Dist) -> None:
+        self.out, self.cfg, self.flops, self.peak, self.dist = out, cfg, flops, peak, dist
         self.last, self.t0, self.seconds = start, time.monotonic(), Counter()
-        hidden = place.rank > 0 or not sys.stderr.isatty()
+        hidden = dist.rank > 0 or not sys.stderr.isatty()
         self.bar = tqdm(total=cfg.steps, initial=start, disable=hidden, unit="step", dynamic_ncols=True)
 
     def restart_clock(self) -> None:
@@ -215,21 +215,21 @@ class RunLog:
         rate = self.cfg.batch * steps / seconds
         return {"images_per_second": rate, "tflops": rate * self.flops / 1e12,
                 "share_of_peak": rate * self.flops / self.peak, "waited_for_data": self.seconds["data"] / seconds,
-                "memory_gb": distributed.memory(self.place.device), "eta_s": (self.cfg.steps - step) * seconds / steps}
+                "memory_gb": distributed.memory(self.dist.device), "eta_s": (self.cfg.steps - step) * seconds / steps}
 
     def report(self, step: int, line: dict) -> None:
         """Add a line to log.jsonl; show it at the end of the bar or, without a terminal for a bar, print it."""
         self.last = step
-        if self.place.rank > 0:
+        if self.dist.rank > 0:
             return
-        with tolerate("a line of log.jsonl"):
+        with warn_on_disk_error("a line of log.jsonl"):
             append(self.out, {"step": step, **line})
         loss = f"loss {line['loss']:.4f}"
         rate = f"{line['images_per_second']:.0f} images/s, {line['share_of_peak']:.0%} of peak"
         self.bar.set_postfix_str(f"{loss}, {rate}")
         if self.bar.disable:
             minutes, seconds = divmod(round(line["eta_s"]), 60)
-            say(f"step {step:,}/{self.cfg.steps:,}  {loss}  {rate}  {minutes}:{seconds:02} left")
+            info(f"step {step:,}/{self.cfg.steps:,}  {loss}  {rate}  {minutes}:{seconds:02} left")
 
 
 # ---------------------------------------------------------------- status.json
@@ -248,7 +248,7 @@ class Status:
             return
         utc = datetime.now(timezone.utc).isoformat(timespec="seconds")
         content = {"state": state, "exit_code": code, "step": self.step, "reason": reason, "utc": utc}
-        with tolerate("status.json"):
+        with warn_on_disk_error("status.json"):
             write_text(self.out / "status.json", json.dumps(content))
 
 
@@ -263,7 +263,7 @@ def read_status(out: Path) -> dict:
 
 # ---------------------------------------------------------------- skipped.jsonl
 
-class Skipped:
+class SkippedFiles:
     """skipped.jsonl: every unusable file of a run once, with the reason, {"name": "b/7.jpg", "reason": "not a JPEG"}.
 
     All processes and threads of a run share the file, and a resumed run adds to it."""
@@ -274,7 +274,7 @@ class Skipped:
         """Add those {name: reason} that the file lacks. A disk error is a warning."""
         if bad.keys() <= self.names:
             return
-        with tolerate(SKIPPED), lock_file(self.path.with_name(".skipped.lock"), wait=True):
+        with warn_on_disk_error(SKIPPED), lock_file(self.path.with_name(".skipped.lock"), wait=True):
             self.catch_up()
             new = {name: reason for name, reason in bad.items() if name not in self.names}
             append_whole(self.path, "".join(json.dumps({"name": k, "reason": v}) + "\n" for k, v in new.items()))
@@ -295,5 +295,5 @@ class Skipped:
 
 def follow(source: Any, out: Path) -> None:
     """List the files that the source has skipped, and will skip from now on, in this folder."""
-    source.skipped = Skipped(out)
+    source.skipped = SkippedFiles(out)
     source.skipped.note(source.bad)

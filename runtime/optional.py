@@ -8,11 +8,11 @@ import torch
 from config import UserError
 
 
-def library(name: str, need: str, package: str = "", part: str = "") -> Any:
+def optional_import(name: str, need: str, package: str = "", part: str = "") -> Any:
     """Import the module `name`, or a part of it. UserError with the pip line if it is missing.
 
     need: what needs it, for the error. package: pip's name for it, if another."""
-    mend_torchvision()
+    patch_torchvision_ops()
     try:
         module = importlib.import_module(name)
         return getattr(module, part) if part else module
@@ -20,7 +20,7 @@ def library(name: str, need: str, package: str = "", part: str = "") -> Any:
         raise UserError(f"{need} needs {name} ({e}): pip install {package or name}") from e
 
 
-def mend_torchvision() -> None:
+def patch_torchvision_ops() -> None:
     """Make a torchvision built for CUDA importable beside a CPU build of torch: diffusers and open_clip import it.
 
     It stops at two operators that nobody defined. Defining their names is enough; nothing calls them."""

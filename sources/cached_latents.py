@@ -248,7 +248,7 @@ class Latents:
             allowed = max(1, int(self.max_bad * len(self))) if self.max_bad > 0 else 0
             if len(self.bad) > allowed:
                 raise UserError(f"{len(self.bad)} of {len(self):,} latents of {self.path} are not finite, e.g. "
-                                f"number {index}; encode them again, or raise --max_bad={self.max_bad}")
+                                f"number {index}; encode them again, or raise --max_bad_fraction={self.max_bad}")
 
 
 def open_latents(cfg: Config) -> Latents:
@@ -256,7 +256,7 @@ def open_latents(cfg: Config) -> Latents:
 
     Mirror images are used if they are stored and --augment names flip. The crops are the stored ones."""
     varied = [a for a in cfg.augment.split("+") if a]
-    source = Latents(cfg.data, cfg.seed, "flip" in varied, cfg.max_bad, cfg.model.semantics == "text")
+    source = Latents(cfg.data, cfg.seed, "flip" in varied, cfg.max_bad_fraction, cfg.model.semantics == "text")
     meta, stored = source.meta, source.meta["augment"].split("+")
     if cfg.model.resolution != meta["side"]:
         raise UserError(f"model.resolution={cfg.model.resolution}, but the latents in {cfg.data} have {meta['side']}, "

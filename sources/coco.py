@@ -13,12 +13,12 @@ from typing import Any
 
 from config import UserError
 from rng import seed64
-from sources.images import Pictures, choose, clean, decode
+from sources.images import ImageSource, clean_caption, decode_utf8, pick_caption
 
 PREFERRED = "captions_val2014.json"     # papers evaluate on it
 
 
-class CocoCaptions(Pictures):
+class CocoCaptions(ImageSource):
     """Images of a COCO captions file in the order of their numbers, each with one of its captions.
 
     path: the captions json, or the folder above annotations/. Images without a caption or a file are unusable. The
@@ -44,7 +44,7 @@ class CocoCaptions(Pictures):
     def load(self, index: int, epoch: int) -> tuple[Path, dict[str, Any]]:
         """Its path and its caption, the same in every epoch."""
         draw = seed64(self.seed, "coco", self.numbers[index])
-        return self.folder / self.names[index], {"caption": choose(self.captions[index], draw)}
+        return self.folder / self.names[index], {"caption": pick_caption(self.captions[index], draw)}
 
 
 def find_json(path: Path) -> Path:
@@ -64,11 +64,11 @@ def read(file: Path | str) -> tuple[dict[int, str], dict[int, list[str]]]:
 
     Raises UserError for any other content, and for file names that lead out of the folder."""
     try:
-        tree = json.loads(decode(Path(file).read_bytes()))
+        tree = json.loads(decode_utf8(Path(file).read_bytes()))
         names = {row["id"]: row["file_name"] for row in tree["images"]}
         captions: dict[int, list[str]] = {}
         for _, number, text in sorted((row["id"], row["image_id"], row["caption"]) for row in tree["annotations"]):
-            captions.setdefault(number, []).append(clean(text))
+            captions.setdefault(number, []).append(clean_caption(text))
         outside = [n for n in names.values() if PurePosixPath(n).is_absolute() or ".." in PurePosixPath(n).parts]
         if not all(type(number) is int for number in (*names, *captions)):
             raise TypeError("the number of an image is no whole number")

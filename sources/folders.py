@@ -27,13 +27,14 @@ from tqdm import tqdm
 
 from config import UserError
 from rng import seed64
-from sources.images import BAD, CROPS, SUFFIXES, BadCaption, BadImage, Pictures, choose, decode, metadata, open_image
+from sources.images import (CROPS, SUFFIXES, UNUSABLE, BadCaption, BadImage, ImageSource, decode_utf8, open_image,
+                            parse_metadata, pick_caption)
 
 METADATA = "metadata.jsonl"
 SPLITS = {"train", "val", "valid", "validation", "test"}                # names of folders that are no classes
 
 
-class ImageFolder(Pictures):
+class ImageFolder(ImageSource):
     """A folder of class folders, which hold JPEG, PNG and WebP files at any depth. Classes are sorted by name.
 
     classes     off: no labels, and class folders are optional. The other arguments are those of Pictures"""
@@ -53,7 +54,7 @@ class ImageFolder(Pictures):
             names, sizes = Names(names[k] for k in inside), [sizes[k] for k in inside]
         self.names = names
         if self.with_classes:
-            self.classes, self.labels = number(names)
+            self.classes, self.labels = index_classes(names)
             if set(self.classes) <= SPLITS:
                 raise UserError(f"{str(self.path)!r} has the folders {', '.join(self.classes)}, which are splits, not "
                                 f"classes; use --data={(self.path / self.classes[0]).as_posix()}")
@@ -65,7 +66,7 @@ class ImageFolder(Pictures):
         return self.path / self.names[index], {"label": self.labels[index]} if self.classes else {}
 
 
-class Captions(Pictures):
+class CaptionFolder(ImageSource):
     """A folder of images with captions, at any depth: metadata.jsonl beside them, or .txt files of the same stem.
 
     A line of metadata.jsonl is {"file_name": "a/1.jpg", "text": "a cat"}, file_name relative to its own folder; text
@@ -98,11 +99,11 @@ class Captions(Pictures):
         """Its path and its caption."""
         text = self.texts[index]
         try:
-            text = decode(text.read_bytes()) if isinstance(text, Path) else text
+            text = decode_utf8(text.read_bytes()) if isinstance(text, Path) else text
         except OSError as e:
             raise BadCaption(f"{type(e).__name__}: {e}") from e
         draw = seed64(self.seed, "caption", index, epoch) if isinstance(text, list) else 0
-        return self.path / self.names[index], {"caption": choose(text, draw)}
+        return self.path / self.names[index], {"caption": pick_caption(text, draw)}
 
     def read_metadata(self, files: list[str]) -> tuple[dict[str, Any], dict[str, str], list[tuple[str, str]]]:
         """{image: text} of these metadata.jsonl, {line or image: reason}, and (file, sha256) of each.
@@ -111,7 +112,7 @@ class Captions(Pictures):
         texts, bad, sources = {}, {}, []
         for file in files:
             content = (self.path / file).read_bytes()
-            found, wrong = metadata(content)
+            found, wrong = parse_metadata(content)
             bad |= {f"{file} {line}": reason for line, reason in wrong.items()}
             for name, text in found.items():
                 place = posixpath.normpath(posixpath.join(posixpath.dirname(file), name))
@@ -177,7 +178,7 @@ def find_images(root: Path) -> tuple[Names, array, dict[str, str]]:
     return names, sizes, bad
 
 
-def number(names: Sequence[str]) -> tuple[list[str], array]:
+def index_classes(names: Sequence[str]) -> tuple[list[str], array]:
     """The outermost folders of these files, sorted, and the index of each file's folder."""
     classes = sorted({name.partition("/")[0] for name in names})
     index = {name: k for k, name in enumerate(classes)}
@@ -244,7 +245,7 @@ def measure(entry: os.DirEntry, suffixes: tuple[str, ...]) -> tuple[str, int] | 
 
 # ---------------------------------------------------------------- images for evaluation
 
-class Folder:
+class FolderImages:
     """All images of a folder and its subfolders, numbered in the order of their names.
 
     resolution: crop to the largest centred square and resize it to this side, as training does; 0 = leave them.
@@ -282,7 +283,7 @@ class Folder:
             raise UserError(f"{self.path / self.names[index]} cannot be read: {e}") from e
 
 
-class Stack:
+class ArrayImages:
     """Images (n, H, W, 3) uint8 in an .npz (arr_0, as sample.py and [ADM] write it) or .npy, read when needed."""
     workers, broken, jpegs = 0, 0, 0
 
@@ -324,13 +325,13 @@ class Stack:
             raise UserError(f"cannot read {self.path}: {e}; wanted an array arr_0 of images") from e
 
 
-def open_pictures(path: str, resolution: int = 0) -> Folder | Stack:
+def open_images(path: str, resolution: int = 0) -> FolderImages | ArrayImages:
     """A folder of images, or an .npz or .npy of them. UserError for anything else."""
     where = Path(path).expanduser()
     if where.is_dir():
-        return Folder(where, resolution)
+        return FolderImages(where, resolution)
     if where.suffix not in (".npz", ".npy") or not where.is_file():
         raise UserError(f"no images at {path!r}; wanted a folder of PNG files, an .npz with arr_0 or an .npy")
     if resolution:
         raise UserError(f"--square={resolution} is for folders; the images of {path} have one size already")
-    return Stack(where)
+    return ArrayImages(where)

@@ -92,7 +92,7 @@ class BadCaption(ValueError):
     """An unusable caption; the message says why."""
 
 
-def decode(content: bytes) -> str:
+def decode_utf8(content: bytes) -> str:
     """UTF-8 bytes as text, with or without a byte order mark. Raises BadCaption for any other encoding."""
     try:
         return content.decode("utf-8-sig")
@@ -100,25 +100,25 @@ def decode(content: bytes) -> str:
         raise BadCaption(f"not UTF-8: {e.reason} at byte {e.start}") from e
 
 
-def clean(text: str) -> str:
+def clean_caption(text: str) -> str:
     """One line: composed characters (NFC), no control characters, single blanks, at most LONGEST characters."""
     text = " ".join(text[:8 * LONGEST].split())
     text = "".join(c for c in text if unicodedata.category(c) not in ("Cc", "Cs"))         # Cs: half a character
     return " ".join(unicodedata.normalize("NFC", text).split())[:LONGEST].rstrip()
 
 
-def choose(value: Any, draw: int) -> str:
+def pick_caption(value: Any, draw: int) -> str:
     """A caption, or number `draw` (any whole number) of a list of captions. Raises BadCaption for other types."""
     if isinstance(value, list) and value:
         value = value[draw % len(value)]
     if not isinstance(value, str):
         raise BadCaption(f"a caption is text or a list of texts, got {json.dumps(value)[:SHOWN]}")
-    return clean(value)
+    return clean_caption(value)
 
 
 def parse_object(content: bytes) -> dict[str, Any]:
     """The JSON object in these bytes. Raises BadCaption if they hold none."""
-    text = decode(content)
+    text = decode_utf8(content)
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as e:
@@ -128,7 +128,7 @@ def parse_object(content: bytes) -> dict[str, Any]:
     return found
 
 
-def metadata(content: bytes) -> tuple[dict[str, Any], dict[str, str]]:
+def parse_metadata(content: bytes) -> tuple[dict[str, Any], dict[str, str]]:
     """{file_name: text} of a metadata.jsonl, each text as it stands there, and {"line 3": reason} of unusable lines."""
     texts, bad = {}, {}
     for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
@@ -147,12 +147,12 @@ def metadata(content: bytes) -> tuple[dict[str, Any], dict[str, str]]:
     return texts, bad
 
 
-BAD = (BadImage, BadCaption)
+UNUSABLE = (BadImage, BadCaption)
 
 
 # ---------------------------------------------------------------- the base class of sources
 
-class Pictures(ABC):
+class ImageSource(ABC):
     """A source of image files, cropped and mirrored at random. A subclass adds `scan` and `load`.
 
     crop        random: a square anywhere, its side uniform in `side` times the short side; center: the largest
@@ -204,7 +204,7 @@ class Pictures(ABC):
         for attempt in range(ATTEMPTS):
             try:
                 return self.render(use, epoch)
-            except BAD as e:
+            except UNUSABLE as e:
                 self.note_bad(self.name(use), str(e))
             use = seed64(self.seed, "replace", index, epoch, attempt) % len(self)
         raise UserError(f"{ATTEMPTS} images of {self.path} in a row are unreadable, see data.py --check")
@@ -246,4 +246,4 @@ class Pictures(ABC):
             if len(self.bad) > allowed:
                 some = ", ".join(f"{n!r} ({why})" for n, why in list(self.bad.items())[:3])
                 raise UserError(f"{len(self.bad)} of {self.files} images of {str(self.path)!r} cannot be "
-                                f"read, e.g. {some}{where}; mend or remove them, or raise --max_bad={self.max_bad}")
+                                f"read, e.g. {some}{where}; mend or remove them, or raise --max_bad_fraction={self.max_bad}")

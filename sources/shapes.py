@@ -23,24 +23,24 @@ import torch
 
 from config import UserError
 from rng import seed64, uniform
-from sources.shapes_grammar import BACKGROUNDS, COLORS, RELATIONS, SHAPES, Facts, describe, write
+from sources.shapes_grammar import BACKGROUNDS, COLORS, RELATIONS, SHAPES, SceneFacts, facts_to_caption, parse_caption
 
 SPLITS = ("train", "test", "held_out")
-SCENES = ("free", "grid", "sides")
+LAYOUTS = ("free", "grid", "sides")
 VERSION = "shapes 2"                        # changes when an index shows something else
 HELD_OUT = (("green", "square"), ("purple", "star"), ("cyan", "heart"), ("orange", "cross"),
             ("yellow", "triangle"), ("white", "ring"))      # never in the splits train and test
 NATIVE = (16, 20, 24, 32, 48, 96)           # sides in pixels at which a canvas is rendered
 RADIUS = (0.14, 0.23)                       # half the width of an object among several
-ALONE = 0.36                                # largest radius of an object that is alone
+MAX_RADIUS_SINGLE = 0.36                                # largest radius of an object that is alone
 SMALL, LARGE = 0.163, 0.197                 # captions say small up to the first, large from the second
 MARGIN, GAP = 0.03, 0.02                    # smallest distance to the border, and between objects
-EIGHTHS = (2, 3, 4, 5, 6)                   # grid: centres on either axis, in eighths of the side
-APART = ((2, 5), (3, 6), (2, 6))            # grid: near and far centre of two objects that must not touch
+GRID_CENTRES = (2, 3, 4, 5, 6)                   # grid: centres on either axis, in eighths of the side
+GRID_PAIRS = ((2, 5), (3, 6), (2, 6))            # grid: near and far centre of two objects that must not touch
 TWO_SIZES = (0.145, 0.21)                   # grid: half the width of a small and of a large object
 DRAWS = 54                                  # random numbers for a scene and its caption
-PAIR, TOLD = 3, 48                          # first of those for a pair's layout, and for the caption
-SAID = TOLD + 3                             # below 0.75 the caption states a pair's relation
+PAIR, CAPTION_DRAWS = 3, 48                          # first of those for a pair's layout, and for the caption
+RELATION_DRAWS = CAPTION_DRAWS + 3                             # below 0.75 the caption states a pair's relation
 
 
 # ---------------------------------------------------------------- the data set
@@ -55,17 +55,17 @@ class Shapes:
     crop        crop the canvas anywhere; off: at (0, 0), which cuts nothing
     side        range of the fraction of the image's side that a crop shows; with crop off always all of it
     flip        mirror half of the images but not their captions; off: none
-    scenes      free: any place and size; grid: places eighths of the side apart and two sizes, which a small network
+    layout      free: any place and size; grid: places eighths of the side apart and two sizes, which a small network
                 learns sooner; sides: a grid of two objects side by side, with a caption that says which is left"""
     channels, encoder, bad = 3, None, {}
     classes = list(SHAPES)
-    describe = staticmethod(describe)
+    describe = staticmethod(parse_caption)
 
     def __init__(self, resolution: int = 32, seed: int = 0, split: str = "train",
                  objects: tuple[int, ...] = (1, 2, 3), native: bool = True, crop: bool = True,
-                 flip: bool = True, side: tuple[float, float] = (1.0, 1.0), scenes: str = "free"):
-        if scenes not in SCENES:
-            raise UserError(f"unknown scenes={scenes!r}; there are {', '.join(SCENES)}")
+                 flip: bool = True, side: tuple[float, float] = (1.0, 1.0), layout: str = "free"):
+        if layout not in LAYOUTS:
+            raise UserError(f"unknown layout={layout!r}; there are {', '.join(LAYOUTS)}")
         if split not in SPLITS:
             raise UserError(f"unknown split {split!r} of shapes; it has: {', '.join(SPLITS)}")
         if not objects or not set(objects) <= {1, 2, 3}:
@@ -74,15 +74,15 @@ class Shapes:
             raise UserError(f"shapes want a resolution of at least 8, got {resolution}")
         if not 0 < side[0] <= side[1] <= 1:
             raise UserError(f"side wants a range in (0, 1], got {side!r}")
-        self.resolution, self.split, self.scenes = resolution, split, scenes
-        self.objects = (2,) if scenes == "sides" else tuple(objects)
+        self.resolution, self.split, self.layout = resolution, split, layout
+        self.objects = (2,) if layout == "sides" else tuple(objects)
         self.native, self.crop, self.flip = native, crop, flip
         self.side = (float(side[0]), float(side[1])) if crop else (1.0, 1.0)
         self.controls = tuple(c for c, on in (("size", native), ("crop", crop), ("flip", flip)) if on)
         self.scene_key, self.view_key = seed64("scene", seed, split), seed64("view", seed, split)
         parts = (VERSION, resolution, seed, split, self.objects, native, crop, flip)
         parts += self.side if self.side != (1, 1) else ()   # a default leaves the fingerprint as it was
-        parts += (scenes,) if scenes != "free" else ()
+        parts += (layout,) if layout != "free" else ()
         self.fingerprint = hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -101,7 +101,7 @@ class Shapes:
 
         R, (low, high) = self.resolution, self.side
         v = uniform(self.view_key, index * len(self) + epoch, 4)
-        S = np.rint(canvas(R) / (low + (high - low) * v[:, 3])).astype(int)
+        S = np.rint(canvas_side(R) / (low + (high - low) * v[:, 3])).astype(int)
         top, left = (v[:, :2] * (S - R + 1)[:, None] * self.crop).astype(int).T
         flip = (v[:, 2] < 0.5) & self.flip
         image = render(scene, S, top, left, flip, R)
@@ -113,14 +113,14 @@ class Shapes:
             size=torch.from_numpy(size)[:, None].repeat(1, 2),
             crop=torch.from_numpy(np.stack([top, left], 1).astype(np.float32)),
             flip=torch.from_numpy(flip.astype(np.float32)), index=torch.from_numpy(index),
-            scene={k: torch.from_numpy(v) for k, v in seen(scene, S, top, left, flip, R).items()})
+            scene={k: torch.from_numpy(v) for k, v in project_scene(scene, S, top, left, flip, R).items()})
 
     def drawn(self, index: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Return the random numbers (B, DRAWS) of these scenes, and the scenes as draw_scene makes them."""
         u = uniform(self.scene_key, index, DRAWS)
-        if self.scenes == "sides":
-            u[:, PAIR], u[:, SAID] = 1, 0                   # side by side, and the caption says which is left
-        return u, draw_scene(u, self.objects, self.split == "held_out", self.scenes != "free")
+        if self.layout == "sides":
+            u[:, PAIR], u[:, RELATION_DRAWS] = 1, 0                   # side by side, and the caption says which is left
+        return u, draw_scene(u, self.objects, self.split == "held_out", self.layout != "free")
 
     def record(self, index: int, epoch: int = 0) -> dict:
         """Return one sample: the only row of `records([index], epoch)`."""
@@ -129,10 +129,10 @@ class Shapes:
         return {**{key: value[0] for key, value in batch.items()}, "scene": scene}
 
 
-def seen(scene: dict[str, np.ndarray], S: np.ndarray, top: np.ndarray, left: np.ndarray, flip: np.ndarray,
+def project_scene(scene: dict[str, np.ndarray], S: np.ndarray, top: np.ndarray, left: np.ndarray, flip: np.ndarray,
          R: int) -> dict:
     """Return the scene in fractions of the crop's side: enlarged and moved by the crop, mirrored by the flip."""
-    there, finer = scene["shape"] >= 0, S[:, None] / canvas(R)
+    there, finer = scene["shape"] >= 0, S[:, None] / canvas_side(R)
     x, y, r = (scene[name] * finer for name in "xyr")                                      # (B, 3)
     x, y = x - left[:, None] / R, y - top[:, None] / R
     x = np.where(flip[:, None], 1 - x, x)
@@ -192,7 +192,7 @@ def draw_scene(u: np.ndarray, objects: tuple[int, ...], held_out: bool, grid: bo
 def sizes(u: np.ndarray, n: np.ndarray) -> np.ndarray:
     """Return half the width of every object, with one clearly the largest. u (B, 3), n (B,) -> (B, 3)"""
     rows, there = np.arange(len(n)), np.arange(3) < n[:, None]
-    most = np.where(n == 1, ALONE, RADIUS[1])[:, None]
+    most = np.where(n == 1, MAX_RADIUS_SINGLE, RADIUS[1])[:, None]
     r = np.where(there, RADIUS[0] + (most - RADIUS[0]) * u, 0)
     main = r.argmax(1)
     r[rows, main] = np.maximum(r[rows, main], RADIUS[0] / 0.89)
@@ -238,9 +238,9 @@ def place_on_grid(coin: np.ndarray, u: np.ndarray, n: np.ndarray, r: np.ndarray)
     """Return what `place` does, with centres on the grid. Objects of either size do not touch."""
     rows = np.arange(len(n))
     vertical, far, before = coin.astype(int).T
-    free = np.array(EIGHTHS)[(u[:, :6] * len(EIGHTHS)).astype(int)]                         # (B, 6)
+    free = np.array(GRID_CENTRES)[(u[:, :6] * len(GRID_CENTRES)).astype(int)]                         # (B, 6)
     along, across = free[:, :3].copy(), free[:, 3:].copy()
-    pair, band = (np.array(APART)[(v * len(APART)).astype(int)] for v in (u[:, 6], u[:, 0]))    # (B, 2)
+    pair, band = (np.array(GRID_PAIRS)[(v * len(GRID_PAIRS)).astype(int)] for v in (u[:, 6], u[:, 0]))    # (B, 2)
     for k in (0, 1):
         along[:, k] = np.where(n > 1, pair[rows, far ^ k], along[:, k])
         across[:, k] = np.where(n > 2, band[rows, before], across[:, k])
@@ -255,12 +255,12 @@ def caption(scene: dict[str, np.ndarray], b: int, u: np.ndarray) -> str:
     n, names, links = scene["n"][b], list(COLORS), scene["relation"][b]
     r = scene["r"][b]
     word = ["small" if r[k] <= SMALL else "large" if r[k] >= LARGE else None for k in range(n)]
-    return write(Facts(
+    return facts_to_caption(SceneFacts(
         colors=tuple(names[k] for k in scene["color"][b, :n]),
         shapes=tuple(SHAPES[k] for k in scene["shape"][b, :n]),
-        sizes=tuple(word[k] if u[TOLD + k] < 0.5 else None for k in range(n)),
-        relations=tuple(RELATIONS[links[k]] if u[SAID + k] < 0.75 else None for k in range(n - 1)),
-        background=list(BACKGROUNDS)[scene["background"][b]] if u[TOLD + 5] < 0.5 else None))
+        sizes=tuple(word[k] if u[CAPTION_DRAWS + k] < 0.5 else None for k in range(n)),
+        relations=tuple(RELATIONS[links[k]] if u[RELATION_DRAWS + k] < 0.75 else None for k in range(n - 1)),
+        background=list(BACKGROUNDS)[scene["background"][b]] if u[CAPTION_DRAWS + 5] < 0.5 else None))
 
 
 # ---------------------------------------------------------------- pixels
@@ -326,8 +326,8 @@ def render(scene: dict[str, np.ndarray], S: np.ndarray, top: np.ndarray, left: n
 def draw(shape: np.ndarray, x: np.ndarray, y: np.ndarray, r: np.ndarray, n: int, S: np.ndarray,
          top: np.ndarray, left: np.ndarray, flip: np.ndarray, R: int) -> np.ndarray:
     """Return the coverage (K, R, R) of objects, clip(1/2 - distance in native pixels), resampled to the crop."""
-    unit = n * R / canvas(R)                                # native pixels per image side
-    p = math.ceil(2 * ALONE * unit) + 3
+    unit = n * R / canvas_side(R)                                # native pixels per image side
+    p = math.ceil(2 * MAX_RADIUS_SINGLE * unit) + 3
     corner = np.floor(np.stack([x, y]) * unit - p / 2).astype(int)                          # (2, K)
     pixel = corner[..., None] + np.arange(p) + 0.5 - np.stack([x, y])[..., None] * unit     # (2, K, p)
     px, py = (pixel / (r[:, None] * unit)).astype(np.float32)
@@ -349,6 +349,6 @@ def draw(shape: np.ndarray, x: np.ndarray, y: np.ndarray, r: np.ndarray, n: int,
     return wy @ cover @ wx.transpose(0, 2, 1)                                               # (K, R, R)
 
 
-def canvas(R: int) -> int:
+def canvas_side(R: int) -> int:
     """Return the side S of the canvas for which a crop of side R is as wide as the image."""
     return round(1.25 * R)

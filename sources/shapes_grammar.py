@@ -29,7 +29,7 @@ GRAMMAR = "[a] [small|large] COLOUR SHAPE [left of|right of|above|below|and ...]
 
 
 @dataclass(frozen=True)
-class Facts:
+class SceneFacts:
     """What a caption states about its n objects, in its order; None where it states nothing."""
     colors: tuple[str, ...]                 # n
     shapes: tuple[str, ...]                 # n
@@ -38,7 +38,7 @@ class Facts:
     background: str | None
 
 
-def write(facts: Facts) -> str:
+def facts_to_caption(facts: SceneFacts) -> str:
     """Return the caption that states these facts; `describe` inverts this."""
     words = []
     for k, (size, color, shape) in enumerate(zip(facts.sizes, facts.colors, facts.shapes)):
@@ -52,7 +52,7 @@ def write(facts: Facts) -> str:
 
 
 @lru_cache(maxsize=65536)
-def describe(caption: str) -> Facts:
+def parse_caption(caption: str) -> SceneFacts:
     """Return the facts that a caption states. UserError names the word that breaks the grammar."""
     words, at = split(caption), 0
     colors, shapes, sizes, relations = [], [], [], []
@@ -82,7 +82,7 @@ def describe(caption: str) -> Facts:
     background = take(tuple(BACKGROUNDS), True) if take(("on",), at < len(words)) else None
     if at < len(words):
         raise UserError(f"caption {caption!r}: nothing may follow the background, found {words[at]!r}")
-    return Facts(tuple(colors), tuple(shapes), tuple(sizes), tuple(relations), background)
+    return SceneFacts(tuple(colors), tuple(shapes), tuple(sizes), tuple(relations), background)
 
 
 def split(caption: str) -> list[str]:

@@ -28,8 +28,9 @@ import numpy as np
 from tqdm import tqdm
 
 from config import UserError
-from runtime import checkpoint
-from sources.images import CROPS, SUFFIXES, BadCaption, BadImage, Pictures, choose, clean, decode, parse_object
+from runtime import log
+from sources.images import (CROPS, SUFFIXES, BadCaption, BadImage, ImageSource, clean_caption, decode_utf8,
+                            parse_object, pick_caption)
 
 COLUMN = {**{suffix[1:]: 0 for suffix in SUFFIXES}, "txt": 2, "json": 4}        # of the end of a name, in an index
 INDEX, FORMAT = ".index", 1             # folder of the indices, and the version of their format
@@ -143,9 +144,9 @@ def cached_index(path: Path) -> tuple[np.ndarray, int]:
     head = np.array([[mark, others, zlib.crc32(rows.tobytes()), 0, 0, 0]], np.uint32)
     content = io.BytesIO()
     np.save(content, np.concatenate([head, rows]), allow_pickle=False)
-    with checkpoint.tolerate(f"the index of {path.name}"):
+    with log.warn_on_disk_error(f"the index of {path.name}"):
         kept.parent.mkdir(exist_ok=True)
-        checkpoint.write_bytes(kept, content.getvalue())
+        log.write_bytes(kept, content.getvalue())
     return rows, others
 
 
@@ -172,7 +173,7 @@ def member_name(shard: Path, row: np.ndarray) -> str:
 
 # ---------------------------------------------------------------- the source
 
-class TarShards(Pictures):
+class TarShards(ImageSource):
     """The samples of tar shards: image, caption from the .txt or else the .json, original size from the .json.
 
     captions    off: records have none, and samples need none; on: those without are unusable, like those without an
@@ -234,5 +235,5 @@ class TarShards(Pictures):
                 raise BadCaption(f"original_height and original_width are {size} in its .json")
             known["size"] = size
         if self.with_captions:
-            known["caption"] = choose(fields.get("caption"), 0) if text is None else clean(decode(text))
+            known["caption"] = pick_caption(fields.get("caption"), 0) if text is None else clean_caption(decode_utf8(text))
         return io.BytesIO(image), known

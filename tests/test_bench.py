@@ -85,8 +85,8 @@ def quick(monkeypatch):
 def stub(monkeypatch, seconds):
     """Networks a and b, with steps that seem to take the next of the seconds named after them. The order of turns."""
     clocks, order = {name: iter([math.nan] * bench.WARMUP + times) for name, times in seconds.items()}, []
-    monkeypatch.setattr(bench, "turn", lambda side, what, device: order.append(side.name) or next(clocks[side.name]))
-    return [bench.Side(name, torch.nn.Identity(), {}, 10 ** 9) for name in seconds], order
+    monkeypatch.setattr(bench, "time_once", lambda side, what, device: order.append(side.name) or next(clocks[side.name]))
+    return [bench.Implementation(name, torch.nn.Identity(), {}, 10 ** 9) for name in seconds], order
 
 
 # ---------------------------------------------------------------- speeds
@@ -129,17 +129,17 @@ def test_every_weight_is_felt_and_trained():
 
 @pytest.mark.parametrize("arch, twin", [("mpdit", "dit"), ("mpmmdit", "mmdit")])
 def test_the_plain_twin_has_the_same_sizes_and_its_own_optimizer(arch, twin, monkeypatch):
-    flags = [f"--model.arch={arch}", "--normalize=true", "--lr_mp=0.01", "--vs=plain"]
+    flags = [f"--model.arch={arch}", "--forced_weight_norm=true", "--lr_mp=0.01", "--against=plain"]
     o, built = bench.read_options([*TINY, *CLASSES, *flags]), []
     monkeypatch.setattr(bench, "ours", lambda cfg, *rest: built.append(cfg) or cfg.model.arch)
     assert bench.choose_sides(o, bench.make_inputs(o, CPU)) == [twin, arch]     # the last is the reference
     plain, cfg = built
-    assert (plain.model.arch, plain.normalize, plain.lr_mp) == (twin, False, 0) and cfg.normalize and cfg.lr_mp
+    assert (plain.model.arch, plain.forced_weight_norm, plain.lr_mp) == (twin, False, 0) and cfg.forced_weight_norm and cfg.lr_mp
     assert plain.model == bench.replace(cfg.model, arch=twin)
 
 
 def test_plain_and_preserving_networks_are_timed(quick, capsys):
-    bench.main([*TINY, *CLASSES, "--model.arch=mpdit", "--normalize=true", "--what=train", "--vs=plain"])
+    bench.main([*TINY, *CLASSES, "--model.arch=mpdit", "--forced_weight_norm=true", "--parts=train", "--against=plain"])
     _, head, plain, preserving = capsys.readouterr().out.splitlines()
     assert head.endswith("times as fast as mpdit, float32") and preserving.endswith(" 1.000 (1.000 .. 1.000)")
     assert plain.split()[:2] == ["train", "dit,"] and preserving.split()[:2] == ["train", "mpdit,"]
@@ -159,7 +159,7 @@ def test_compile_compiles_every_block(monkeypatch):
 @pytest.mark.slow
 def test_against_diffusers(quick, capsys):
     pytest.importorskip("diffusers", reason="the other implementation: pip install diffusers")
-    bench.main([*TINY, *CLASSES, "--dtype=float32", "--vs=diffusers"])
+    bench.main([*TINY, *CLASSES, "--dtype=float32", "--against=diffusers"])
     lines = capsys.readouterr().out.splitlines()
     assert [tuple(line.split()[:2]) for line in lines[2:]] == [
         (what, name) for what in bench.PASSES for name in ("dit,", "diffusers")]
@@ -169,7 +169,7 @@ def test_against_an_official_checkout(monkeypatch, tmp_path):
     """Compiled ours meets it three ways: in fp32, in fp32 compiled, and as shipped, here in bfloat16."""
     monkeypatch.setattr(model.DiTBlock, "compile", lambda block, fullgraph: None)
     (tmp_path / "models.py").write_text(OFFICIAL.replace("SCALE", "1"))
-    flags = [*TINY, *CLASSES, f"--peer={tmp_path}", "--compile=on", "--dtype=bfloat16"]
+    flags = [*TINY, *CLASSES, f"--official_dit={tmp_path}", "--compile=on", "--dtype=bfloat16"]
     o = bench.read_options(flags)
     sides = bench.choose_sides(o, bench.make_inputs(o, CPU))
     assert [side.name for side in sides] == [
@@ -185,7 +185,7 @@ def test_a_network_that_is_not_the_same_is_not_timed(text, message, tmp_path):
     if text:
         (tmp_path / "models.py").write_text(text)
     with pytest.raises(UserError, match=message):
-        bench.main([*TINY, *CLASSES, f"--peer={tmp_path}"])
+        bench.main([*TINY, *CLASSES, f"--official_dit={tmp_path}"])
 
 
 # ---------------------------------------------------------------- options
@@ -200,7 +200,7 @@ def test_a_published_size():
 def test_the_config_file_says_the_rest():
     o = bench.read_options(["--lr=5e-4", "--config=configs/shapes.py", "--model.depth=3"])
     cfg = bench.load("configs/shapes.py")
-    assert (o.lr, o.model.depth, o.model.width, o.steps, o.batch) == (5e-4, 3, cfg.model.width, cfg.steps, cfg.micro)
+    assert (o.lr, o.model.depth, o.model.width, o.steps, o.batch) == (5e-4, 3, cfg.model.width, cfg.steps, cfg.microbatch)
     assert o.model.text_dim > 0 and o.model.text_length > 0
 
 
@@ -213,9 +213,9 @@ def test_help_names_all_options(capsys):
 
 
 @pytest.mark.parametrize("flag, message", [
-    ("--what=forward+dance", "'dance'"), ("--size=DiT-S", "DiT-S/2"), ("--size=CNN-S/2", "dit, mmdit"),
-    ("--vs=keras", "keras"), ("--vs=plain", "mp architecture"), ("--vs=diffusers", "--size=DiT-S/2"),
-    ("--peer=folder", "--size=DiT-S/2"), ("--batch=-1", "batch=-1"), ("--compile=maybe", "maybe"),
+    ("--parts=forward+dance", "'dance'"), ("--size=DiT-S", "DiT-S/2"), ("--size=CNN-S/2", "dit, mmdit"),
+    ("--against=keras", "keras"), ("--against=plain", "mp architecture"), ("--against=diffusers", "--size=DiT-S/2"),
+    ("--official_dit=folder", "--size=DiT-S/2"), ("--batch=-1", "batch=-1"), ("--compile=maybe", "maybe"),
     ("--model.patch=5", "patch=5"), ("--depht=3", "--model.depth")])
 def test_options_that_cannot_be_timed(flag, message):
     with pytest.raises(UserError, match=message):

@@ -14,7 +14,7 @@ def test_combinations_alternate_and_the_first_turn_is_not_counted(monkeypatch):
 
 
 def test_consumption_of_training():
-    assert bench_data.eaten(237.2) == pytest.approx(312e12 * 0.4 / (3 * 237.2e9))
+    assert bench_data.images_needed(237.2) == pytest.approx(312e12 * 0.4 / (3 * 237.2e9))
 
 
 @pytest.mark.parametrize("flag", ["--workers=two", "--n=3", "--turns=1", "--data=nowhere"])

@@ -22,7 +22,7 @@ def normal(*shape, seed=0):
 
 # ---------------------------------------------------------------- parts
 
-@pytest.mark.parametrize("n, m", [(6, 9), (9, 6), (3, layers.PLAIN_ATTENTION + 1)])
+@pytest.mark.parametrize("n, m", [(6, 9), (9, 6), (3, layers.MAX_TOKENS_EXPLICIT_ATTENTION + 1)])
 def test_attention_is_the_softmax_formula(n, m):
     q, k, v = normal(B, H, n, 8), normal(B, H, m, 8, seed=1), normal(B, H, m, 8, seed=2)
     weight = torch.einsum("bhnd,bhmd->bhnm", q.double(), k.double() / math.sqrt(8)).exp()

@@ -37,7 +37,7 @@ def files(out):
 
 def test_a_checkpoint_comes_back_bit_for_bit(tmp_path):
     write(tmp_path, 7)
-    assert checkpoint.newest(tmp_path) == {**META, "format": 1, "step": 7, "sha256": checkpoint._sha256(
+    assert checkpoint.latest(tmp_path) == {**META, "format": 1, "step": 7, "sha256": checkpoint._sha256(
         tmp_path / "step-00000007" / "state.safetensors")}
     back = {k: torch.zeros_like(v) for k, v in tensors().items()}
     checkpoint.read_state(checkpoint.folder(tmp_path, 7), back)
@@ -53,7 +53,7 @@ def test_the_last_two_are_kept_and_nothing_else_is_left(tmp_path):
 def test_other_folders_are_no_checkpoints_and_are_left_alone(tmp_path):
     for name in ("step-5", "step-0000005x", "mine", "step-00000003.bak"):
         (tmp_path / name).mkdir()
-    assert checkpoint.newest(tmp_path) is None
+    assert checkpoint.latest(tmp_path) is None
     write(tmp_path, 1, 2, 3, 4)
     assert checkpoint.steps(tmp_path) == [4, 3] and (tmp_path / "step-00000003.bak").is_dir()
 
@@ -103,11 +103,11 @@ def rewrite(where, change):
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(damage, tmp_path, capfd):
     write(tmp_path, 7, 9)
     DAMAGE[damage](checkpoint.folder(tmp_path, 9))
-    assert checkpoint.newest(tmp_path)["step"] == 7
+    assert checkpoint.latest(tmp_path)["step"] == 7
     said = capfd.readouterr().err
     assert said.startswith("warning: checkpoint step-00000009: ") and "it is damaged" in said and said.count("\n") == 1
     write(tmp_path, 9)                                      # it can be written again
-    assert checkpoint.newest(tmp_path)["step"] == 9
+    assert checkpoint.latest(tmp_path)["step"] == 9
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -115,13 +115,13 @@ def test_when_none_can_be_read_a_run_does_not_start_afresh(damage, tmp_path):
     write(tmp_path, 9)
     DAMAGE[damage](checkpoint.folder(tmp_path, 9))
     with pytest.raises(UserError, match="none of the 1 checkpoints .*step-00000009.*another --out"):
-        checkpoint.newest(tmp_path)
+        checkpoint.latest(tmp_path)
 
 
 def test_a_folder_renamed_to_another_step_is_noticed(tmp_path):
     write(tmp_path, 7, 9)
     checkpoint.folder(tmp_path, 9).rename(checkpoint.folder(tmp_path, 11))
-    assert checkpoint.newest(tmp_path)["step"] == 7
+    assert checkpoint.latest(tmp_path)["step"] == 7
 
 
 @pytest.mark.parametrize("name", ["state.safetensors", "meta.json"])
@@ -147,7 +147,7 @@ def test_a_checkpoint_of_a_newer_format_is_refused_and_not_passed_over(tmp_path)
     write(tmp_path, 7, 9)
     rewrite(checkpoint.folder(tmp_path, 9), lambda m: m.update(format=checkpoint.FORMAT + 1))
     with pytest.raises(UserError, match="step-00000009 has checkpoint format 2, this code reads up to 1"):
-        checkpoint.newest(tmp_path)
+        checkpoint.latest(tmp_path)
 
 
 def test_weights_without_a_checkpoint_are_not_written_over(tmp_path):
@@ -155,7 +155,7 @@ def test_weights_without_a_checkpoint_are_not_written_over(tmp_path):
     checkpoint.write_weights(tmp_path / "weights.safetensors", tensors(), {"config": "{}"})
     shutil.rmtree(checkpoint.folder(tmp_path, 7))
     with pytest.raises(UserError, match="weights.safetensors but no checkpoint"):
-        checkpoint.newest(tmp_path)
+        checkpoint.latest(tmp_path)
 
 
 @pytest.mark.parametrize("change, parts", [
@@ -197,7 +197,7 @@ def test_any_call_that_fails_leaves_the_old_checkpoint_and_no_rubbish(call, erro
         assert not checkpoint.save(tmp_path, 9, tensors(), META)
     assert os.strerror(error) in capfd.readouterr().err
     assert files(tmp_path) == ["step-00000007/meta.json", "step-00000007/state.safetensors"]
-    assert checkpoint.newest(tmp_path)["step"] == 7
+    assert checkpoint.latest(tmp_path)["step"] == 7
     write(tmp_path, 9)
     assert checkpoint.steps(tmp_path) == [9, 7]
 
@@ -217,15 +217,15 @@ def test_everything_is_on_the_disk_before_the_name_says_so(tmp_path, monkeypatch
 
 def test_a_text_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "config.json"
-    checkpoint.write_text(path, "old \u00e9")
+    log.write_text(path, "old \u00e9")
     def fail(*args):
         raise OSError(errno.ENOSPC, "full")
     for name in ("fsync", "replace"):
         with monkeypatch.context() as m, pytest.raises(OSError):
             m.setattr(os, name, fail)
-            checkpoint.write_text(path, "new")
+            log.write_text(path, "new")
         assert path.read_text(encoding="utf-8") == "old \u00e9" and files(tmp_path) == ["config.json"]
-    checkpoint.write_text(path, "new")
+    log.write_text(path, "new")
     assert path.read_text() == "new"
 
 
@@ -377,15 +377,15 @@ def test_whatever_happens_the_newest_good_one_is_found(tmp_path, events):
             with checkpoint.lock(tmp_path):
                 pass
         if good:
-            assert checkpoint.newest(tmp_path)["step"] == good[-1]
+            assert checkpoint.latest(tmp_path)["step"] == good[-1]
             back = {k: torch.zeros_like(v) for k, v in tensors().items()}
             checkpoint.read_state(checkpoint.folder(tmp_path, good[-1]), back)
             assert torch.equal(back["net.a.weight"], tensors(good[-1])["net.a.weight"])
         elif bad:
             with pytest.raises(UserError):
-                checkpoint.newest(tmp_path)
+                checkpoint.latest(tmp_path)
         else:
-            assert checkpoint.newest(tmp_path) is None
+            assert checkpoint.latest(tmp_path) is None
 
 
 def test_nothing_here_unpickles_or_runs_code():

@@ -15,7 +15,7 @@ import train
 from config import SIZES, Config, UserError, load, to_json
 from runtime import checkpoint
 from schedule import alpha_bar_table, rescale_guidance, to_sigma
-from transfer import start_from
+from transfer import init_from
 
 ROOT = Path(__file__).parent.parent
 FILES = {path.stem: path for path in sorted((ROOT / "configs").glob("*.py"))}
@@ -124,8 +124,8 @@ def test_a_recipe_is_what_the_paper_says(name):
     assert dict(depth=m.depth, width=m.width, heads=m.heads) == SIZES["XL"]
     assert (m.controls, m.control_weight, m.control_alpha) == ("crop+flip+size", "cosine", 8.0)
     assert (cfg.beta1, cfg.beta2, cfg.weight_decay, cfg.cooldown) == (0.9, 0.95, 0.03, 0.0) and cfg.warmup > 0
-    assert (cfg.drop, cfg.drop_controls, m.prediction, cfg.noise_weight) == (0.1, 0.1, "eps", 0.0)
-    assert (cfg.batch, cfg.crop, cfg.lam) == ((2048, "local", 1.5) if low else (384, "global", 2.0))
+    assert (cfg.cond_dropout, cfg.control_dropout, m.prediction, cfg.loss_sigma_power) == (0.1, 0.1, "eps", 0.0)
+    assert (cfg.batch, cfg.crop, cfg.guidance) == ((2048, "local", 1.5) if low else (384, "global", 2.0))
     if name.startswith("cc12m"):
         assert (m.text_dim, m.text_length, cfg.padding, cfg.padding_noise) == (768, 77, "noisy", 0.02)
         assert cfg.encoder.startswith("clip:")
@@ -137,7 +137,7 @@ def test_a_recipe_is_what_the_paper_says(name):
 def test_sixteen_processes_share_the_batch_of_a_recipe(name):
     cfg = load(str(FILES[name]))
     train.check(cfg, 16)
-    assert cfg.batch == 16 * cfg.micro
+    assert cfg.batch == 16 * cfg.microbatch
     with pytest.raises(UserError, match="17 processes"):
         train.check(cfg, 17)
 
@@ -158,13 +158,13 @@ def test_the_high_resolution_run_goes_on_from_the_low_one(low, high):
     """Sigma, guidance and positions follow s = 2; nothing else of the model changes."""
     a, b = complete(low), complete(high)
     s = b.model.resolution / a.model.resolution
-    assert s == 2 and b.init == a.out and a.init == ""
+    assert s == 2 and b.init_from == a.out and a.init_from == ""
     changed = {f.name for f in dataclasses.fields(a.model) if getattr(a.model, f.name) != getattr(b.model, f.name)}
     assert changed == {"resolution", "rescale"}
-    sigma = [to_sigma(alpha_bar_table(m.schedule, m.noise_steps, m.rescale)) for m in (a.model, b.model)]
+    sigma = [to_sigma(alpha_bar_table(m.schedule, m.timesteps, m.sigma_scale)) for m in (a.model, b.model)]
     assert torch.allclose(sigma[1], s * sigma[0], rtol=1e-12)
-    assert b.lam == rescale_guidance(a.lam, s)
-    assert a.model.positions == b.model.positions == "resample" and a.model.base == b.model.base > 0
+    assert b.guidance == rescale_guidance(a.guidance, s)
+    assert a.model.positions == b.model.positions == "resample" and a.model.pos_base == b.model.pos_base > 0
 
 
 def test_the_weights_of_32_px_all_go_into_the_model_of_64_px(tmp_path):
@@ -174,17 +174,17 @@ def test_the_weights_of_32_px_all_go_into_the_model_of_64_px(tmp_path):
     weights = {k: torch.randn(v.shape) for k, v in weights.items()}
     checkpoint.write_weights(tmp_path / "weights.safetensors", weights, {"config": to_json(a)})
     net = model.build(b.model)
-    report = start_from(str(tmp_path), net, b)
+    report = init_from(str(tmp_path), net, b)
     assert all(torch.equal(v, weights[k]) for k, v in net.state_dict().items())
     assert "fresh" not in report and "left out" not in report and "note" not in report
     assert "resolution: 32 -> 64" in report and ": 1.0 -> 2.0" in report        # sigma grows with the side
 
 
 def test_the_text_run_can_start_from_the_classes_of_imagenet_but_for_what_reads_the_caption(tmp_path):
-    """--init=out/imagenet256, as configs/cc12m512.py says, at a width that a test can afford."""
+    """--init_from=out/imagenet256, as configs/cc12m512.py says, at a width that a test can afford."""
     small = dict(width=32, depth=2, heads=4)
     a, b = (dataclasses.replace(complete(n).model, **small) for n in ("imagenet256", "cc12m512"))
     file = tmp_path / "weights.safetensors"
     checkpoint.write_weights(file, model.build(a).state_dict(), {"config": to_json(Config(model=a))})
-    report = start_from(str(file), model.build(b), dataclasses.replace(complete("cc12m512"), model=b))
+    report = init_from(str(file), model.build(b), dataclasses.replace(complete("cc12m512"), model=b))
     assert re.findall(r"^  (\w+) +fresh", report, re.M) == ["y_embedder"] and "note" not in report

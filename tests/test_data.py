@@ -100,10 +100,10 @@ def test_the_order_is_the_same_for_ever():
 
 
 def test_a_step_is_the_same_samples_however_it_is_cut_into_microbatches():
-    whole = data.positions(7, 0, 24, 24)
+    whole = data.stream_positions(7, 0, 24, 24)
     assert whole.tolist() == list(range(168, 192))
     for micro in (1, 3, 8):
-        parts = [data.positions(7, m, 24, micro) for m in range(24 // micro)]
+        parts = [data.stream_positions(7, m, 24, micro) for m in range(24 // micro)]
         assert np.array_equal(np.concatenate(parts), whole)
 
 
@@ -228,7 +228,7 @@ def test_too_many_unreadable_files_stop_the_run(tmp_path):
     tight, loose, none = (data.ImageFolder(root, 16, max_bad=share) for share in (0.01, 0.1, 0.0))
     bad = [k for k, name in enumerate(tight.names) if "bad" in name]
     assert tight.record(bad[0], 0) and tight.record(bad[0], 1)              # the same file counts once
-    with pytest.raises(UserError, match=r"2 of 33 images .*bad0\.jpg.*bad1\.jpg.*--max_bad=0\.01"):
+    with pytest.raises(UserError, match=r"2 of 33 images .*bad0\.jpg.*bad1\.jpg.*--max_bad_fraction=0\.01"):
         tight.record(bad[1], 0)
     assert [loose.record(k, 0)["index"] not in bad for k in bad] == [True] * 3
     with pytest.raises(UserError, match="1 of 33"):
@@ -297,7 +297,7 @@ def test_files_are_found_in_the_order_of_their_names(tmp_path):
         (tmp_path / name).write_bytes(b"x" * len(name))
     found = list(folders.walk(tmp_path, (".png",)))
     assert found == sorted((name, len(name)) for name in names)
-    assert folders.number(["a-b/x", "a/x", "a0/y", "a/z"]) == (["a", "a-b", "a0"], array("i", [1, 0, 2, 0]))
+    assert folders.index_classes(["a-b/x", "a/x", "a0/y", "a/z"]) == (["a", "a-b", "a0"], array("i", [1, 0, 2, 0]))
 
 
 def test_a_file_costs_one_look(tmp_path, monkeypatch):
@@ -361,19 +361,19 @@ def captioned(root):
 
 
 def test_a_folder_of_captions(tmp_path):
-    source = data.Captions(captioned(tmp_path / "set"), 16)
+    source = data.CaptionFolder(captioned(tmp_path / "set"), 16)
     assert source.names == ["a/000.png", "a/001.png", "b/000.png", "b/c/000.png"] and not source.bad
     batch = data.records(source, [0, 1, 2, 3], [0] * 4)
     assert batch["caption"][:3] == ["a first", "a second", "b first"] and "label" not in batch
     drawn = [source.record(3, epoch)["caption"] for epoch in range(300)]
     counts = np.array([drawn.count(text) for text in ("one", "two", "three")])
     assert ((counts - 100) ** 2 / 100).sum() < 14 and source.record(3, 7)["caption"] == drawn[7]
-    assert data.Captions(tmp_path / "set", 16, seed=1).record(3, 0)["crop"] != source.record(3, 0)["crop"]
+    assert data.CaptionFolder(tmp_path / "set", 16, seed=1).record(3, 0)["crop"] != source.record(3, 0)["crop"]
 
 
 def test_captions_and_classes_show_the_same_pictures(tmp_path):
     root = captioned(tmp_path / "set")
-    a, b = (make(root, 16).record(2, 5) for make in (data.Captions, data.ImageFolder))
+    a, b = (make(root, 16).record(2, 5) for make in (data.CaptionFolder, data.ImageFolder))
     assert all(torch.equal(a[k], b[k]) if k == "image" else a[k] == b[k] for k in ("image", "size", "crop", "flip"))
 
 
@@ -383,8 +383,8 @@ def test_the_fingerprint_of_captions_is_of_pictures_and_texts(tmp_path):
                    lambda: (root / "b" / "metadata.jsonl").write_text('{"file_name": "000.png", "text": "b other"}'),
                    lambda: (root / "a" / "001.png").unlink()):
         change()
-        seen.add(data.Captions(root, 16, max_bad=0.9).fingerprint)
-        assert data.Captions(root, 32, seed=2, max_bad=0.9).fingerprint in seen
+        seen.add(data.CaptionFolder(root, 16, max_bad=0.9).fingerprint)
+        assert data.CaptionFolder(root, 32, seed=2, max_bad=0.9).fingerprint in seen
     assert len(seen) == 4
 
 
@@ -393,16 +393,16 @@ def test_the_fingerprint_of_captions_is_of_pictures_and_texts(tmp_path):
 def test_what_a_path_is(tmp_path):
     root = captioned(tmp_path / "set")
     text = replace(MODEL, semantics="text")
-    for semantics, kind in (("text", data.Captions), ("class", data.ImageFolder), ("none", data.ImageFolder)):
+    for semantics, kind in (("text", data.CaptionFolder), ("class", data.ImageFolder), ("none", data.ImageFolder)):
         cfg = Config(data=str(root), model=replace(MODEL, semantics=semantics))
-        assert data.kind(cfg.data) == "folder" and type(data.open_source(cfg)) is kind
+        assert data.source_type(cfg.data) == "folder" and type(data.open_source(cfg)) is kind
     (tmp_path / "latents").mkdir()
     (tmp_path / "latents" / "meta.json").write_text("{}")
     (tmp_path / "tars").mkdir()
     (tmp_path / "tars" / "0.tar").write_bytes(b"")
     names = {"shapes": "shapes", "coco:x": "coco", str(tmp_path / "latents"): "latents",
              str(tmp_path / "tars"): "tars", "x/{0..3}.tar": "tars", "x.tar": "tars", "nowhere": "folder"}
-    assert {name: data.kind(name) for name in names} == names and set(names.values()) | {"folder"} == set(data.SOURCES)
+    assert {name: data.source_type(name) for name in names} == names and set(names.values()) | {"folder"} == set(data.SOURCES)
     for name in ("coco:x", str(tmp_path / "tars")):
         with pytest.raises(UserError, match="captions and no classes; use --model.semantics=text"):
             data.open_source(Config(data=name, model=MODEL))
@@ -421,7 +421,7 @@ def test_captions_of_other_words_are_refused_before_the_first_step(tmp_path):
 
 
 def test_captions_go_round(tmp_path):
-    source = data.Captions(captioned(tmp_path / "set"), 16)
+    source = data.CaptionFolder(captioned(tmp_path / "set"), 16)
     assert data.captions(source, [5, 0, 2]) == ["a second", "a first", "b first"]
     shapes = data.Shapes(16)
     assert data.captions(shapes, [3]) == shapes.records([3])["caption"]
@@ -519,20 +519,20 @@ def test_the_encoder_is_of_words_or_clip(monkeypatch):
 def test_shapes_come_with_text_by_config():
     cfg = Config(model=replace(Config().model, resolution=16))
     source, encoder = data.open_source(cfg), data.make_encoder(cfg)
-    batch = data.fetch(source, encoder, cfg.seed, 12, 6, 3, 1)
+    batch = data.load_microbatch(source, encoder, cfg.seed, 12, 6, 3, 1)
     assert batch["image"].shape == (6, 3, 16, 16) and batch["text"].shape == (6, encoder.length, encoder.dim)
     assert batch["lengths"].tolist() == [len(caption.split()) for caption in batch["caption"]]
     index, _ = data.index_and_epoch(np.arange(42, 48), len(source), cfg.seed)
     assert batch["index"].tolist() == index.tolist()
     assert data.make_encoder(Config(model=MODEL)) is None and isinstance(source, data.Shapes)
-    assert "text" not in data.fetch(source, None, 0, 2, 2, 0, 0)
+    assert "text" not in data.load_microbatch(source, None, 0, 2, 2, 0, 0)
 
 
 def test_records_of_a_step_do_not_depend_on_microbatch_or_workers(tmp_path):
     source = data.ImageFolder(tree(tmp_path / "set", {"a": 7, "b": 6}), 16)
     batches = {}
     for micro, workers in ((12, 0), (12, 1), (4, 4), (3, 2), (1, 4)):
-        fetch = partial(data.fetch, source, None, 5, 12, micro)
+        fetch = partial(data.load_microbatch, source, None, 5, 12, micro)
         keys = [(step, m) for step in range(2) for m in range(12 // micro)]
         parts = list(data.prefetch(fetch, keys, workers))
         batches[micro, workers] = {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
@@ -622,7 +622,7 @@ def test_check_opens_flat_folders_shows_shapes_and_refuses_latents(tmp_path, mon
         zip(texts, images)) or grid(images, columns, texts))
     assert checked(tmp_path, monkeypatch, capsys, "shapes", 16) == "16 of them are in check.png\n"
     source = data.open_source(Config(augment="crop+flip+size", model=replace(MODEL, semantics="text")))
-    batch = data.fetch(source, None, 0, 16, 16, 0, 0)
+    batch = data.load_microbatch(source, None, 0, 16, 16, 0, 0)
     for k, text in enumerate(shown):
         assert text.startswith(batch["caption"][k]) and f"flip {batch['flip'][k]:.0f}" in text
         assert f"size {batch['size'][k, 0]:.0f}" in text and torch.equal(shown[text], batch["image"][k])

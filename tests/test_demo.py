@@ -71,7 +71,7 @@ def test_the_scorecard_holds_pictures_against_chance_and_renders(monkeypatch, tm
 def test_chance_is_measured_against_captions_of_others(monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "MEASURED", 70)
     monkeypatch.setattr(distributed, "setup", lambda: SimpleNamespace(device=demo.torch.device("cpu")))
-    monkeypatch.setattr(sample, "draw", lambda net, cfg, cond, indices, o, device:         # a perfect network
+    monkeypatch.setattr(sample, "generate", lambda net, cfg, cond, indices, o, device:         # a perfect network
                         data.open_source(cfg, "test").records(indices, [0] * len(indices))["image"])
     out = run_folder(tmp_path / "run")
     color = demo.scorecard(demo.Options(out=str(out))).splitlines()[1].split()

@@ -17,7 +17,7 @@ import model
 import sample
 from config import Config, ModelConfig, UserError, to_json
 from runtime import checkpoint
-from sample import Options, Wishes, read_prompts
+from sample import Options, SampleConditions, read_prompts
 from text import WordVectors
 
 ROOT = Path(__file__).parent.parent
@@ -93,9 +93,9 @@ def test_an_image_does_not_depend_on_n_or_batch(tmp_path):
     assert abs(drawn(out, "--n=3", "--batch=2", "--seed=1")[0] - four[:3]).max() > 1
 
 
-def wishes(out: Path, **options) -> Wishes:
+def wishes(out: Path, **options) -> SampleConditions:
     o = Options(out=str(out), **options)
-    return Wishes(o, model.load(o.out)[1], checkpoint.read_header(out / "weights.safetensors"))
+    return SampleConditions(o, model.load(o.out)[1], checkpoint.read_header(out / "weights.safetensors"))
 
 
 def test_several_prompts_and_labels_take_turns(runs):
@@ -173,14 +173,14 @@ def test_noise_of_padding_belongs_to_the_picture(tmp_path):
 def test_after_a_stop_the_same_command_draws_only_what_is_missing(tmp_path, monkeypatch):
     out = run_folder(tmp_path / "run")
     whole, _ = drawn(out, "--n=6", "--batch=2", "--name=whole")
-    calls, draw = [], sample.draw
+    calls, draw = [], sample.generate
 
     def breaks(net, cfg, cond, indices, o, device):
         calls.append(list(indices))
         if len(calls) == 3:
             raise KeyboardInterrupt
         return draw(net, cfg, cond, indices, o, device)
-    monkeypatch.setattr(sample, "draw", breaks)
+    monkeypatch.setattr(sample, "generate", breaks)
     with pytest.raises(KeyboardInterrupt):
         drawn(out, "--n=6", "--batch=2", "--name=again")
     again, _ = drawn(out, "--n=6", "--batch=2", "--name=again")
@@ -189,7 +189,7 @@ def test_after_a_stop_the_same_command_draws_only_what_is_missing(tmp_path, monk
 
 def stopped(out: Path, monkeypatch, *flags: str) -> list[Path]:
     """The unfinished files of a drawing that a signal ends before its third batch of two."""
-    calls, draw = [], sample.draw
+    calls, draw = [], sample.generate
 
     def breaks(*args):
         calls.append(1)
@@ -197,7 +197,7 @@ def stopped(out: Path, monkeypatch, *flags: str) -> list[Path]:
             raise KeyboardInterrupt
         return draw(*args)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sample, "draw", breaks)
+        patch.setattr(sample, "generate", breaks)
         drawn(out, "--n=6", "--batch=2", *flags)
     return sorted((out / "samples").iterdir())
 
@@ -243,7 +243,7 @@ def test_marks_are_taken_away_before_the_pictures(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "unlink", lambda self, *a, **k: gone.append(self.suffix) or unlink(self, *a, **k))
     for suffix in (".part", ".done"):
         (tmp_path / f"x-1{suffix}").touch()
-    sample.discard(tmp_path / "x-1.part")
+    sample.remove_partial(tmp_path / "x-1.part")
     assert gone == [".done", ".part"] and not list(tmp_path.iterdir())
 
 
@@ -351,9 +351,9 @@ def test_two_processes_draw_the_same_images(tmp_path):
     ("text", ["--n=0"], ["n=0"]),
     ("text", ["--name=../x"], ["../x"]),
     ("text", ["--size=16,16"], ["--size", "controls"]),
-    ("text", ["--beta=1.4"], ["beta=1.4", "controls"]),
-    ("text", ["--interval=1"], ["--interval", "two numbers"]),
-    ("text", ["--interval=900,1000"], ["900,1000", "14.6"]),
+    ("text", ["--control_guidance=1.4"], ["beta=1.4", "controls"]),
+    ("text", ["--guidance_interval=1"], ["--guidance_interval", "two numbers"]),
+    ("text", ["--guidance_interval=900,1000"], ["900,1000", "14.6"]),
     ("text", ["--resolution=18,16"], ["18,16", "patch, 4"]),
     ("text", ["--resolution=-4,4"], ["-4,4"]),
     ("text", ["--resolution=large"], ["large"]),
@@ -384,7 +384,7 @@ def test_a_folder_without_weights_is_named(tmp_path):
 
 def test_images_that_are_not_finite_are_an_error(tmp_path, monkeypatch):
     out = run_folder(tmp_path / "run")
-    monkeypatch.setattr(sample, "draw", lambda *args: torch.full((2, 3, 16, 16), torch.nan))
+    monkeypatch.setattr(sample, "generate", lambda *args: torch.full((2, 3, 16, 16), torch.nan))
     with pytest.raises(UserError, match="not finite"):
         sample.main([f"--out={out}", "--n=2"])
 
@@ -392,7 +392,7 @@ def test_images_that_are_not_finite_are_an_error(tmp_path, monkeypatch):
 def test_options_are_told_apart_by_name(tmp_path, monkeypatch):
     """Every option that changes the images changes the name of the file, so no old images pass for new ones."""
     out = run_folder(tmp_path / "run")
-    monkeypatch.setattr(sample, "draw", lambda *args: torch.zeros(len(args[3]), 3, 16, 16))
-    changes = ["--n=2", "--seed=3", "--steps=4", "--lam=3", "--eta=1", "--sampler=heun", "--prompt=a red ring"]
+    monkeypatch.setattr(sample, "generate", lambda *args: torch.zeros(len(args[3]), 3, 16, 16))
+    changes = ["--n=2", "--seed=3", "--steps=4", "--guidance=3", "--eta=1", "--sampler=heun", "--prompt=a red ring"]
     names = {drawn(out, "--n=2", flag)[1].name for flag in changes}
     assert len(names) == 7 and asdict(Options())["name"] == ""

@@ -13,7 +13,8 @@ from torch import nn
 import ema
 import model
 from config import Config, ModelConfig, UserError, to_json
-from ema import WIDTHS, PowerEMA, averages, coefficients, due, found, posthoc, rewind, std_to_gamma, take_snapshot
+from ema import (WIDTHS, PowerEMA, drop_after, find_snapshots, make_emas, posthoc, snapshot_due, solve_coefficients,
+                 std_to_gamma, take_snapshot)
 from runtime import checkpoint
 
 
@@ -158,13 +159,13 @@ def record(out, steps, snapshots, P=5, std=0.08):
     """A run whose weights are white noise: averages, that of width std among them, and the weights (steps, P)."""
     out.mkdir(exist_ok=True)
     g, weights, seen = torch.Generator().manual_seed(0), Weights(P), []
-    kept = averages(weights, std, snapshots)
+    kept = make_emas(weights, std, snapshots)
     for step in range(1, steps + 1):
         with torch.no_grad():
             weights.w.copy_(torch.randn(P, generator=g))
         seen.append(weights.w.detach().double().clone())
         ema.update(kept, weights, step)
-        if due(step, steps, snapshots):
+        if snapshot_due(step, steps, snapshots):
             take_snapshot(out, step, kept, ABOUT)
     return kept, torch.stack(seen)
 
@@ -177,21 +178,21 @@ def profile(std, step, steps):
 
 @pytest.mark.parametrize("steps, snapshots", [(1000, 7), (10, 10), (64, 1), (10, 25), (97, 10)])
 def test_snapshots_are_spread_evenly_and_the_last_is_at_the_end(steps, snapshots):
-    when = [step for step in range(1, steps + 1) if due(step, steps, snapshots)]
+    when = [step for step in range(1, steps + 1) if snapshot_due(step, steps, snapshots)]
     assert len(when) == min(steps, snapshots) and when[-1] == steps
     gaps = {b - a for a, b in zip([0, *when], when)}
     assert max(gaps) - min(gaps) <= 1
-    assert not any(due(step, steps, 0) for step in range(1, steps + 1))
+    assert not any(snapshot_due(step, steps, 0) for step in range(1, steps + 1))
 
 
 def test_a_run_keeps_its_own_width_and_with_snapshots_those_of_the_paper():
-    assert list(averages(net(), 0.1, 0)) == [0.1]
-    assert list(averages(net(), 0.1, 5)) == [0.1, 0.05] and list(averages(net(), 0.2, 5)) == [0.2, 0.05, 0.1]
+    assert list(make_emas(net(), 0.1, 0)) == [0.1]
+    assert list(make_emas(net(), 0.1, 5)) == [0.1, 0.05] and list(make_emas(net(), 0.2, 5)) == [0.2, 0.05, 0.1]
 
 
 def test_a_snapshot_is_a_weights_file_of_its_own(tmp_path):
     cfg = Config(model=ModelConfig(semantics="none", width=16, depth=1, heads=2, resolution=16))
-    kept = averages(model.build(cfg.model), 0.1, 2)
+    kept = make_emas(model.build(cfg.model), 0.1, 2)
     with torch.no_grad():
         kept[0.05].net.final_layer.linear.bias.fill_(0.25)
     take_snapshot(tmp_path, 12, kept, {**ABOUT, "config": to_json(cfg)})
@@ -201,13 +202,13 @@ def test_a_snapshot_is_a_weights_file_of_its_own(tmp_path):
     assert config == cfg and torch.equal(got.final_layer.linear.bias, torch.full((48,), 0.25))
     header = checkpoint.read_header(tmp_path / "snapshots" / files[1])
     assert (header["step"], header["ema"]) == ("12", "0.1")
-    assert [(s.step, s.std) for s in found(tmp_path)] == [(12, 0.05), (12, 0.1)]
+    assert [(s.step, s.std) for s in find_snapshots(tmp_path)] == [(12, 0.05), (12, 0.1)]
 
 
 def test_the_same_run_writes_the_same_files_and_leaves_those_that_are_there(tmp_path):
     record(tmp_path / "a", 20, 4)
     record(tmp_path / "b", 20, 4)
-    a, b = ({s.path.name: checkpoint.read_header(s.path)["sha256"] for s in found(tmp_path / name)} for name in "ab")
+    a, b = ({s.path.name: checkpoint.read_header(s.path)["sha256"] for s in find_snapshots(tmp_path / name)} for name in "ab")
     assert len(a) == 8 and a == b
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "a" / "snapshots").iterdir()}
     record(tmp_path / "a", 20, 4)
@@ -220,22 +221,22 @@ def test_a_disk_that_is_full_half_way_leaves_no_half_file_and_the_run_goes_on(tm
         Path(path).write_bytes(b"half")
         raise OSError(28, "no space left")
     monkeypatch.setattr(checkpoint, "save_file", full)
-    kept = averages(Weights(3), 0.1, 2)
+    kept = make_emas(Weights(3), 0.1, 2)
     take_snapshot(tmp_path, 1, kept, ABOUT)
     assert list((tmp_path / "snapshots").iterdir()) == [] and "Training goes on" in capsys.readouterr().err
     monkeypatch.setattr(checkpoint, "save_file", real)
     take_snapshot(tmp_path, 1, kept, ABOUT)
-    assert len(found(tmp_path)) == 2
+    assert len(find_snapshots(tmp_path)) == 2
 
 
 def test_a_run_that_goes_back_takes_newer_and_unfinished_snapshots_with_it(tmp_path):
-    rewind(tmp_path, 5)                                     # there are none yet
+    drop_after(tmp_path, 5)                                     # there are none yet
     record(tmp_path, 20, 4)
     folder = tmp_path / "snapshots"
     (folder / ".tmp-1-step-00000010-ema0.1.safetensors").write_bytes(b"half")
     (folder / "notes.txt").write_text("mine")
-    rewind(tmp_path, 14)
-    assert sorted({s.step for s in found(tmp_path)}) == [5, 10]
+    drop_after(tmp_path, 14)
+    assert sorted({s.step for s in find_snapshots(tmp_path)}) == [5, 10]
     assert sorted(p.name for p in folder.iterdir() if "-ema" not in p.name) == ["notes.txt"]
     assert not list(folder.glob(".tmp*"))
 
@@ -246,8 +247,8 @@ def test_coefficients_are_those_of_least_squares_on_a_fine_grid(tmp_path):
     """Independently: profiles as vectors of 4000 cells, the sum of the coefficients eliminated, numpy's solver."""
     record(tmp_path, 24, 6)
     for std, limit in ((0.03, 0.3), (0.07, 0.03), (0.2, 0.2)):
-        x, error = coefficients(found(tmp_path), std)
-        columns = np.stack([profile(s.std, s.step / 24 * 4000, 4000).numpy() for s in found(tmp_path)], 1)
+        x, error = solve_coefficients(find_snapshots(tmp_path), std)
+        columns = np.stack([profile(s.std, s.step / 24 * 4000, 4000).numpy() for s in find_snapshots(tmp_path)], 1)
         target = profile(std, 4000, 4000).numpy()
         free = columns[:, :-1] - columns[:, -1:]            # the last coefficient is 1 minus the others
         y = np.linalg.lstsq(free, target - columns[:, -1], rcond=None)[0]
@@ -261,8 +262,8 @@ def test_coefficients_are_those_of_least_squares_on_a_fine_grid(tmp_path):
 @pytest.mark.parametrize("std", WIDTHS)
 def test_a_width_that_was_kept_comes_back(tmp_path, std):
     kept, _ = record(tmp_path, 60, 6)
-    _, error = coefficients(found(tmp_path), std)
-    got = posthoc(found(tmp_path), std)
+    _, error = solve_coefficients(find_snapshots(tmp_path), std)
+    got = posthoc(find_snapshots(tmp_path), std)
     assert error < 1e-6 and torch.allclose(got["w"], kept[std].net.w, rtol=1e-6, atol=1e-7)
     assert got["w"].dtype == torch.float32
 
@@ -273,9 +274,9 @@ def test_another_width_is_the_average_of_that_width_up_to_the_error_that_is_stat
     The RMS over P of them has a relative standard error of 1 / sqrt(2 P); steps for an integral cost 1 / steps."""
     steps, P = 400, 20_000
     kept, seen = record(tmp_path, steps, 10, P)
-    x, error = coefficients(found(tmp_path), 0.08)
-    got = posthoc(found(tmp_path), 0.08)["w"].double()
-    missed = sum(v * profile(s.std, s.step, steps) for v, s in zip(x, found(tmp_path))) - profile(0.08, steps, steps)
+    x, error = solve_coefficients(find_snapshots(tmp_path), 0.08)
+    got = posthoc(find_snapshots(tmp_path), 0.08)["w"].double()
+    missed = sum(v * profile(s.std, s.step, steps) for v, s in zip(x, find_snapshots(tmp_path))) - profile(0.08, steps, steps)
     off, five = got - kept[0.08].net.w.double(), 5 / math.sqrt(2 * P)
     assert torch.allclose(off, missed @ seen, atol=2e-6)    # fp32 rounding of 400 updates of numbers near 1
     assert off.square().mean().sqrt().item() == pytest.approx(missed.norm().item(), rel=five + 0.01)
@@ -288,20 +289,20 @@ def test_weights_and_buffers_that_never_change_come_back_to_the_last_bit(tmp_pat
     weights = Weights(300)
     with torch.no_grad():
         weights.w.normal_(generator=torch.Generator().manual_seed(1))
-    kept = averages(weights, 0.1, 5)
+    kept = make_emas(weights, 0.1, 5)
     for step in range(1, 31):
         ema.update(kept, weights, step)
-        if due(step, 30, 5):
+        if snapshot_due(step, 30, 5):
             take_snapshot(tmp_path, step, kept, ABOUT)
     for std in (0.02, 0.08, 0.28):
-        got = posthoc(found(tmp_path), std)
+        got = posthoc(find_snapshots(tmp_path), std)
         assert torch.equal(got["w"], weights.w.detach()) and torch.equal(got["frequency"], weights.frequency)
 
 
 def test_more_snapshots_and_nearer_widths_meet_the_profile_better(tmp_path):
     record(tmp_path / "few", 100, 5)
     record(tmp_path / "many", 100, 25)
-    few, many = ([coefficients(found(tmp_path / name), std)[1] for std in (0.08, 0.15, 0.2, 0.25)]
+    few, many = ([solve_coefficients(find_snapshots(tmp_path / name), std)[1] for std in (0.08, 0.15, 0.2, 0.25)]
                  for name in ("few", "many"))
     assert all(b < a / 3 for a, b in zip(few, many)) and sorted(few) == few
 
@@ -313,11 +314,11 @@ def test_the_command_writes_weights_that_say_their_width(tmp_path, capsys):
     ema.main([f"--out={tmp_path}", "--std=0.08"])
     assert "width 0.08 at step 40 from 16 snapshots" in capsys.readouterr().out
     tensors, header = checkpoint.read_weights(tmp_path / "weights-ema0.08.safetensors")
-    assert torch.equal(tensors["w"], posthoc(found(tmp_path), 0.08)["w"])
+    assert torch.equal(tensors["w"], posthoc(find_snapshots(tmp_path), 0.08)["w"])
     assert {k: header[k] for k in (*ABOUT, "step", "ema")} == {**ABOUT, "step": "40", "ema": "0.08"}
     ema.main([f"--out={tmp_path}", "--std=0.1", "--step=20"])
     early, header = checkpoint.read_weights(tmp_path / "weights-ema0.1-step-00000020.safetensors")
-    (there,) = [s.path for s in found(tmp_path) if (s.step, s.std) == (20, 0.1)]
+    (there,) = [s.path for s in find_snapshots(tmp_path) if (s.step, s.std) == (20, 0.1)]
     assert header["step"] == "20" and torch.allclose(early["w"], checkpoint.read_weights(there)[0]["w"], atol=1e-6)
     ema.main([f"--out={tmp_path}", "--std=0.28", "--name=wide"])
     assert (tmp_path / "wide.safetensors").exists() and "rough" in capsys.readouterr().err
@@ -325,9 +326,9 @@ def test_the_command_writes_weights_that_say_their_width(tmp_path, capsys):
 
 @pytest.mark.parametrize("flags, parts", [
     (["--std=0.3"], ["0.289", "0.3"]), (["--std=0"], ["0.289"]), (["--std=-1"], ["0.289"]),
-    (["--step=21"], ["--step=21", "10, 20, 30, 40"]), (["--step=10"], ["one snapshot", "--snapshots"]),
+    (["--step=21"], ["--step=21", "10, 20, 30, 40"]), (["--step=10"], ["one snapshot", "--ema_snapshots"]),
     (["--name=a/b"], ["a/b", "folders"]), (["--name=weights"], ["weights"]), (["--sdt=1"], ["--std"]),
-    (["--out=nowhere"], ["no snapshots", "nowhere", "--snapshots"]),
+    (["--out=nowhere"], ["no snapshots", "nowhere", "--ema_snapshots"]),
 ])
 def test_what_cannot_be_made_is_said_before_anything_is_written(tmp_path, flags, parts):
     record(tmp_path, 40, 4)
@@ -339,20 +340,20 @@ def test_what_cannot_be_made_is_said_before_anything_is_written(tmp_path, flags,
 
 def test_snapshots_that_are_damaged_renamed_or_of_another_model_are_named(tmp_path):
     record(tmp_path, 40, 4)
-    first = found(tmp_path)[0].path
+    first = find_snapshots(tmp_path)[0].path
     whole = first.read_bytes()
     for content in (whole[:-1], whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:], b""):
         first.write_bytes(content)
         with pytest.raises(UserError, match="damaged") as e:
-            posthoc(found(tmp_path), 0.08)
+            posthoc(find_snapshots(tmp_path), 0.08)
         assert first.name in str(e.value)
-    first.write_bytes(found(tmp_path)[1].path.read_bytes())
+    first.write_bytes(find_snapshots(tmp_path)[1].path.read_bytes())
     with pytest.raises(UserError, match="width 0.1 after step 10; it was renamed"):
-        posthoc(found(tmp_path), 0.08)
+        posthoc(find_snapshots(tmp_path), 0.08)
     first.unlink()
-    take_snapshot(tmp_path, 10, averages(Weights(6), 0.1, 2), ABOUT)
+    take_snapshot(tmp_path, 10, make_emas(Weights(6), 0.1, 2), ABOUT)
     with pytest.raises(UserError, match="another model"):
-        posthoc(found(tmp_path), 0.08)
+        posthoc(find_snapshots(tmp_path), 0.08)
 
 
 def test_an_error_of_the_command_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):

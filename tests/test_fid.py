@@ -26,11 +26,11 @@ from config import UserError
 from evaluation import inception
 from fid import FeatureStats, frechet_distance, inception_score, kid, read_reference, write_reference
 from runtime import checkpoint, distributed, log
-from sources.folders import open_pictures
+from sources.folders import open_images
 from test_drawing import drawn, run_folder
 
 ROOT = Path(__file__).parent.parent
-ALONE = distributed.Place(torch.device("cpu"), 0, 1)
+ALONE = distributed.Dist(torch.device("cpu"), 0, 1)
 D, K = 6, 11
 
 
@@ -48,7 +48,7 @@ class Few:
     name, sha256, resize, dim, classes = inception.NAME, inception.SHA256, "tf1", D, K
     device = torch.device("cpu")
 
-    def __init__(self, weights="", resize="tf1", place=ALONE):
+    def __init__(self, weights="", resize="tf1", dist=ALONE):
         self.resize = resize
 
     def __call__(self, images):
@@ -190,15 +190,15 @@ machine.leave()
 """
 
 
-def everything(place):
+def everything(dist):
     """Of each case what this process has seen, and what it holds after the pass."""
-    return [one_pass(n, batch, place) for n, batch in CASES]
+    return [one_pass(n, batch, dist) for n, batch in CASES]
 
 
-def one_pass(n, batch, place):
+def one_pass(n, batch, dist):
     seen, all_of_them = [], torch.from_numpy(images(40)).permute(0, 3, 1, 2)
     pictures = counted(lambda indices: seen.extend(indices.tolist()) or all_of_them[indices])
-    stats, rows = fid.collect(pictures, n, batch, Few(), {"fid", "kid", "is"}, place)
+    stats, rows = fid.collect(pictures, n, batch, Few(), {"fid", "kid", "is"}, dist)
     return [seen, stats.n, stats.sum.tolist(), stats.outer.tolist(), rows["kid"].tolist(), rows["is"].tolist()]
 
 
@@ -401,7 +401,7 @@ def test_a_folder_an_npz_and_an_npy_hold_the_same_pictures(tmp_path):
     np.savez_compressed(tmp_path / "b.npz", other=x[:2], arr_0=x)
     np.save(tmp_path / "c.npy", x)
     for path in (saved(tmp_path / "d", x), *(tmp_path / name for name in ("a.npz", "b.npz", "c.npy"))):
-        pictures = open_pictures(str(path))
+        pictures = open_images(str(path))
         for first, last in ((8, 11), (0, 3), (2, 9)):
             found = pictures(np.arange(first, last))
             assert found.shape == (last - first, 3, 12, 10) and found.dtype == torch.uint8
@@ -412,35 +412,35 @@ def test_a_folder_an_npz_and_an_npy_hold_the_same_pictures(tmp_path):
 def test_square_cuts_the_middle_out_and_resizes_it(tmp_path):
     x = np.zeros((2, 40, 64, 3), np.uint8)
     x[:, :, 12:52] = 200                                    # the middle; what is beside it stays out
-    found = open_pictures(str(saved(tmp_path / "d", x)), 16)(np.arange(2))
+    found = open_images(str(saved(tmp_path / "d", x)), 16)(np.arange(2))
     assert found.shape == (2, 3, 16, 16) and (found[:, :, :, 2:-2] == 200).all()     # the filter looks beyond an edge
 
 
 def test_pictures_that_cannot_be_are_errors(tmp_path):
     saved(tmp_path / "d", [*images(2, 9, 8), images(1, 9, 12)[0]])
     with pytest.raises(UserError, match="different sizes, e.g. .9, 8. and .9, 12.; give"):
-        open_pictures(str(tmp_path / "d"))(np.arange(3))
+        open_images(str(tmp_path / "d"))(np.arange(3))
     (tmp_path / "d/000.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match="000.png cannot be read: not a JPEG"):
-        open_pictures(str(tmp_path / "d"))(np.arange(1))
+        open_images(str(tmp_path / "d"))(np.arange(1))
     (tmp_path / "d/000.png").write_bytes(b"")
     with pytest.raises(UserError, match="1 files of .* are empty, e.g. '000.png'"):
-        open_pictures(str(tmp_path / "d"))
+        open_images(str(tmp_path / "d"))
     for wrong in (images(2).astype(np.float32), images(2)[..., :1], images(2)[0], images(0)):
         np.savez(tmp_path / "x.npz", arr_0=wrong)
         with pytest.raises(UserError, match="wanted uint8 .n, height, width, 3."):
-            open_pictures(str(tmp_path / "x.npz"))
+            open_images(str(tmp_path / "x.npz"))
     np.savez(tmp_path / "x.npz", mu=images(2))
     with pytest.raises(UserError, match="wanted an array arr_0"):
-        open_pictures(str(tmp_path / "x.npz"))
+        open_images(str(tmp_path / "x.npz"))
     np.save(tmp_path / "x.npy", images(3))
     (tmp_path / "x.npy").write_bytes((tmp_path / "x.npy").read_bytes()[:-5])
     with pytest.raises(UserError, match="ends before image 2"):
-        open_pictures(str(tmp_path / "x.npy"))(np.arange(3))
+        open_images(str(tmp_path / "x.npy"))(np.arange(3))
     with pytest.raises(UserError, match="no images at 'nowhere'"):
-        open_pictures("nowhere")
+        open_images("nowhere")
     with pytest.raises(UserError, match="is for folders"):
-        open_pictures(str(tmp_path / "x.npz"), 16)
+        open_images(str(tmp_path / "x.npz"), 16)
 
 
 # ---------------------------------------------------------------- the command line
@@ -449,7 +449,7 @@ def test_reference_then_metrics_of_files(tmp_path, few, capsys):
     real, drawn = images(60), images(50, seed=1) // 2
     np.savez(tmp_path / "drawn.npz", arr_0=drawn)
     ref = tmp_path / "ref.npz"
-    fid.main(["ref", f"--images={saved(tmp_path / 'real', real)}", f"--to={ref}", "--kid=true", "--batch=7",
+    fid.main(["ref", f"--images={saved(tmp_path / 'real', real)}", f"--save={ref}", "--kid=true", "--batch=7",
               "--threads=1"])
     assert last_json(capsys)["n"] == 60
     fid.main(["fid", f"--images={tmp_path / 'drawn.npz'}", f"--ref={ref}", "--metrics=fid+kid+is", "--batch=8",
@@ -489,10 +489,10 @@ def test_what_is_doubtful_is_said_and_what_is_wrong_is_refused(tmp_path, few, ca
             run(*flags)
     with pytest.raises(UserError, match="there are fid, ref, clip, lpips, toy"):
         fid.main(["fud"])
-    with pytest.raises(UserError, match="--to must be a name that ends in .npz, in an existing folder, got 'b.txt'"):
-        fid.main(["ref", "--images=a", "--to=b.txt", "--threads=1"])
+    with pytest.raises(UserError, match="--save must be a name that ends in .npz, in an existing folder, got 'b.txt'"):
+        fid.main(["ref", "--images=a", "--save=b.txt", "--threads=1"])
     with pytest.raises(UserError, match="ref wants --images"):
-        fid.main(["ref", "--to=b.npz", "--threads=1"])
+        fid.main(["ref", "--save=b.npz", "--threads=1"])
 
 
 def test_features_of_another_network_are_never_called_fid(few):
@@ -537,7 +537,7 @@ def test_a_run_is_measured_on_the_pictures_that_sample_draws(tmp_path, few, caps
     values = []
     capsys.readouterr()
     for source in ([f"--out={out}", *FLAGS], [f"--images={path}", "--threads=1"],
-                   [f"--out={out}", *FLAGS, f"--arr0={tmp_path / 'adm.npz'}"]):
+                   [f"--out={out}", *FLAGS, f"--save_npz={tmp_path / 'adm.npz'}"]):
         fid.main(["fid", f"--ref={ref}", *source])
         values.append(last_json(capsys))
     assert values[0]["metrics"] == values[2]["metrics"]
@@ -557,7 +557,7 @@ def test_a_run_that_draws_latents_or_nothing_finite_is_refused(tmp_path, few, mo
     latents = run_folder(tmp_path / "latents", "none", channels=4)
     with pytest.raises(UserError, match="latents of 4 channels"):
         fid.main(["fid", f"--out={latents}", f"--ref={ref}", "--threads=1"])
-    monkeypatch.setattr(sample, "draw", lambda *a: torch.full((4, 3, 16, 16), math.nan))
+    monkeypatch.setattr(sample, "generate", lambda *a: torch.full((4, 3, 16, 16), math.nan))
     with pytest.raises(UserError, match="images 0 to 3 are not finite"):
         fid.main(["fid", f"--out={run_folder(tmp_path / 'run')}", f"--ref={ref}", *FLAGS])
 
@@ -584,9 +584,9 @@ def test_during_training_a_line_is_logged_and_nothing_else_changes(tmp_path, few
 def test_what_is_said_of_a_run_is_said_of_its_file_its_data_and_its_pictures(tmp_path, few, monkeypatch):
     run = run_folder(tmp_path / "run", run=dict(data="data/mine"), about={"ema": "0.07"})
     (run / "weights.safetensors").rename(run / "wide.safetensors")
-    monkeypatch.setattr(sample.Wishes.__init__.__globals__["data"], "open_source", lambda cfg, split: None)
+    monkeypatch.setattr(sample.SampleConditions.__init__.__globals__["data"], "open_source", lambda cfg, split: None)
     monkeypatch.setattr(fid, "decoder_of", lambda *args: (lambda x: x.repeat(1, 1, 3, 3), 3))
-    about = fid.run_pictures(fid.Options(out=str(run), file="wide.safetensors", n=2), ALONE)[1]
+    about = fid.run_pictures(fid.Options(out=str(run), ema_file="wide.safetensors", n=2), ALONE)[1]
     assert about["samples"] == (run / "wide.safetensors").as_posix()
     assert about["asked"] == "captions of data/mine" and about["resolution"] == [48, 48] and about["ema"] == 0.07
     shapes = fid.run_pictures(fid.Options(out=str(run_folder(tmp_path / "shapes")), n=2), ALONE)[1]
@@ -598,8 +598,8 @@ def test_what_is_said_of_a_run_is_said_of_its_file_its_data_and_its_pictures(tmp
 
 
 @pytest.mark.parametrize("flags, says", [
-    (["--images=x.npz", "--arr0=y.npz"], "--arr0=y.npz"), (["--images=x.npz", "--file=e.safetensors"], "--file=e"),
-    (["--images=x.npz", "--weights=dit.pt"], "--weights=dit.pt"), (["--out=run", "--square=64"], "--square=64")])
+    (["--images=x.npz", "--save_npz=y.npz"], "--save_npz=y.npz"), (["--images=x.npz", "--file=e.safetensors"], "--file=e"),
+    (["--images=x.npz", "--weights=dit.pt"], "--weights=dit.pt"), (["--out=run", "--center_crop=64"], "--center_crop=64")])
 def test_an_option_that_would_have_no_use_is_an_error(flags, says):
     with pytest.raises(UserError, match=says):
         fid.main(["fid", *flags])
@@ -617,17 +617,17 @@ def monitored(tmp_path, few):
 
 def test_a_measurement_that_fails_during_training_is_a_line_in_the_log(tmp_path, few, monkeypatch, capsys):
     monitor, net, out = monitored(tmp_path, few)
-    draw = sample.draw
+    draw = sample.generate
 
     def broken(net, cfg, cond, indices, o, device):
         x = draw(net, cfg, cond, indices, o, device).clone()
         x[np.isin(indices, (2, 6, 7)), 1, 3] = math.nan     # number 7 is generated too, but not counted: n is 7
         return x
-    monkeypatch.setattr(sample, "draw", broken)
+    monkeypatch.setattr(sample, "generate", broken)
     assert monitor(net, 100) == {} and "step 100" in (said := capsys.readouterr().err) and "continues" in said
-    monkeypatch.setattr(sample, "draw", lambda *args: torch.zeros(4, 3, 16, 16))
+    monkeypatch.setattr(sample, "generate", lambda *args: torch.zeros(4, 3, 16, 16))
     assert monitor(net, 200) == {}
-    monkeypatch.setattr(sample, "draw", draw)
+    monkeypatch.setattr(sample, "generate", draw)
     assert monitor(net, 300)
     first, second, third = log.read(out)
     assert first["step"] == 100 and first["evaluation_failed"] == "2 of 7 images are not finite"
@@ -639,8 +639,8 @@ def test_a_measurement_that_fails_during_training_is_a_line_in_the_log(tmp_path,
 def test_processes_without_broken_pictures_stop_with_those_that_have_some(few, monkeypatch):
     meet, given = Barrier(3), {}
 
-    def add_up(x, place):
-        given[place.rank] = x
+    def add_up(x, dist):
+        given[dist.rank] = x
         meet.wait(20)
         total = sum(given.values())
         meet.wait(20)
@@ -650,9 +650,9 @@ def test_processes_without_broken_pictures_stop_with_those_that_have_some(few, m
         pictures = counted(lambda indices: torch.from_numpy(images(20)).permute(0, 3, 1, 2)[indices])
         pictures.broken = (0, 2, 1)[rank]
         with pytest.raises(fid.Failed, match="3 of 20 images are not finite"):
-            fid.collect(pictures, 20, 5, Few(), {"fid"}, distributed.Place(torch.device("cpu"), rank, 3))
+            fid.collect(pictures, 20, 5, Few(), {"fid"}, distributed.Dist(torch.device("cpu"), rank, 3))
         return rank
 
-    monkeypatch.setattr(distributed, "add_up", add_up)
+    monkeypatch.setattr(distributed, "all_reduce_sum", add_up)
     with ThreadPoolExecutor(3) as pool:
         assert list(pool.map(one, range(3))) == [0, 1, 2]

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 
 from config import UserError
 from evaluation import inception
-from evaluation.inception import Extractor, Inception, precise, tf1_resize
+from evaluation.inception import Extractor, Inception, exact_fp32, tf1_resize
 from runtime import distributed
 
 CPU = torch.device("cpu")
-ALONE = distributed.Place(CPU, 0, 1)
+ALONE = distributed.Dist(CPU, 0, 1)
 PUBLISHED = inception.SHA256
 
 # Features 0, 2 and 500, their mean, and logits 0 and 1000, of golden_image with formula weights in float64.
@@ -269,7 +269,7 @@ def test_what_was_set_for_training_comes_back_and_no_random_number_is_drawn(extr
 
 
 def test_tf32_is_off_inside():
-    with precise(CPU):
+    with exact_fp32(CPU):
         assert not torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "highest"
 
 
@@ -348,7 +348,7 @@ def test_a_download_is_checked_against_the_whole_hash(offline, monkeypatch):
 
 def test_a_process_whose_neighbour_has_no_weights_stops_too(offline, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(distributed, "add_up", lambda x, place: x + 1)
+    monkeypatch.setattr(distributed, "all_reduce_sum", lambda x, dist: x + 1)
     with pytest.raises(UserError, match="another process has no Inception weights"):
-        inception.find_weights("", distributed.Place(CPU, 1, 2))
+        inception.find_weights("", distributed.Dist(CPU, 1, 2))
     assert not offline                                      # it asks nobody itself

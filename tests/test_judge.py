@@ -13,14 +13,14 @@ import fid
 import model
 from config import UserError
 from evaluation import shapes_judge
-from evaluation.shapes_judge import Judge, JudgeFeatures, Reading, toy_fd, toy_leak
+from evaluation.shapes_judge import JudgeFeatures, Prediction, ShapesClassifier, toy_fd, toy_leak
 from fid import FeatureStats, frechet_distance
 from runtime import distributed
-from sources.shapes import SCENES, Shapes
+from sources.shapes import LAYOUTS, Shapes
 from sources.shapes_grammar import SHAPES
 from test_drawing import drawn, run_folder
 
-ALONE = distributed.Place(torch.device("cpu"), 0, 1)
+ALONE = distributed.Dist(torch.device("cpu"), 0, 1)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def byte(images):
 # ---------------------------------------------------------------- what it sees
 
 def test_shapes_of_what_it_says_with_no_two_sizes_equal():
-    small = Judge(width=24)
+    small = ShapesClassifier(width=24)
     seen = small(torch.zeros(3, 3, 50, 40))
     assert seen.there.shape == seen.x.shape == seen.y.shape == seen.r.shape == (3, 8)
     assert seen.shape.shape == (3, 8, len(SHAPES)) and seen.background.shape == (3, 5)
@@ -56,7 +56,7 @@ def test_shapes_of_what_it_says_with_no_two_sizes_equal():
 @pytest.mark.parametrize("R, n", [(32, 200), (64, 100)])
 def test_it_is_right_on_whole_renders_of_the_test_split(net, R, n):
     batch = Shapes(R, split="test", crop=False).records(range(n))           # mirrored half the time
-    true, counts = shapes_judge.truth(batch["scene"])
+    true, counts = shapes_judge.targets(batch["scene"])
     seen, there = shapes_judge.read(net, batch["image"]), true.there
     assert counts.all() and (there.sum(1) == batch["scene"]["n"]).all()
     assert (seen.there > 0).eq(there).float().mean() > 0.999
@@ -73,7 +73,7 @@ def test_an_object_that_is_gone_is_absent_and_one_that_is_half_gone_does_not_cou
     scene = dict(n=three([3]), shape=three([[1, 2, 3]]), color=three([[4, 5, 6]]), background=three([2]),
                  native=three([0]), x=three([[0.5, -0.1, -0.4]]), y=three([[0.5, 0.5, 0.5]]),
                  r=three([[0.2, 0.2, 0.2]]))
-    true, counts = shapes_judge.truth(scene)
+    true, counts = shapes_judge.targets(scene)
     assert true.there[0].nonzero().flatten().tolist() == [4] and true.shape[0, 4] == 1
     assert not counts[0, 5] and counts[0, [0, 1, 2, 3, 4, 6, 7]].all()
 
@@ -82,7 +82,7 @@ def test_an_object_that_is_gone_is_absent_and_one_that_is_half_gone_does_not_cou
 def test_a_short_training_learns_where_things_are_and_is_repeatable():
     small = shapes_judge.train(seed=3, steps=100, batch=48)
     batch = Shapes(32, split="test", crop=False).records(range(200))
-    true, seen = shapes_judge.truth(batch["scene"])[0], shapes_judge.read(small, batch["image"])
+    true, seen = shapes_judge.targets(batch["scene"])[0], shapes_judge.read(small, batch["image"])
     assert (seen.there > 0).eq(true.there).all(1).float().mean() > 0.9
     assert (seen.x - true.x)[true.there].abs().mean() < 0.05
     one, same, other = (shapes_judge.train(seed=s, steps=2, batch=8).state_dict() for s in (3, 3, 4))
@@ -90,7 +90,7 @@ def test_a_short_training_learns_where_things_are_and_is_repeatable():
 
 
 def test_every_weight_is_trained():
-    net, batch = Judge(), Shapes(32).records(range(16))
+    net, batch = ShapesClassifier(), Shapes(32).records(range(16))
     shapes_judge.loss(net(batch["image"]), batch["scene"]).backward()
     dead = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()]
     assert not dead, dead
@@ -164,11 +164,11 @@ def test_statistics_do_not_know_the_order_and_are_those_of_the_one_pass_of_fid(n
 
 def test_content_counts_a_lost_object_and_a_wrong_shape_as_stated():
     def one(there, shape, x, y):
-        seen = Reading(torch.full((1, 8), -50.0), torch.zeros(1, 8, 8), *torch.zeros(3, 1, 8), None, None)
+        seen = Prediction(torch.full((1, 8), -50.0), torch.zeros(1, 8, 8), *torch.zeros(3, 1, 8), None, None)
         if there:
             seen.there[0, 3], seen.x[0, 3], seen.y[0, 3] = 50.0, x, y
         seen.shape[0, 3, shape] = 100.0
-        return shapes_judge.content(seen)
+        return shapes_judge.descriptor(seen)
 
     def apart(a, b):
         return (one(*a) - one(*b)).square().sum().item()
@@ -192,9 +192,9 @@ def test_the_leak_is_zero_for_equal_pictures_small_for_sharpness_and_large_for_o
     assert floor == toy_leak(net, [sizes], ALONE) or floor.value == pytest.approx(toy_leak(net, [sizes], ALONE).value)
 
 
-@pytest.mark.parametrize("kind", SCENES)
+@pytest.mark.parametrize("kind", LAYOUTS)
 def test_scenes_that_are_resized_are_those_of_the_data_set(kind):
-    source = Shapes(24, split="test", crop=False, flip=False, scenes=kind)
+    source = Shapes(24, split="test", crop=False, flip=False, layout=kind)
     native = source.records(range(30))
     sizes = shapes_judge.resized(source, range(30))
     k = torch.tensor([shapes_judge.NATIVE.index(int(s)) for s in native["size"][:, 0]])
@@ -208,7 +208,7 @@ def test_what_is_written_is_read_and_its_hash_follows_its_weights(tmp_path, net,
     again = shapes_judge.load(tmp_path / "a.safetensors")
     x = renders["image"][:20]
     assert torch.equal(again(x).x, net(x).x) and not again.training
-    changed = Judge()
+    changed = ShapesClassifier()
     changed.load_state_dict(net.state_dict() | {"r.bias": net.r.bias + 1e-6})
     shapes_judge.write(changed, tmp_path / "b.safetensors", {"seed": 0})
     assert shapes_judge.load(tmp_path / "b.safetensors").sha256 != again.sha256

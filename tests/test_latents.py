@@ -21,7 +21,7 @@ from torch import nn
 import data
 import latents
 from config import Config, ModelConfig, UserError
-from runtime import checkpoint
+from runtime import checkpoint, log
 from sources import cached_latents
 from sources.cached_latents import Latents, header, latent_scaling, open_latents, read_meta
 from test_stored_text import Encoder
@@ -183,7 +183,7 @@ def test_captions_and_controls_of_any_source_go_with_the_latents(place, tmp_path
 
 def encode_and_die(command, monkeypatch, die_at):
     """Whether a run ends before write number die_at."""
-    count, write = [0], checkpoint.write_bytes
+    count, write = [0], log.write_bytes
 
     def dying(path, content):
         if count[0] == die_at:
@@ -192,7 +192,7 @@ def encode_and_die(command, monkeypatch, die_at):
         write(path, content)
     with monkeypatch.context() as m:
         m.setattr(checkpoint, "write_bytes", dying)
-        m.setattr(checkpoint.log, "write_bytes", dying)                 # write_text calls this one
+        m.setattr(log, "write_bytes", dying)                 # write_text calls this one
         try:
             latents.encode(command)
         except KeyboardInterrupt:
@@ -407,7 +407,7 @@ def test_the_source_is_what_training_opens(place):
     source = data.open_source(config(place))
     assert isinstance(source, data.Latents) and (source.channels, len(source)) == (C, N)
     assert source.fingerprint == Latents(place / "out").fingerprint
-    batch = data.fetch(source, None, 0, 6, 6, 5, 0)
+    batch = data.load_microbatch(source, None, 0, 6, 6, 5, 0)
     assert batch["image"].shape == (6, C, SIDE, SIDE) and batch["image"].dtype == torch.float32
     assert set(batch) == {"image", "index", "size", "crop", "flip", "label"}
     assert data.open_source(config(place, augment="crop")).controls == ("size", "crop")
@@ -576,11 +576,11 @@ def test_the_page_shows_the_data_above_what_is_decoded(place, tmp_path):
     def oracle(z):
         seen.append(z)
         return pixels
-    assert latents.write_panel(source, oracle, CPU, tmp_path / "page.png") < 0.5 / 127.5
+    assert latents.write_reconstruction(source, oracle, CPU, tmp_path / "page.png") < 0.5 / 127.5
     assert torch.equal(seen[0], source.posterior_means(latents.SHOWN))
     width, height = Image.open(tmp_path / "page.png").size
     assert width > height
-    assert latents.write_panel(source, lambda z: pixels.flip(3), CPU, tmp_path / "page.png") > 0.1
+    assert latents.write_reconstruction(source, lambda z: pixels.flip(3), CPU, tmp_path / "page.png") > 0.1
     assert (place / "out" / "panel.png").stat().st_size > 1000
 
 

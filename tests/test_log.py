@@ -14,11 +14,11 @@ from PIL import Image
 import data
 from config import Config, UserError
 from runtime import distributed, log, plot
-from runtime.log import SKIPPED, Skipped, follow
+from runtime.log import SKIPPED, SkippedFiles, follow
 from sources import cached_latents
 
 CPU = torch.device("cpu")
-ALONE = distributed.Place(CPU, 0, 1)
+ALONE = distributed.Dist(CPU, 0, 1)
 QUIET = SimpleNamespace(signal=0)
 
 
@@ -30,7 +30,7 @@ def line(step, loss=0.5):
 # ---------------------------------------------------------------- a window
 
 def test_a_window_is_the_mean_over_its_pictures_by_quarter():
-    g, window, T = torch.Generator().manual_seed(0), log.Window(CPU), 1000
+    g, window, T = torch.Generator().manual_seed(0), log.LossWindow(CPU), 1000
     i, loss = torch.randint(T, (3, 2, 5), generator=g), torch.rand(3, 2, 5, generator=g)
     i[0, 0] = torch.tensor([0, 249, 250, 749, 999])
     for step in range(3):
@@ -45,7 +45,7 @@ def test_a_window_is_the_mean_over_its_pictures_by_quarter():
 
 
 def test_a_window_begins_again_and_a_quarter_without_pictures_is_none():
-    window = log.Window(CPU)
+    window = log.LossWindow(CPU)
     window.add(torch.tensor([9.0, 9.0]), torch.tensor([1, 99]), 100)
     window.add_norm(torch.tensor(5.0), 0)
     window.read(1, QUIET, ALONE)
@@ -57,7 +57,7 @@ def test_a_window_begins_again_and_a_quarter_without_pictures_is_none():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_window_remembers_the_first_bad_step(value):
-    window = log.Window(CPU)
+    window = log.LossWindow(CPU)
     for step, norm in enumerate([1.0, 2.0, value, 1.0, value]):
         window.add(torch.tensor([1.0]), torch.tensor([0]), 10)
         window.add_norm(torch.tensor(norm), step)
@@ -69,7 +69,7 @@ def test_a_window_remembers_the_first_bad_step(value):
 
 @pytest.mark.parametrize("number", distributed.SIGNALS)
 def test_a_window_tells_which_signal_came(number):
-    window = log.Window(CPU)
+    window = log.LossWindow(CPU)
     window.add(torch.tensor([1.0]), torch.tensor([0]), 10)
     assert window.read(1, SimpleNamespace(signal=number), ALONE)[1] == number
 
@@ -109,7 +109,7 @@ def test_a_torn_line_is_left_out_and_rewinding_drops_it(rubbish, tmp_path):
     with open(tmp_path / "log.jsonl", "ab") as file:
         file.write(rubbish)
     assert [entry["step"] for entry in log.read(tmp_path)] == [10, 20]
-    log.rewind(tmp_path, 20)
+    log.drop_after(tmp_path, 20)
     assert (tmp_path / "log.jsonl").read_bytes() == clean
 
 
@@ -119,7 +119,7 @@ def test_rewinding_drops_later_lines_and_later_previews_only(tmp_path):
         log.append(tmp_path, line(step))
         (tmp_path / "samples" / f"step-{step:08d}.png").write_text("")
     (tmp_path / "samples" / "step-mine.png").write_text("")
-    log.rewind(tmp_path, 20)
+    log.drop_after(tmp_path, 20)
     assert [entry["step"] for entry in log.read(tmp_path)] == [10, 20]
     assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["step-00000010.png", "step-00000020.png",
                                                                         "step-mine.png"]
@@ -147,8 +147,8 @@ def test_a_disk_that_takes_half_a_line_gets_none_of_it(tmp_path, monkeypatch):
 
 def test_a_line_for_people_and_for_the_file_on_rank_0_alone(tmp_path, capfd):
     entry = line(1200)
-    for place in (distributed.Place(CPU, 1, 2), ALONE):
-        run_log = log.RunLog(tmp_path, 0, Config(steps=5000), 1, 1.0, place)
+    for dist in (distributed.Dist(CPU, 1, 2), ALONE):
+        run_log = log.RunLog(tmp_path, 0, Config(steps=5000), 1, 1.0, dist)
         run_log.report(entry.pop("step", 1200), entry)
         assert run_log.last == 1200
     assert capfd.readouterr().err == "step 1,200/5,000  loss 0.5000  12 images/s, 25% of peak  2:05 left\n"
@@ -204,19 +204,19 @@ def folder(root, count, **bad):
 
 
 def test_a_file_is_named_once_with_the_reason_whoever_meets_it(tmp_path):
-    one, two = Skipped(tmp_path), Skipped(tmp_path)
+    one, two = SkippedFiles(tmp_path), SkippedFiles(tmp_path)
     one.note({})
     assert not (tmp_path / SKIPPED).exists()
     one.note({"a": "cut", "b\nc \ud83d": "empty"})
     two.note({"a": "met again", "d": "cut"})
     one.note({"d": "met again"})
-    Skipped(tmp_path).note({"a": "the run goes on"})
+    SkippedFiles(tmp_path).note({"a": "the run goes on"})
     assert skipped(tmp_path) == [("a", "cut"), ("b\nc \ud83d", "empty"), ("d", "cut")]
 
 
 def test_many_that_write_at_once_lose_nothing_and_repeat_nothing(tmp_path):
     def work(k):
-        mine = Skipped(tmp_path)                            # as a process of its own has: another open file
+        mine = SkippedFiles(tmp_path)                            # as a process of its own has: another open file
         for j in range(8):
             mine.note({f"{(j + k) % 8}.png": f"by {k}"})
 
@@ -226,7 +226,7 @@ def test_many_that_write_at_once_lose_nothing_and_repeat_nothing(tmp_path):
 
 
 def test_one_waits_while_another_reads_and_writes(tmp_path):
-    class Slow(Skipped):
+    class Slow(SkippedFiles):
         def catch_up(self):
             super().catch_up()
             time.sleep(0.02)
@@ -237,17 +237,17 @@ def test_one_waits_while_another_reads_and_writes(tmp_path):
 
 
 def test_half_a_line_is_taken_away_and_what_is_of_another_hand_stays(tmp_path):
-    Skipped(tmp_path).note({"a": "cut"})
+    SkippedFiles(tmp_path).note({"a": "cut"})
     with open(tmp_path / SKIPPED, "ab") as file:
         file.write(b'7\n{"reason": 1}\n\xff\n{"name": "b", "rea')
-    Skipped(tmp_path).note({"b": "cut"})
+    SkippedFiles(tmp_path).note({"b": "cut"})
     content = (tmp_path / SKIPPED).read_bytes().splitlines()
     assert content[1:4] == [b"7", b'{"reason": 1}', b"\xff"] and json.loads(content[4])["name"] == "b"
     assert len(content) == 5
 
 
 def test_a_name_that_is_known_opens_nothing(tmp_path, monkeypatch):
-    mine = Skipped(tmp_path)
+    mine = SkippedFiles(tmp_path)
     mine.note({"a": "cut"})
     (tmp_path / SKIPPED).unlink()
     mine.note({"a": "cut"}), mine.note({})
@@ -256,7 +256,7 @@ def test_a_name_that_is_known_opens_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), PermissionError("read-only")])
 def test_a_disk_that_refuses_is_a_warning_and_the_file_is_named_later(tmp_path, monkeypatch, capfd, error):
-    mine, real = Skipped(tmp_path), open
+    mine, real = SkippedFiles(tmp_path), open
 
     def refuse(*_, **__):
         raise error
@@ -280,7 +280,7 @@ def test_a_source_names_what_it_has_passed_over_and_will(tmp_path):
 def test_the_messages_lead_to_the_file(tmp_path, capsys):
     source = data.ImageFolder(folder(tmp_path / "set", 1, **{f"bad{k:02}": b"x" for k in range(30)}), 16, max_bad=0.9)
     follow(source, tmp_path)
-    with pytest.raises(UserError, match=f"28 of 31 images .*all are in .*{SKIPPED}.*--max_bad=0.9"):
+    with pytest.raises(UserError, match=f"28 of 31 images .*all are in .*{SKIPPED}.*--max_bad_fraction=0.9"):
         for k in range(len(source)):
             source.note_bad(source.name(k), "x")
     assert capsys.readouterr().err.splitlines()[-1].endswith(f"all are in {tmp_path / SKIPPED}")

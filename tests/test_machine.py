@@ -18,12 +18,12 @@ from config import UserError
 from runtime import distributed
 
 CPU = torch.device("cpu")
-ALONE = distributed.Place(CPU, 0, 1)
+ALONE = distributed.Dist(CPU, 0, 1)
 ROOT = Path(distributed.__file__).parent
 
 
 @pytest.fixture
-def place():
+def dist():
     before = torch.get_num_threads()
     yield distributed.setup(threads=1)
     torch.set_num_threads(before)
@@ -31,12 +31,12 @@ def place():
 
 # ---------------------------------------------------------------- processes
 
-def test_there_is_always_a_process_group(place, monkeypatch):
-    assert dist.is_initialized() and (place.rank, place.world) == (0, 1) and torch.get_num_threads() == 1
-    assert distributed.setup(threads=1) == place                # again is no error
-    distributed.leave()
+def test_there_is_always_a_process_group(dist, monkeypatch):
+    assert dist.is_initialized() and (dist.rank, dist.world) == (0, 1) and torch.get_num_threads() == 1
+    assert distributed.setup(threads=1) == dist                # again is no error
+    distributed.cleanup()
     assert not dist.is_initialized()
-    distributed.leave()
+    distributed.cleanup()
 
 
 def test_the_cores_that_a_process_may_use_are_shared_out(monkeypatch):
@@ -52,17 +52,17 @@ def test_the_cores_that_a_process_may_use_are_shared_out(monkeypatch):
     torch.set_num_threads(before)
 
 
-def test_collectives_of_one_process_are_the_identity(place):
+def test_collectives_of_one_process_are_the_identity(dist):
     x = torch.tensor([1.5, -2.0])
-    assert distributed.add_up(x.clone(), place).equal(x) and distributed.agree(-7, place) == -7
-    assert not distributed.replicas_differ(torch.nn.Linear(2, 3), place)
+    assert distributed.all_reduce_sum(x.clone(), dist).equal(x) and distributed.broadcast_from_rank0(-7, dist) == -7
+    assert not distributed.replicas_differ(torch.nn.Linear(2, 3), dist)
 
 
 TWO = """
 import sys, torch, torch.distributed as dist, machine
 rank = int(sys.argv[1])
 place = machine.setup(threads=1)
-assert (place.rank, place.world) == (rank, 2)
+assert (dist.rank, dist.world) == (rank, 2)
 assert machine.add_up(torch.tensor([1.0 + rank, 2.0]), place).tolist() == [3.0, 4.0]
 assert machine.agree(5 + rank, place) == 5 and machine.agree(2 ** 40 - rank, place) == 2 ** 40
 torch.manual_seed(0)
@@ -99,7 +99,7 @@ def test_two_processes_add_up_agree_average_and_notice_a_flipped_bit():
         assert run.returncode == 0 and f"fine {rank}" in said, said
 
 
-def test_a_hanging_process_can_be_asked_where_it_is(place, capfd):
+def test_a_hanging_process_can_be_asked_where_it_is(dist, capfd):
     if not hasattr(faulthandler, "register"):
         pytest.skip("not on Windows")
     distributed.setup(threads=1)
@@ -137,7 +137,7 @@ def test_a_second_signal_later_ends_the_process_unless_it_is_deaf(monkeypatch):
     monkeypatch.setattr(os, "_exit", ended.append)
     with distributed.Stop(loud=False) as stop:
         stop.note(signal.SIGINT, None)
-        stop.since -= distributed.ECHO
+        stop.since -= distributed.DEBOUNCE_S
         stop.deaf = True
         stop.note(signal.SIGTERM, None)
         assert ended == []
@@ -162,11 +162,11 @@ def test_elsewhere_than_in_the_main_thread_there_are_no_handlers():
 
 def test_an_unknown_type_is_an_error_that_names_the_known(monkeypatch):
     with pytest.raises(UserError, match="dtype='half'; there are auto, float32, bfloat16"):
-        distributed.precision(CPU, "half")
-    assert distributed.precision(CPU, "float32") == torch.float32
+        distributed.compute_dtype(CPU, "half")
+    assert distributed.compute_dtype(CPU, "float32") == torch.float32
     for able in (True, False):
-        monkeypatch.setattr(distributed, "multiplies_bfloat16", lambda device: able)
-        assert distributed.precision(CPU, "auto") == (torch.bfloat16 if able else torch.float32)
+        monkeypatch.setattr(distributed, "supports_bf16", lambda device: able)
+        assert distributed.compute_dtype(CPU, "auto") == (torch.bfloat16 if able else torch.float32)
     torch.set_float32_matmul_precision("highest")
 
 
@@ -185,11 +185,11 @@ def test_memory_counts_what_is_taken():
 
 def test_only_a_gpu_wants_pinned_memory():
     batch = {"image": torch.ones(2, 3), "caption": ["a", "b"]}
-    assert distributed.pinned(batch, ALONE) is batch
+    assert distributed.pin_memory(batch, ALONE) is batch
     seen = []
     tensor = SimpleNamespace(pin_memory=lambda: seen.append("pinned"))
-    cuda = distributed.Place(torch.device("cuda", 0), 0, 1)
+    cuda = distributed.Dist(torch.device("cuda", 0), 0, 1)
     with pytest.MonkeyPatch.context() as m:
         m.setattr(distributed, "Tensor", SimpleNamespace)
-        assert distributed.pinned({"image": tensor, "caption": ["a"]}, cuda) == {"image": None, "caption": ["a"]}
+        assert distributed.pin_memory({"image": tensor, "caption": ["a"]}, cuda) == {"image": None, "caption": ["a"]}
     assert seen == ["pinned"]

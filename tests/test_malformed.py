@@ -127,7 +127,7 @@ def passed_over(root, name, match, make=data.ImageFolder):
     seen = [source.record(k, 0)["index"] for k in range(len(source))]
     assert list(source.bad) == [name] and (match is None or match in source.bad[name])
     assert name not in [source.name(k) for k in seen]
-    with pytest.raises(UserError, match="1 of 4 .*--max_bad=0.0"):
+    with pytest.raises(UserError, match="1 of 4 .*--max_bad_fraction=0.0"):
         strict = make(root, 16, max_bad=0.0)
         [strict.record(k, 0) for k in range(len(strict))]
 
@@ -203,8 +203,8 @@ def captioned(root):
 
 def check_caption(root, want):
     if want is None:
-        return passed_over(root, "c/x.png", None, data.Captions)
-    source = data.Captions(root, 16)
+        return passed_over(root, "c/x.png", None, data.CaptionFolder)
+    source = data.CaptionFolder(root, 16)
     assert source.record(3, 0)["caption"] == want and not source.bad
 
 
@@ -240,16 +240,16 @@ def test_a_line_of_metadata(tmp_path, line, match):
     root = captioned(tmp_path / "set")
     (root / "c" / "x.png").unlink()
     (root / "c" / "metadata.jsonl").write_bytes(line)
-    source = data.Captions(root, 16, max_bad=0.5)
+    source = data.CaptionFolder(root, 16, max_bad=0.5)
     assert len(source) == GOOD and len(source.bad) == 1 and match in str(source.bad)
     with pytest.raises(UserError, match="1 of 4"):
-        data.Captions(root, 16, max_bad=0.0)
+        data.CaptionFolder(root, 16, max_bad=0.0)
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.binary(max_size=200))
 def test_any_metadata_is_captions_or_named_lines(content):
-    texts, bad = images.metadata(content)
+    texts, bad = images.parse_metadata(content)
     assert all(isinstance(name, str) for name in texts) and all(line.startswith("line ") for line in bad)
 
 
@@ -258,7 +258,7 @@ def test_any_metadata_is_captions_or_named_lines(content):
 def test_metadata_is_read_back(rows, ascii_only):
     lines = [json.dumps({"text": text, "file_name": name}, ensure_ascii=ascii_only) for name, text in rows.items()]
     content = "\n".join(lines).encode("utf-8", "surrogatepass")
-    texts, bad = images.metadata(content)
+    texts, bad = images.parse_metadata(content)
     halves = any("\ud800" <= c <= "\udfff" for c in content.decode("utf-8", "surrogatepass"))
     assert (texts, bad) == (rows, {}) or halves
 
@@ -266,8 +266,8 @@ def test_metadata_is_read_back(rows, ascii_only):
 @settings(max_examples=60, deadline=None)
 @given(st.text(max_size=300))
 def test_a_clean_caption_is_one_line_and_stays_as_it_is(text):
-    out = images.clean(text)
-    assert out == images.clean(out) == images.clean(unicodedata.normalize("NFD", text))
+    out = images.clean_caption(text)
+    assert out == images.clean_caption(out) == images.clean_caption(unicodedata.normalize("NFD", text))
     assert len(out) <= images.LONGEST
     assert out == " ".join(out.split()) and all(unicodedata.category(c) not in ("Cc", "Cs") for c in out)
     out.encode()

@@ -17,7 +17,7 @@ import model
 from conditioning import Condition, sincos_2d
 from config import SIZES, Config, ModelConfig, UserError, to_json
 from experiments import tables
-from layers import LAYOUT, ungated
+from layers import MODULATION_PARTS, input_parts
 from runtime import checkpoint
 from schedule import alpha_bar_table, to_sigma
 
@@ -260,14 +260,14 @@ def position_net(**changes):
 
 @pytest.mark.parametrize("base", [0, 7])
 def test_positions_are_those_of_the_grid(base):
-    net = position_net(base=base)
+    net = position_net(pos_base=base)
     assert all(torch.equal(net.positions(rows, columns), sincos_2d(rows, columns, D)) for rows, columns in GRIDS)
 
 
 @pytest.mark.parametrize("base", [0, 7])
 def test_resampled_positions_run_from_0_to_base_at_any_size(base):
     """The first D/2 features are sin and cos of column x f_k, the last of row y f_k; f_k = 10000^(-4k/D)."""
-    net, extent = position_net(positions="resample", base=base), base or 12     # 24 pixels in patches of 2
+    net, extent = position_net(positions="resample", pos_base=base), base or 12     # 24 pixels in patches of 2
     for rows, columns in GRIDS:
         found = net.positions(rows, columns)
         assert found.shape == (rows * columns, D)
@@ -282,7 +282,7 @@ def test_resampled_positions_run_from_0_to_base_at_any_size(base):
 
 
 def test_interpolated_positions_are_the_resized_table_and_shorter():
-    net, base = position_net(positions="interpolate", base=8), sincos_2d(8, 8, D).view(1, 8, 8, D).permute(0, 3, 1, 2)
+    net, base = position_net(positions="interpolate", pos_base=8), sincos_2d(8, 8, D).view(1, 8, 8, D).permute(0, 3, 1, 2)
     for rows, columns in GRIDS:
         found = net.positions(rows, columns)
         exact = F.interpolate(base, (rows, columns), mode="bilinear")[0].flatten(1).T
@@ -291,7 +291,7 @@ def test_interpolated_positions_are_the_resized_table_and_shorter():
 
 
 def test_a_network_at_twice_the_resolution_sees_the_extent_it_was_trained_on():
-    small, large = position_net(positions="resample"), position_net(positions="resample", resolution=48, base=12)
+    small, large = position_net(positions="resample"), position_net(positions="resample", resolution=48, pos_base=12)
     assert torch.equal(large.positions(12, 12), small.pos_embed) and large.pos_embed.shape == (24 * 24, D)
     for name in ("first", "last"):
         corner = {"first": 0, "last": -1}[name]
@@ -302,7 +302,7 @@ def test_a_network_at_twice_the_resolution_sees_the_extent_it_was_trained_on():
 
 @pytest.mark.parametrize("positions", model.POSITIONS)
 def test_positions_are_in_no_state_dict_and_act_at_any_size(positions):
-    cfg = config("mmdit", "class", positions=positions, base=5)
+    cfg = config("mmdit", "class", positions=positions, pos_base=5)
     net = build(cfg)
     assert "pos_embed" not in net.state_dict()
     x, i, cond = inputs(cfg, 5, 8)
@@ -330,7 +330,7 @@ def test_a_network_that_states_v_returns_the_eps_of_its_v(arch, semantics):
 @each_kind
 def test_a_network_that_states_v_starts_from_the_best_linear_guess(arch, semantics):
     """v = 0 is eps = sqrt(1-a) x_t, the least-squares estimate from x_t alone of images of unit variance."""
-    cfg = config(arch, semantics, CONTROLS, prediction="v", rescale=2.0, schedule="linear")
+    cfg = config(arch, semantics, CONTROLS, prediction="v", sigma_scale=2.0, schedule="linear")
     x, i, cond = inputs(cfg)
     a = alpha_bar_table("linear", 1000, 2.0)[i.long()].float().view(B, 1, 1, 1)
     assert torch.allclose(build(cfg, random=False)(x, i, cond), (1 - a).sqrt() * x, atol=1e-6)
@@ -338,7 +338,7 @@ def test_a_network_that_states_v_starts_from_the_best_linear_guess(arch, semanti
 
 @pytest.mark.parametrize("schedule", ["scaled_linear", "linear"])
 def test_rescale_multiplies_sigma_and_leaves_the_index_and_the_weights_alone(schedule):
-    plain, double = (build(config("dit", "class", "size", schedule=schedule, rescale=s)) for s in (1.0, 2.0))
+    plain, double = (build(config("dit", "class", "size", schedule=schedule, sigma_scale=s)) for s in (1.0, 2.0))
     assert torch.allclose(to_sigma(double.alpha_bar.double()), 2 * to_sigma(plain.alpha_bar.double()), rtol=1e-3)
     assert plain.alpha_bar.shape == (1000,) and "alpha_bar" not in plain.state_dict()
     x, i, cond = inputs(plain.cfg)
@@ -349,7 +349,7 @@ def test_rescale_multiplies_sigma_and_leaves_the_index_and_the_weights_alone(sch
 @pytest.mark.parametrize("x, last", [(1.0, 353), (2.0, 562)])
 def test_the_step_weight_lets_size_act_up_to_the_sigma_of_control_alpha(x, last, rescale):
     """[COND] table A6: sigma <= 1 is i <= 353, sigma <= 2 i <= 562, whatever the rescale: gamma_c is of the index."""
-    cfg = config("dit", "none", "size", control_weight="step", control_alpha=x, rescale=rescale)
+    cfg = config("dit", "none", "size", control_weight="step", control_alpha=x, sigma_scale=rescale)
     net, (x_t, _, cond) = build(cfg), inputs(cfg)
     i = torch.tensor([0.0, last, last + 1, 999])
     moved = (net(x_t, i, cond) - net(x_t, i, replace(cond, size=cond.size * 3 + 100))).flatten(1).abs().amax(1)
@@ -432,7 +432,7 @@ def formula(cfg, height, width):
     L, one = {"none": 1, "class": 1, "text": cfg.text_length}[cfg.semantics], cfg.arch.startswith("mp")
     mac = sum(block_products(cfg, k == cfg.depth - 1, N, L) for k in range(cfg.depth))
     mac += N * D * (2 * P * P * cfg.channels + one) + (256 + D) * D
-    mac += sum(LAYOUT[part] for part in ungated(model.modulation_parts(cfg))) * D * D // 2
+    mac += sum(MODULATION_PARTS[part] for part in input_parts(model.modulation_parts(cfg))) * D * D // 2
     if cfg.arch not in ("dit", "mpdit"):
         mac += {"none": 0, "class": 2 * D * D, "text": L * D * (cfg.text_dim + one + D)}[cfg.semantics]
     numbers, names = {"crop": 2, "flip": 1, "size": 2}, model.control_names(cfg)
@@ -444,7 +444,7 @@ def block_products(cfg, last, N, L):
     """Multiply-adds of one block: modulation, then the layers on N image and L context tokens, then q k^T and a v."""
     D, M, Q = cfg.width, N + L, N if last else N + L        # keys; queries, in blocks whose last drops context's
     parts = model.modulation_parts(cfg)
-    m, before = (sum(LAYOUT[part] for part in p) for p in (parts, ungated(parts)))      # halves of D a sub-layer
+    m, before = (sum(MODULATION_PARTS[part] for part in p) for p in (parts, input_parts(parts)))      # halves of D a sub-layer
     modulation, layers, attention = {
         "dit": (2 * m, 12 * N, N * N),
         "mmdit": (2 * m, 12 * N + (2 if last else 4) * L, Q * M),
@@ -618,7 +618,7 @@ def test_a_row_of_archs_may_name_a_class_with_a_trunk_of_its_own(tmp_path, monke
     assert type(net) is model.arch_class("mean") and len(net.blocks) == 2 and net(x, i, cond).shape == x.shape
     assert model.flops(cfg) == 2 * (C * 5 + 5 * C)
     for changes, parts in ((dict(semantics="none"), ["model.arch='mean'", "'mmdit'", "'dit'"]),
-                           (dict(preserve="cosine"), ["model.arch='mean'", "mpdit, mpmmdit"])):
+                           (dict(mp="cosine"), ["model.arch='mean'", "mpdit, mpmmdit"])):
         with pytest.raises(UserError) as e:
             model.check(replace(cfg, **changes))
         assert all(part in str(e.value) for part in parts), e.value
@@ -634,14 +634,14 @@ def test_a_row_of_archs_may_name_a_class_with_a_trunk_of_its_own(tmp_path, monke
     (dict(positions="grids"), ["model.positions='grids'", "grid, resample, interpolate"]),
     (dict(prediction="x0"), ["model.prediction='x0'", "eps, v"]),
     (dict(schedule="cosine"), ["model.schedule='cosine'", "scaled_linear, linear"]),
-    (dict(rescale=0.0), ["model.rescale=0.0", "0.001"]),
-    (dict(base=-1), ["model.base=-1"]),
+    (dict(sigma_scale=0.0), ["model.sigma_scale=0.0", "0.001"]),
+    (dict(pos_base=-1), ["model.pos_base=-1"]),
     (dict(width=0), ["model.width=0", "at least 1"]),
     (dict(depth=-1), ["model.depth=-1", "at least 1"]),
     (dict(patch=0), ["model.patch=0", "at least 1"]),
     (dict(heads=0), ["model.heads=0", "at least 1"]),
     (dict(channels=0), ["model.channels=0", "at least 1"]),
-    (dict(noise_steps=0), ["model.noise_steps=0", "at least"]),
+    (dict(timesteps=0), ["model.timesteps=0", "at least"]),
     (dict(resolution=25), ["model.resolution=25", "model.patch=2"]),
     (dict(heads=7), ["model.width=40", "model.heads=7"]),
     (dict(width=30), ["model.width=30", "4"]),
@@ -650,7 +650,7 @@ def test_a_row_of_archs_may_name_a_class_with_a_trunk_of_its_own(tmp_path, monke
     (dict(controls="crop+zoom"), ["model.controls='crop+zoom'", "'zoom'", "crop, flip, size"]),
     (dict(controls="size", control_weight="cosin"), ["model.control_weight='cosin'", "cosine, uniform, linear"]),
     (dict(controls="size", control_alpha=0.0), ["model.control_alpha=0.0"]),
-    (dict(controls="size", noise_steps=1), ["model.noise_steps=1"]),
+    (dict(controls="size", timesteps=1), ["model.timesteps=1"]),
 ])
 def test_a_model_that_cannot_be_built_is_a_user_error(changes, parts):
     cfg = replace(config("mmdit", "text"), **changes)

@@ -242,7 +242,7 @@ def test_ends_of_the_trunk_are_their_formulas():
 
 # ---------------------------------------------------------------- network
 
-@pytest.mark.parametrize("cfg", [BASE, TEXT, replace(BASE, preserve="cosine+weights")], ids=["E", "text", "C"])
+@pytest.mark.parametrize("cfg", [BASE, TEXT, replace(BASE, mp="cosine+weights")], ids=["E", "text", "C"])
 def test_the_first_backward_pass_reaches_the_gain_of_the_output_alone(cfg):
     net = build(cfg, acting=False)
     x, i, cond = inputs(cfg)
@@ -274,7 +274,7 @@ def test_no_bias_anywhere_and_row_lengths_have_no_say(cfg):
             m.weight.data *= torch.rand(len(m.weight), 1, generator=torch.Generator().manual_seed(k)) * 9 + 1
     assert torch.allclose(net(x, i, cond), eps, atol=2e-3 * eps.abs().max().item())
     mp_layers.normalize_weights_(net)
-    mp_layers.rely_on_norms_(net, True)
+    mp_layers.assume_normalized_(net, True)
     assert torch.allclose(net(x, i, cond), eps, atol=2e-3 * eps.abs().max().item())
 
 
@@ -283,7 +283,7 @@ def test_magnitudes_enter_the_trunk_at_one():
     net, (x, i, _) = build(cfg, acting=False), inputs(cfg)
     c = net.time(i, Condition(label=torch.tensor([1, 2, 3, -1])))
     assert mp_layers.magnitude(c).item() == pytest.approx(1, abs=5 / math.sqrt(2 * 256))       # one table row in common
-    assert mp_layers.magnitude(net.embed(x, h, w)).item() == pytest.approx(1, abs=0.15)        # position has few directions
+    assert mp_layers.magnitude(net.embed(x, h, w)).item() == pytest.approx(1, abs=0.15)    # position has few directions
     table = net.embed(torch.zeros_like(x), h, w) * math.sqrt(2)
     flat = net.x_embedder(torch.zeros_like(x))
     assert torch.allclose(table - flat, unit(sincos_2d(h, w, 256)).expand_as(flat), atol=1e-4)
@@ -292,7 +292,7 @@ def test_magnitudes_enter_the_trunk_at_one():
 def test_a_network_keeps_its_magnitude_with_heads_normalised_and_slowly_loses_it_without():
     found = {}
     for preserve in ("cosine+weights+stream", "cosine+weights+stream+heads"):
-        cfg = ModelConfig(arch="mpdit", patch=2, preserve=preserve, **MAG, width=256, depth=6, heads=4)
+        cfg = ModelConfig(arch="mpdit", patch=2, mp=preserve, **MAG, width=256, depth=6, heads=4)
         net, trunk = build(cfg, acting=False), []
         for block in net.blocks:
             block.register_forward_hook(lambda block, args, out: trunk.append(mp_layers.magnitude(out[0]).item()))
@@ -409,13 +409,13 @@ def test_the_table_prints_these_counts(sizes, monkeypatch):
 # ---------------------------------------------------------------- what can be chosen
 
 @pytest.mark.parametrize("changes, parts", [
-    (dict(preserve="cosin"), ["model.preserve='cosin'", "'cosin'", "cosine, weights, stream, heads"]),
-    (dict(preserve="none+cosine"), ["'none'", "cosine, weights"]),
-    (dict(preserve="cosine+stream"), ["model.preserve='cosine+stream'", "needs weights"]),
-    (dict(arch="dit", preserve="cosine"), ["model.preserve='cosine'", "mpdit, mpmmdit", "model.arch='dit'"]),
-    (dict(arch="mpmmdit", preserve="cosine+weights"), ["model.arch='mpmmdit'", "cosine+weights+stream"]),
-    (dict(arch="mpmmdit", preserve="none"), ["model.arch='mpmmdit'", "cosine+weights+stream"]),
-    (dict(controls="size", preserve="cosine+weights"), ["model.controls='size'", "stream"]),
+    (dict(mp="cosin"), ["model.mp='cosin'", "'cosin'", "cosine, weights, stream, heads"]),
+    (dict(mp="none+cosine"), ["'none'", "cosine, weights"]),
+    (dict(mp="cosine+stream"), ["model.mp='cosine+stream'", "needs weights"]),
+    (dict(arch="dit", mp="cosine"), ["model.mp='cosine'", "mpdit, mpmmdit", "model.arch='dit'"]),
+    (dict(arch="mpmmdit", mp="cosine+weights"), ["model.arch='mpmmdit'", "cosine+weights+stream"]),
+    (dict(arch="mpmmdit", mp="none"), ["model.arch='mpmmdit'", "cosine+weights+stream"]),
+    (dict(controls="size", mp="cosine+weights"), ["model.controls='size'", "stream"]),
     (dict(semantics="text", text_dim=3, text_length=2), ["model.arch='mpdit'", "'mpmmdit'"]),
     (dict(modulation="scale+rotation"), ["model.modulation='scale+rotation'", "'rotation'", "shift, scale, rotate"]),
     (dict(modulation=""), ["model.modulation=''", "shift, scale, rotate"]),
@@ -428,14 +428,14 @@ def test_what_does_not_go_together_is_a_user_error(changes, parts):
 
 
 def test_an_mp_architecture_has_every_change_of_the_paper_by_default():
-    assert model.preserved(BASE) == model.preserved(replace(BASE, preserve="weights+stream+cosine")) == mp_layers.FULL
-    assert model.preserved(replace(BASE, preserve="none")) == ()
-    assert model.preserved(replace(BASE, preserve="heads+cosine")) == ("cosine", "heads")
+    assert model.mp_features(BASE) == model.mp_features(replace(BASE, mp="weights+stream+cosine")) == mp_layers.FULL
+    assert model.mp_features(replace(BASE, mp="none")) == ()
+    assert model.mp_features(replace(BASE, mp="heads+cosine")) == ("cosine", "heads")
 
 
 @pytest.mark.parametrize("preserve", [*LADDER.values(), "cosine+weights+stream+heads"])
 def test_every_rung_starts_at_zero_and_learns_with_every_parameter(preserve):
-    cfg = replace(BASE, preserve=preserve)
+    cfg = replace(BASE, mp=preserve)
     x, i, cond = inputs()
     assert (build(cfg, acting=False)(x, i, cond) == 0).all()
     net = build(cfg)
@@ -462,13 +462,13 @@ def read(name):
 @pytest.mark.parametrize("data", ["shapes", "imagenet128"])
 def test_the_ladder_and_the_modulations_are_one_config_but_for_what_they_vary(data):
     e = read(f"{data}_e")
-    assert e.normalize and model.preserved(e.model) == mp_layers.FULL and e.model.modulation == "scale+shift+gate"
-    rungs = {k: (replace(e.model, preserve=LADDER["c" if k == "d" else k]), k == "d") for k in "abcd"}
+    assert e.normalize and model.mp_features(e.model) == mp_layers.FULL and e.model.modulation == "scale+shift+gate"
+    rungs = {k: (replace(e.model, mp=LADDER["c" if k == "d" else k]), k == "d") for k in "abcd"}
     rungs |= {k: (replace(e.model, modulation=k.replace("_", "+") + "+gate"), True)
               for k in ("scale", "rotate", "scale_rotate")}
     for name, (m, normalize) in rungs.items():
         cfg = read(f"{data}_{name}")
-        assert cfg == replace(e, out=f"out/mp/{data}_{name}", model=m, normalize=normalize)
+        assert cfg == replace(e, out=f"out/mp/{data}_{name}", model=m, forced_weight_norm=normalize)
         model.check(cfg.model)
     assert len(list(CONFIGS.glob(f"{data}_*.py"))) == len(rungs) + 1
 
@@ -477,4 +477,4 @@ def test_the_imagenet_recipe_is_the_paper_s():
     cfg = read("imagenet128_e")
     assert tables.counted_as_mag(cfg.model) == COUNTS["S/4"][7] and cfg.model.schedule == "linear"
     assert (cfg.batch, cfg.steps, cfg.beta1, cfg.beta2, cfg.weight_decay) == (256, 400_000, 0.9, 0.99, 0.0)
-    assert (cfg.warmup, cfg.decay * cfg.steps) == (400_000 // 150, 40_000) and isinstance(cfg, Config)
+    assert (cfg.warmup, cfg.lr_decay_start * cfg.steps) == (400_000 // 150, 40_000) and isinstance(cfg, Config)

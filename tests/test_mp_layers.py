@@ -50,7 +50,7 @@ def test_normalize_adds_eps_to_the_norm():
     assert torch.allclose(rms(mp_layers.normalize(x)), length / (length + 1e-4), rtol=1e-12)
     assert torch.allclose(mp_layers.normalize(x, eps=0.5), math.sqrt(K) * x / (length[:, None] + 0.5), rtol=1e-12)
     unit = torch.ones(K, dtype=torch.float64)
-    assert rms(mp_layers.normalize(unit)).item() == pytest.approx(0.9999949, abs=1e-7)         # not 0.9999, eps on the RMS
+    assert rms(mp_layers.normalize(unit)).item() == pytest.approx(0.9999949, abs=1e-7)      # not 0.9999, eps on the RMS
     chunks = mp_layers.normalize(x[1:].view(2, 2, K)).view(4, K)
     assert torch.equal(chunks, mp_layers.normalize(x[1:]))
 
@@ -170,7 +170,7 @@ def test_rotation_commutes_with_a_number_and_not_with_a_vector():
 def test_random_angles_shrink_what_is_left_of_x_by_the_characteristic_function(s):
     n = 40_000
     x, theta = normal(1, n), s * normal(1, n // 2, seed=1)
-    left = (x * mp_layers.rotate(x, theta)).sum() / x.square().sum()               # |x_i|^2-weighted mean of cos theta_i
+    left = (x * mp_layers.rotate(x, theta)).sum() / x.square().sum()              # |x_i|^2-weighted mean of cos theta_i
     spread = math.sqrt((1 + math.exp(-2 * s * s)) / 2 - math.exp(-s * s))
     assert left.item() == pytest.approx(math.exp(-s * s / 2), abs=5 * spread * math.sqrt(2) / math.sqrt(n / 2))
 
@@ -239,11 +239,11 @@ def test_a_layer_with_gain_zero_gives_zero_and_only_its_gain_learns():
 
 def test_a_bare_layer_is_he_uniform():
     torch.manual_seed(0)
-    layer, x = mp_layers.BareLinear(K, M), normal(B, K)
+    layer, x = mp_layers.PlainLinear(K, M), normal(B, K)
     assert layer.weight.var().item() == pytest.approx(2 / K, rel=5 * math.sqrt(0.8 / (K * M)))
     assert layer.weight.abs().max() <= math.sqrt(6 / K)
     assert torch.allclose(layer(x), x @ layer.weight.T, atol=1e-5)
-    assert layer.zero is False and not mp_layers.BareLinear(K, M, gain=0.0).weight.any()
+    assert layer.zero is False and not mp_layers.PlainLinear(K, M, gain=0.0).weight.any()
 
 
 def test_an_embedding_has_rows_of_unit_magnitude():
@@ -260,7 +260,7 @@ def test_mlp_is_its_formula():
     x = normal(B, K)
     for preserve, act in ((mp_layers.FULL, mp_layers.mp_silu), (("weights",), F.silu), ((), F.silu)):
         net = mp_layers.MPMLP(K, 50, D, preserve)
-        assert isinstance(net.fc1, mp_layers.MPLinear if preserve else mp_layers.BareLinear)
+        assert isinstance(net.fc1, mp_layers.MPLinear if preserve else mp_layers.PlainLinear)
         assert torch.allclose(net(x), net.fc2(act(net.fc1(x)))) and net(x).shape == (B, D)
 
 
@@ -297,7 +297,7 @@ def test_fourier_features_are_kept_with_the_weights_in_fp32():
 def network():
     torch.manual_seed(0)
     net = torch.nn.ModuleDict({"a": mp_layers.MPLinear(K, D, gain=1.5), "b": mp_layers.MPLinear(D, N), "t": mp_layers.MPEmbedding(5, K),
-                               "plain": torch.nn.Linear(N, 3), "bare": mp_layers.BareLinear(3, 2)})
+                               "plain": torch.nn.Linear(N, 3), "bare": mp_layers.PlainLinear(3, 2)})
     for p in net.parameters():
         p.data *= 3
     return net
@@ -324,12 +324,12 @@ def test_normalize_weights_makes_every_mp_row_unit_and_leaves_the_function_and_t
 def test_normalised_rows_may_be_relied_on_and_only_those():
     net, x = network(), normal(B, K)
     y = run(net, x)
-    mp_layers.rely_on_norms_(net, True)
+    mp_layers.assume_normalized_(net, True)
     assert not torch.allclose(run(net, x), y, rtol=0.1)
     mp_layers.normalize_weights_(net)
     relied = run(net, x)
     assert torch.allclose(relied, y, rtol=1e-3, atol=1e-3)
-    mp_layers.rely_on_norms_(net, False)
+    mp_layers.assume_normalized_(net, False)
     assert torch.allclose(run(net, x), relied, rtol=1e-3, atol=1e-3) and not torch.equal(run(net, x), relied)
 
 
@@ -337,19 +337,19 @@ def test_normalised_rows_may_be_relied_on_and_only_those():
 
 def test_parts_lie_side_by_side_as_in_dit():
     m = normal(B, 6 * D)
-    a, b = layers.split_parts(m, layers.ADALN, layers.ADALN)
+    a, b = layers.split_modulation(m, layers.ADALN, layers.ADALN)
     for got, exact in zip((a["shift"], a["scale"], a["gate"], b["shift"], b["scale"], b["gate"]), m.chunk(6, 1)):
         assert torch.equal(got, exact[:, None])
-    only, none, both = layers.split_parts(normal(B, 3 * D), ("rotate", "gate"), (), ("rotate", "scale"))
+    only, none, both = layers.split_modulation(normal(B, 3 * D), ("rotate", "gate"), (), ("rotate", "scale"))
     assert [only["rotate"].shape, only["gate"].shape, both["scale"].shape] == [(B, 1, D // 2), (B, 1, D), (B, 1, D)]
-    assert none == {} and layers.rows(ORDER, D) == 7 * D // 2
+    assert none == {} and layers.modulation_width(ORDER, D) == 7 * D // 2
 
 
 @pytest.mark.parametrize("parts", SUBSETS, ids="+".join)
 def test_modulation_by_any_parts_is_scale_then_shift_then_rotate_and_a_gate_after(parts):
     torch.manual_seed(0)
     modulation, x, c = mp_layers.Modulation(D, parts), normal(B, N, D), normal(B, D, seed=1)
-    assert torch.equal(layers.steer(x, modulation(c)), x)   # at first, to the last bit
+    assert torch.equal(layers.modulate(x, modulation(c)), x)   # at first, to the last bit
     for layer in modulation.layers.values():
         layer.gain.data.fill_(0.7)
     m = modulation(c)
@@ -358,23 +358,23 @@ def test_modulation_by_any_parts_is_scale_then_shift_then_rotate_and_a_gate_afte
     y = x * (1 + m["scale"]) if "scale" in m else x
     y = y + m["shift"] if "shift" in m else y
     y = mp_layers.rotate(y, m["rotate"]) if "rotate" in m else y
-    assert torch.allclose(layers.steer(x, m), y, atol=1e-5)
+    assert torch.allclose(layers.modulate(x, m), y, atol=1e-5)
     branch, gate = normal(B, N, D, seed=2), m.get("gate")
-    assert torch.allclose(layers.gated_sum(x, m, branch), x + (branch if gate is None else gate * branch), atol=1e-5)
+    assert torch.allclose(layers.gated_residual(x, m, branch), x + (branch if gate is None else gate * branch), atol=1e-5)
     whole = mp_layers.mp_sum(x, branch if gate is None else branch * (1 + gate), 0.3)
-    assert torch.allclose(mp_layers.mp_gated_sum(x, m, branch), whole, atol=1e-5)
+    assert torch.allclose(mp_layers.mp_gated_residual(x, m, branch), whole, atol=1e-5)
 
 
 def test_scale_is_not_magnitude_preserving():
     """M[(1+s) x] = sqrt(1 + M[s]^2) M[x] for s of mean zero; the product of two normal numbers has kurtosis 9."""
     n = 40_000
     x, s = normal(1, 1, n), normal(1, 1, n, seed=1)
-    assert mp_layers.magnitude(layers.steer(x, {"scale": s})).item() == pytest.approx(math.sqrt(2), rel=5 * 2 / math.sqrt(n))
+    assert mp_layers.magnitude(layers.modulate(x, {"scale": s})).item() == pytest.approx(math.sqrt(2), rel=5 * 2 / math.sqrt(n))
 
 
 def test_steering_keeps_the_type_of_tokens_and_the_angles_of_fp32():
     x, m = normal(B, N, D).bfloat16(), {p: normal(B, 1, D // 2 if p == "rotate" else D, seed=k)
                                         for k, p in enumerate(ORDER)}
     assert all(y.dtype == torch.bfloat16
-               for y in (layers.steer(x, m), layers.gated_sum(x, m, x), mp_layers.mp_gated_sum(x, m, x)))
-    assert torch.equal(layers.steer(x, {"rotate": m["rotate"]}), mp_layers.rotate(x.float(), m["rotate"]).bfloat16())
+               for y in (layers.modulate(x, m), layers.gated_residual(x, m, x), mp_layers.mp_gated_residual(x, m, x)))
+    assert torch.equal(layers.modulate(x, {"rotate": m["rotate"]}), mp_layers.rotate(x.float(), m["rotate"]).bfloat16())

@@ -95,7 +95,7 @@ def test_eps_is_that_of_the_official_formulation(learned, tmp_path):
     net, cfg = load_official_dit(tmp_path / "DiT.pt", heads=H)
     assert (cfg.width, cfg.depth, cfg.heads, cfg.patch, cfg.channels, cfg.resolution, cfg.classes) == (
         D, DEPTH, H, P, C, SIDE, CLASSES)
-    assert (cfg.arch, cfg.schedule, cfg.rescale, cfg.noise_steps, cfg.positions) == ("dit", "linear", 1, 1000, "grid")
+    assert (cfg.arch, cfg.schedule, cfg.sigma_scale, cfg.timesteps, cfg.positions) == ("dit", "linear", 1, 1000, "grid")
     x, t, y = inputs()
     ours = net(x, t, Condition(label=torch.where(y == CLASSES, NULL_LABEL, y)))
     theirs = stand_in(weights(learned), x, t, y)
@@ -247,7 +247,7 @@ def test_converted_weights_are_a_run_folder(tmp_path, capsys):
     net, cfg = model.load(tmp_path / "run")
     header = checkpoint.read_header(tmp_path / "run" / "weights.safetensors")
     assert json.loads(header["classes"]) == [str(k) for k in range(CLASSES)] and header["null_class"] == "7"
-    assert from_json(header["config"]) == cfg and cfg.lam == 4.0
+    assert from_json(header["config"]) == cfg and cfg.guidance == 4.0
     x, t, y = inputs()
     theirs = stand_in(weights(), x, t, y)[:, :C]
     ours = net(x, t, Condition(label=torch.where(y == CLASSES, NULL_LABEL, y)))

@@ -10,15 +10,15 @@ from runtime import optional
 
 
 def test_a_library_is_imported_or_named_with_what_needs_it_and_how_to_get_it(monkeypatch):
-    assert optional.library("json", "nothing") is sys.modules["json"]
+    assert optional.optional_import("json", "nothing") is sys.modules["json"]
     monkeypatch.setitem(sys.modules, "absent", None)
     with pytest.raises(UserError, match="plots needs absent .*: pip install absent-package$"):
-        optional.library("absent", "plots", "absent-package")
+        optional.optional_import("absent", "plots", "absent-package")
     with pytest.raises(UserError, match=": pip install absent$"):
-        optional.library("absent", "plots")
-    assert optional.library("json", "nothing", part="loads") is sys.modules["json"].loads
+        optional.optional_import("absent", "plots")
+    assert optional.optional_import("json", "nothing", part="loads") is sys.modules["json"].loads
     with pytest.raises(UserError, match="plots needs json .*no attribute 'draw'"):
-        optional.library("json", "plots", part="draw")
+        optional.optional_import("json", "plots", part="draw")
 
 
 def torchvision(monkeypatch, *missing: str) -> list[str]:
@@ -37,10 +37,10 @@ def torchvision(monkeypatch, *missing: str) -> list[str]:
 
 def test_torchvision_s_missing_operators_get_a_name_where_they_are_missing(monkeypatch):
     names = torchvision(monkeypatch)
-    optional.mend_torchvision()
+    optional.patch_torchvision_ops()
     assert names == []
     names = torchvision(monkeypatch, "torchvision::nms", "torchvision::qnms")
-    optional.mend_torchvision()
+    optional.patch_torchvision_ops()
     assert names == ["torchvision::nms", "torchvision::qnms"]
 
 
@@ -48,12 +48,12 @@ def test_torchvision_s_missing_operators_get_a_name_where_they_are_missing(monke
 def test_what_is_not_mended_is_not_hidden(monkeypatch, missing):
     torchvision(monkeypatch, missing)
     with pytest.raises(RuntimeError, match=f"operator {missing}"):
-        optional.mend_torchvision()
+        optional.patch_torchvision_ops()
 
 
 def test_without_torchvision_there_is_nothing_to_mend(monkeypatch):
     names = []
     monkeypatch.setitem(sys.modules, "torchvision", None)
     monkeypatch.setattr(torch.library, "define", lambda name, schema: names.append(name))
-    optional.mend_torchvision()
+    optional.patch_torchvision_ops()
     assert names == []

@@ -17,20 +17,20 @@ from safetensors.torch import save_file
 import fid
 import sample
 from config import UserError
-from evaluation import clip_score, lpips
+from evaluation import lpips
 from evaluation.clip_score import CLIP, CONFIG, PROTOCOLS, clip_score
 from evaluation.lpips import lpips_diversity
 from fid import mean_over, mean_pair_distance, size_groups
 from rng import seed64
 from runtime import checkpoint, distributed
-from runtime.optional import library
+from runtime.optional import optional_import
 from sample import read_prompts
 from sources import coco
 from test_drawing import run_folder
 
-open_clip = library("open_clip", "CLIP", "open_clip_torch")
+open_clip = optional_import("open_clip", "CLIP", "open_clip_torch")
 CPU = torch.device("cpu")
-ALONE = distributed.Place(CPU, 0, 1)
+ALONE = distributed.Dist(CPU, 0, 1)
 TEXT = dict(context_length=77, vocab_size=49408, width=64, heads=4, layers=2)
 VISION = dict(image_size=30, layers=2, width=48, patch_size=10, head_width=16)
 CAPTIONS = ["a small red ring", "dog", "", "9 lives & more", "a dog and " * 30 + "cat"]
@@ -97,17 +97,17 @@ def test_fewer_than_two_values_are_no_mean(values):
 def test_three_processes_one_of_them_without_values_give_what_one_does(monkeypatch):
     meet, given = Barrier(3), {}
 
-    def add_up(x, place):
-        given[place.rank] = x
+    def add_up(x, dist):
+        given[dist.rank] = x
         meet.wait()
         total = sum(given.values())
         meet.wait()
         return total
 
-    monkeypatch.setattr(distributed, "add_up", add_up)
+    monkeypatch.setattr(distributed, "all_reduce_sum", add_up)
     parts = [1.0, 2.0, 4.0, 8.0], [], [16.0, 32.0, 64.5]
     with ThreadPoolExecutor(3) as pool:
-        got = list(pool.map(lambda rank: mean_over(parts[rank], distributed.Place(CPU, rank, 3)), range(3)))
+        got = list(pool.map(lambda rank: mean_over(parts[rank], distributed.Dist(CPU, rank, 3)), range(3)))
     monkeypatch.undo()
     want = mean_over([v for part in parts for v in part], ALONE)
     assert got[0] == got[1] == got[2] and got[0].n == 7
@@ -307,7 +307,7 @@ def test_the_lpips_command(random_lpips, tmp_path, monkeypatch, capsys):
     """With small groups in place of a run's images, which AlexNet cannot see at 16 pixels."""
     run_folder(tmp_path / "run", controls="size", control_weight="uniform")
     monkeypatch.setattr(lpips, "load_lpips", lambda path, device: random_lpips)
-    monkeypatch.setattr(lpips, "size_groups", lambda o, sizes, place: [groups(20)[:, :len(sizes)]])
+    monkeypatch.setattr(lpips, "size_groups", lambda o, sizes, dist: [groups(20)[:, :len(sizes)]])
     lpips.main([f"--out={tmp_path}/run", "--sizes=16+48+96", "--n=3", "--steps=2"])
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     want = lpips_diversity([groups(20)[:, :3]], random_lpips, ALONE)
@@ -363,7 +363,7 @@ def test_groups_of_latents_are_decoded_and_of_the_file_that_is_named(tmp_path, m
     header = {k: v for k, v in header.items() if k != "sha256"}
     for file, scale in (("weights.safetensors", 1), ("wide.safetensors", 0.5)):
         checkpoint.write_weights(out / file, {k: scale * v for k, v in tensors.items()}, {**header, "file": file})
-    asked = [replace(o, file=file, autoencoder="vae") for file in ("weights.safetensors", "wide.safetensors")]
+    asked = [replace(o, ema_file=file, autoencoder="vae") for file in ("weights.safetensors", "wide.safetensors")]
     first, other = (torch.cat(list(size_groups(a, (16, 48, 96), ALONE))) for a in asked)
     assert seen == [(a.file, "vae", 4) for a in asked]
     assert first.shape == (2, 3, 3, 32, 32) and torch.equal(first[..., :16, :16], first[..., 16:, 16:])
@@ -376,7 +376,7 @@ def test_groups_differ_in_size_alone_and_do_not_know_the_processes(tmp_path):
     alone = torch.cat(list(size_groups(o, (16, 48, 96), ALONE)))
     assert alone.shape == (5, 3, 3, 16, 16) and alone.dtype == torch.uint8
     assert (alone[:, 0] != alone[:, 2]).flatten(1).any(1).all()
-    shared = [list(size_groups(o, (16, 48, 96), distributed.Place(CPU, r, 2))) for r in range(2)]
+    shared = [list(size_groups(o, (16, 48, 96), distributed.Dist(CPU, r, 2))) for r in range(2)]
     assert sum(len(part) for parts in shared for part in parts) == 5
     apart = (torch.cat([part for parts in zip(*shared) for part in parts]
                        + [p for parts in shared for p in parts[min(map(len, shared)):]]).int() - alone.int()).abs()

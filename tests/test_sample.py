@@ -12,7 +12,8 @@ import model
 from conditioning import Condition, guide
 from config import Config, ModelConfig, UserError, fields
 from rng import keyed_noise
-from sample import SAMPLERS, Options, Sampler, check, ddim, draw, guided, guided_indices, heun, settled
+from sample import (SAMPLERS, Options, Sampler, check, ddim, generate, guidance_indices, heun, resolve_defaults,
+                    with_guidance)
 from schedule import ddim_indices, scaled_linear_alpha_bar, to_sigma
 
 M, S = 0.7, 0.5
@@ -205,7 +206,7 @@ def condition():
     (1.0, 0.0, 1), (0.0, 0.5, 1)])
 def test_only_passes_with_a_weight_are_made_in_one_batch_and_give_the_same(lam, beta, passes):
     spy, cond, x, i = Spy(), condition(), normal(B, *SHAPE), torch.tensor([7.0, 8.0, 9.0])
-    eps = guided(spy, cond, lam, beta)(x, i)
+    eps = with_guidance(spy, cond, lam, beta)(x, i)
     assert (spy.calls, spy.rows) == (1, passes * B)
     s, null = cond.drop(controls=True), cond.drop(semantics=True, controls=True)
     assert torch.allclose(eps, guide(*(Spy()(x, i, c) for c in (cond, s, null)), lam, beta))
@@ -215,23 +216,23 @@ def test_guidance_is_confined_to_its_interval():
     cond, x = condition(), normal(B, *SHAPE)
     for i, passes in ((99.0, 1), (100.0, 3), (250.0, 3), (400.0, 3), (401.0, 1)):
         spy, at = Spy(), torch.full((B,), i)
-        eps = guided(spy, cond, 2.0, 0.5, interval=(100, 400))(x, at)
+        eps = with_guidance(spy, cond, 2.0, 0.5, interval=(100, 400))(x, at)
         assert (spy.calls, spy.rows) == (1, passes * B)
-        assert torch.allclose(eps, guided(Spy(), cond, 2.0, 0.5)(x, at) if passes == 3 else Spy()(x, at, cond))
+        assert torch.allclose(eps, with_guidance(Spy(), cond, 2.0, 0.5)(x, at) if passes == 3 else Spy()(x, at, cond))
 
 
 @pytest.mark.parametrize("low, high", [(0.5, 2.0), (0.0, 1.0), (3.0, 100.0)])
 def test_an_interval_of_sigma_is_one_of_indices(low, high):
-    first, last = guided_indices(Options(interval=f"{low},{high}"), TABLE)
+    first, last = guidance_indices(Options(guidance_interval=f"{low},{high}"), TABLE)
     sigma = to_sigma(TABLE)
     inside = [k for k in range(len(TABLE)) if low <= sigma[k] <= high]
     assert (first, last) == (inside[0], inside[-1])
-    assert guided_indices(Options(), TABLE) is None
+    assert guidance_indices(Options(), TABLE) is None
 
 
 def test_guidance_without_controls_has_no_use_for_beta():
     spy, cond, x, i = Spy(), replace(condition(), flip=None, steered=None), normal(B, *SHAPE), torch.zeros(B)
-    eps = guided(spy, cond, 3.0, 0.3)(x, i)
+    eps = with_guidance(spy, cond, 3.0, 0.3)(x, i)
     assert spy.rows == 2 * B
     assert torch.allclose(eps, 3 * Spy()(x, i, cond) - 2 * Spy()(x, i, cond.drop(semantics=True)))
 
@@ -240,7 +241,7 @@ def test_guidance_without_controls_has_no_use_for_beta():
 def test_guidance_without_semantics(cond):
     x, i = normal(B, *SHAPE), torch.zeros(B)
     free = Spy()(x, i, cond.drop(controls=True))
-    assert torch.allclose(guided(Spy(), cond, 3.0)(x, i), free + 3 * (Spy()(x, i, cond) - free))
+    assert torch.allclose(with_guidance(Spy(), cond, 3.0)(x, i), free + 3 * (Spy()(x, i, cond) - free))
 
 
 def test_guidance_of_a_network_follows_the_form_at_three_passes():
@@ -250,7 +251,7 @@ def test_guidance_of_a_network_follows_the_form_at_three_passes():
     x, i = normal(B, 3, 8, 8).float(), torch.tensor([7.0, 400.0, 999.0])
     one = [net(x, i, c) for c in (cond, cond.drop(controls=True), cond.drop(semantics=True, controls=True))]
     assert (one[0] - one[1]).abs().max() > 1e-3 and (one[1] - one[2]).abs().max() > 1e-3
-    assert torch.allclose(guided(net, cond, 2.5, 1.375)(x, i), guide(*one, 2.5, 1.375), atol=1e-4)
+    assert torch.allclose(with_guidance(net, cond, 2.5, 1.375)(x, i), guide(*one, 2.5, 1.375), atol=1e-4)
 
 
 # ---------------------------------------------------------------- images
@@ -263,29 +264,29 @@ def network(cfg):
     return net
 
 
-CFG = Config(lam=2.0, model=ModelConfig(semantics="class", classes=5, width=16, depth=1, heads=2, resolution=8))
+CFG = Config(guidance=2.0, model=ModelConfig(semantics="class", classes=5, width=16, depth=1, heads=2, resolution=8))
 NET = network(CFG.model)
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("options", [*(Options(sampler=name) for name in SAMPLERS), Options(eta=0.7, lam=1.0)])
+@pytest.mark.parametrize("options", [*(Options(sampler=name) for name in SAMPLERS), Options(eta=0.7, guidance=1.0)])
 def test_an_image_does_not_depend_on_its_batch(options):
     labels, options = torch.tensor([4, 0, 2]), replace(options, steps=2)
-    together = draw(NET, CFG, Condition(label=labels), [3, 0, 12], options, CPU)
-    alone = draw(NET, CFG, Condition(label=labels[2:]), [12], options, CPU)
+    together = generate(NET, CFG, Condition(label=labels), [3, 0, 12], options, CPU)
+    alone = generate(NET, CFG, Condition(label=labels[2:]), [12], options, CPU)
     assert together.shape == (3, 3, 8, 8) and torch.isfinite(together).all()
     assert torch.allclose(together[2:], alone, atol=1e-3 * together.abs().max().item())
 
 
 def drawn(cfg=CFG, **changes):
     """One image of NET, two steps."""
-    return draw(NET, cfg, Condition(label=torch.tensor([4])), [1], replace(Options(steps=2), **changes), CPU)
+    return generate(NET, cfg, Condition(label=torch.tensor([4])), [1], replace(Options(steps=2), **changes), CPU)
 
 
 def test_guidance_and_fresh_noise_are_the_run_s_own_unless_an_option_sets_them():
-    cfg = replace(CFG, lam=3.0, eta=0.25)
-    of = lambda **options: [getattr(settled(Options(**options), cfg), key) for key in ("lam", "eta")]
-    assert of() == [3.0, 0.25] and of(lam=1.0, eta=0.0) == [1.0, 0.0] and of(sampler="heun") == [3.0, 0.0]
+    cfg = replace(CFG, guidance=3.0, eta=0.25)
+    of = lambda **options: [getattr(resolve_defaults(Options(**options), cfg), key) for key in ("lam", "eta")]
+    assert of() == [3.0, 0.25] and of(guidance=1.0, eta=0.0) == [1.0, 0.0] and of(sampler="heun") == [3.0, 0.0]
     assert check(Options(steps=4), cfg).eta == 0.25
     assert torch.equal(drawn(cfg), drawn(replace(cfg, eta=0.0), eta=0.25))
     assert not torch.equal(drawn(cfg), drawn(cfg, eta=0.0))
@@ -293,11 +294,11 @@ def test_guidance_and_fresh_noise_are_the_run_s_own_unless_an_option_sets_them()
 
 def test_draw_reads_sampler_steps_spacing_eta_lam_and_seed():
     usual = drawn()
-    for changes in (dict(sampler="heun"), dict(steps=3), dict(spacing="linspace"), dict(eta=1.0), dict(lam=5.0),
+    for changes in (dict(sampler="heun"), dict(steps=3), dict(spacing="linspace"), dict(eta=1.0), dict(guidance=5.0),
                     dict(seed=1)):
         assert (drawn(**changes) - usual).abs().max() > 1e-3, changes
     assert torch.equal(usual, drawn(lam=2.0))               # -1 is the guidance scale of the run
-    denoise = guided(NET, Condition(label=torch.tensor([4])), 2.0)
+    denoise = with_guidance(NET, Condition(label=torch.tensor([4])), 2.0)
     assert torch.allclose(usual, ddim(denoise, keyed_noise([1], (3, 8, 8), 0), TABLE, 2), atol=1e-4)
 
 

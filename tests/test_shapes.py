@@ -9,11 +9,12 @@ import torch
 
 from config import UserError
 from evaluation import shapes_score
-from evaluation.shapes_score import cut, score, sharpness
+from evaluation.shapes_score import score, sharpness, touches_border
 from rng import uniform
 from sources import shapes
 from sources.shapes import HELD_OUT, LARGE, NATIVE, SMALL, Shapes
-from sources.shapes_grammar import BACKGROUNDS, COLORS, RELATIONS, SHAPES, WORDS, describe, split, write
+from sources.shapes_grammar import (BACKGROUNDS, COLORS, RELATIONS, SHAPES, WORDS, facts_to_caption, parse_caption,
+                                    split)
 from text import WordVectors
 
 PLAIN = dict(native=False, crop=False, flip=False)
@@ -30,18 +31,18 @@ def whole():
 def test_captions_are_of_the_grammar_and_use_all_of_it():
     texts = Shapes(8, **PLAIN).records(range(500))["caption"]
     lengths = [len(split(text)) for text in texts]
-    assert all(write(describe(text)) == text for text in texts)
+    assert all(facts_to_caption(parse_caption(text)) == text for text in texts)
     assert (min(lengths), max(lengths) <= 20) == (3, True) and max(lengths) >= 17
     assert set(" ".join(texts).split()) == set(WORDS) and len(set(WORDS)) == len(WORDS)
 
 
 def test_describe_reads_what_a_person_types():
-    facts = describe("A small RED ring, left of a blue square; on grey.")
+    facts = parse_caption("A small RED ring, left of a blue square; on grey.")
     assert facts.colors == ("red", "blue") and facts.shapes == ("ring", "square")
     assert facts.sizes == ("small", None)
     assert facts.relations == ("left of",) and facts.background == "grey"
-    assert describe("red ring and large orange star").relations == (None,)
-    assert write(describe("red ring and large orange star")) == "a red ring and a large orange star"
+    assert parse_caption("red ring and large orange star").relations == (None,)
+    assert facts_to_caption(parse_caption("red ring and large orange star")) == "a red ring and a large orange star"
 
 
 @pytest.mark.parametrize("text, part", [
@@ -50,7 +51,7 @@ def test_describe_reads_what_a_person_types():
     ("a red ring blue", "wanted on")])
 def test_describe_says_where_a_caption_leaves_the_grammar(text, part):
     with pytest.raises(UserError) as error:
-        describe(text)
+        parse_caption(text)
     assert part in str(error.value) and "\n" not in str(error.value)
 
 
@@ -181,11 +182,11 @@ def test_wrong_arguments_are_named():
 
 @pytest.mark.parametrize("kind", ["free", "grid"])
 def test_captions_are_true_of_the_scene(kind):
-    batch = Shapes(8, seed=2, scenes=kind, **PLAIN).records(range(800))
+    batch = Shapes(8, seed=2, layout=kind, **PLAIN).records(range(800))
     scene = {k: v.numpy() for k, v in batch["scene"].items()}
     claims = 0
     for b, text in enumerate(batch["caption"]):
-        facts, n = describe(text), scene["n"][b]
+        facts, n = parse_caption(text), scene["n"][b]
         assert facts.colors == tuple(list(COLORS)[k] for k in scene["color"][b, :n])
         assert facts.shapes == tuple(SHAPES[k] for k in scene["shape"][b, :n])
         assert facts.background in (None, list(BACKGROUNDS)[scene["background"][b]])
@@ -202,7 +203,7 @@ def test_captions_are_true_of_the_scene(kind):
 @pytest.mark.parametrize("objects", [(1,), (2,), (3,)])
 @pytest.mark.parametrize("kind", ["free", "grid"])
 def test_objects_are_whole_apart_and_of_different_colours(objects, kind):
-    scene, n = Shapes(8, objects=objects, scenes=kind).drawn(np.arange(800))[1], objects[0]
+    scene, n = Shapes(8, objects=objects, layout=kind).drawn(np.arange(800))[1], objects[0]
     assert (scene["n"] == n).all()
     assert (scene["shape"][:, n:] == -1).all() and (scene["shape"][:, :n] >= 0).all()
     x, y, r = (scene[name][:, :n] for name in "xyr")
@@ -215,12 +216,12 @@ def test_objects_are_whole_apart_and_of_different_colours(objects, kind):
 
 
 def test_on_the_grid_centres_are_corners_of_patches_and_sizes_are_two_one_large_among_several():
-    source = Shapes(32, scenes="grid", **PLAIN)
+    source = Shapes(32, layout="grid", **PLAIN)
     scene = source.drawn(np.arange(2000))[1]
     there = scene["r"] > 0
     for name in "xy":
         place = scene[name][there] * 8
-        assert (place == place.round()).all() and set(place) == set(shapes.EIGHTHS)
+        assert (place == place.round()).all() and set(place) == set(shapes.GRID_CENTRES)
     small, large = ((scene["r"] == r).sum(1) for r in shapes.TWO_SIZES)
     several = scene["n"] > 1
     assert (large[several] == 1).all() and (small + large == scene["n"]).all()
@@ -233,25 +234,25 @@ def test_on_the_grid_centres_are_corners_of_patches_and_sizes_are_two_one_large_
 
 
 def test_scenes_of_sides_are_pairs_on_the_grid_beside_each_other_and_every_caption_says_how():
-    source = Shapes(32, scenes="sides", **PLAIN)
+    source = Shapes(32, layout="sides", **PLAIN)
     batch = source.records(range(300))
     scene = {k: v.numpy() for k, v in batch["scene"].items()}
     assert (scene["n"] == 2).all() and set(np.unique(scene["relation"][:, 0])) == {0, 1}    # left of, right of
-    assert [describe(text).relations for text in batch["caption"]] == [(RELATIONS[k],) for k in scene["relation"][:, 0]]
+    assert [parse_caption(text).relations for text in batch["caption"]] == [(RELATIONS[k],) for k in scene["relation"][:, 0]]
     left = scene["x"][:, 0] < scene["x"][:, 1]
     assert (left == (scene["relation"][:, 0] == 0)).all() and abs(left.mean() - 0.5) < 5 * 0.5 / 300 ** 0.5
     assert (scene["x"][:, :2] * 8 % 1 == 0).all() and (scene["y"][:, :2] * 8 % 1 == 0).all()
-    assert len({Shapes(32, scenes=kind).fingerprint for kind in ("free", "grid", "sides")}) == 3
+    assert len({Shapes(32, layout=kind).fingerprint for kind in ("free", "grid", "sides")}) == 3
     rare = {(list(COLORS).index(c), SHAPES.index(s)) for c, s in HELD_OUT}
-    scene = Shapes(32, scenes="sides", split="held_out", **PLAIN).records(range(50))["scene"]
+    scene = Shapes(32, layout="sides", split="held_out", **PLAIN).records(range(50))["scene"]
     assert all((c[m].item(), s[m].item()) in rare for c, s, m in zip(scene["color"], scene["shape"], scene["main"]))
-    with pytest.raises(UserError, match="unknown scenes='left'; there are free, grid, sides"):
-        Shapes(scenes="left")
+    with pytest.raises(UserError, match="unknown layout='left'; there are free, grid, sides"):
+        Shapes(layout="left")
 
 
 @pytest.mark.parametrize("kind", ["free", "grid"])
 def test_label_is_the_clearly_largest_object_and_sets_the_native_size(kind):
-    batch = Shapes(8, scenes=kind).records(range(2000))
+    batch = Shapes(8, layout=kind).records(range(2000))
     r = batch["scene"]["r"].sort(dim=1, descending=True)
     assert (r.values[:, 1] <= 0.9 * r.values[:, 0] + 1e-9).all()
     assert torch.equal(batch["label"], batch["scene"]["shape"].gather(1, r.indices[:, :1])[:, 0])
@@ -267,7 +268,7 @@ def test_label_is_the_clearly_largest_object_and_sets_the_native_size(kind):
 def test_held_out_pairs_are_only_where_they_belong(kind):
     pairs = {(list(COLORS).index(c), SHAPES.index(s)) for c, s in HELD_OUT}
     for split_name in ("train", "test", "held_out"):
-        scene = Shapes(8, split=split_name, scenes=kind).drawn(np.arange(3000))[1]
+        scene = Shapes(8, split=split_name, layout=kind).drawn(np.arange(3000))[1]
         main = [(c[m], s[m]) for c, s, m in zip(scene["color"], scene["shape"], scene["main"])]
         every = [p for c, s in zip(scene["color"], scene["shape"]) for p in zip(c.tolist(), s.tolist())]
         found = sum(p in pairs for p in every)
@@ -286,7 +287,7 @@ def some(count):
 def test_coverage_has_the_area_and_place_of_the_shape_at_every_native_size(n):
     x, y, r, R = np.full(8, 0.47), np.full(8, 0.56), np.full(8, 0.21), 48
     zero = np.zeros(8, int)
-    mask = shapes.draw(np.arange(8), x, y, r, n, zero + shapes.canvas(R), zero, zero, zero > 0, R)
+    mask = shapes.draw(np.arange(8), x, y, r, n, zero + shapes.canvas_side(R), zero, zero, zero > 0, R)
     area, low = shapes_score.moments()
     assert np.abs(mask.sum((1, 2)) / (area * (0.21 * R) ** 2) - 1).max() < 2 / n     # blunt tips
     at = (np.arange(R) + 0.5) / R
@@ -315,7 +316,7 @@ def test_resampling_keeps_ramps_and_widens_with_shrinking(n, width):
 
 def test_crop_is_a_window_and_flip_a_mirror():
     zero, off, R = np.zeros(12, int), np.zeros(12, bool), 20
-    S = zero + shapes.canvas(R)
+    S = zero + shapes.canvas_side(R)
     base = shapes.render(some(12), S, zero, zero, off, R)
     moved = shapes.render(some(12), S, zero + 2, zero + 3, off, R)
     assert np.allclose(base[:, :, 2:, 3:], moved[:, :, :-2, :-3], atol=1e-6)
@@ -328,8 +329,8 @@ def test_a_crop_of_a_kth_of_the_side_is_a_window_of_the_image_at_k_times_the_res
     R, B, u = 20, 24, np.random.default_rng(k)
     top, left = u.integers(0, (k - 1) * R + 1, (2, B))
     flip, zero = u.random(B) < 0.5, np.zeros(B, int)
-    S = zero + k * shapes.canvas(R)
-    fine = shapes.render(some(B), zero + shapes.canvas(k * R), zero, zero, zero > 0, k * R)
+    S = zero + k * shapes.canvas_side(R)
+    fine = shapes.render(some(B), zero + shapes.canvas_side(k * R), zero, zero, zero > 0, k * R)
     window = np.stack([fine[b, :, top[b]:top[b] + R, left[b]:left[b] + R] for b in range(B)])
     window[flip] = window[flip][..., ::-1]
     near = shapes.render(some(B), S, top, left, flip, R)
@@ -432,7 +433,7 @@ def test_each_false_word_is_found_by_its_own_score():
     for b in range(60):                                                     # captions that leave nothing out
         sizes = tuple("small" if r <= SMALL else "large" if r >= LARGE else None for r in scene["r"][b, :2])
         background, link = list(BACKGROUNDS)[scene["background"][b]], RELATIONS[scene["relation"][b, 0]]
-        facts = describe(batch["caption"][b])
+        facts = parse_caption(batch["caption"][b])
         full.append(swap(facts, sizes=sizes, background=background, relations=(link,)))
 
     def other(name, names, *taken):
@@ -445,11 +446,11 @@ def test_each_false_word_is_found_by_its_own_score():
         size=[swap(f, sizes=tuple(opposite[s] for s in f.sizes)) for f in full],
         side=[swap(f, relations=(RELATIONS[RELATIONS.index(f.relations[0]) ^ 1],)) for f in full],
         background=[swap(f, background=other(f.background, BACKGROUNDS)) for f in full],
-        count=[describe(write(f).split(f.relations[0])[0]) for f in full])
+        count=[parse_caption(facts_to_caption(f).split(f.relations[0])[0]) for f in full])
     lies["level"] = lies["side"]
-    assert score(batch["image"], [write(f) for f in full])["all"].mean() == 1
+    assert score(batch["image"], [facts_to_caption(f) for f in full])["all"].mean() == 1
     for name, facts in lies.items():
-        right = score(batch["image"], [write(f) for f in facts])
+        right = score(batch["image"], [facts_to_caption(f) for f in facts])
         assert right[name].nansum() == 0 and (~right[name].isnan()).sum() > 20, name
         tied = ({"side", "level"}, {"count", "color"})      # an object that is not asked for brings its colour along
         others = [right[k] for k in right if k not in (name, "all") and {k, name} not in tied]
@@ -480,7 +481,7 @@ def test_sharpness_rises_with_native_size(whole):
 
 
 def test_cut_finds_the_objects_that_the_crop_cuts(whole):
-    assert not cut(whole["image"]).any()
+    assert not touches_border(whole["image"]).any()
     batch = Shapes(32, native=False).records(range(300))
     at = (np.arange(-200, 200) + 0.5) / 200
     reach = []                                                       # of each shape: left and right, up, down
@@ -493,7 +494,7 @@ def test_cut_finds_the_objects_that_the_crop_cuts(whole):
     x, y, r = (scene[name].float() for name in "xyr")
     beyond = torch.stack([wide * r - x, x + wide * r - 1, up * r - y, y + down * r - 1]).amax(0) * 32
     beyond = beyond.where(scene["shape"] >= 0, torch.tensor(-9.0)).amax(1)  # pixels that are cut off
-    found = cut(batch["image"]).float()
+    found = touches_border(batch["image"]).float()
     assert found[beyond > 2].mean() > 0.97 and found[beyond < -0.5].mean() < 0.01
     assert (beyond > 0.5).float().mean() > 0.4
 

@@ -238,9 +238,9 @@ def test_tars_and_a_folder_of_the_same_files_give_the_same_records(tmp_path):
     for k in range(12):
         for name, body in list(sample(k).items())[:2]:
             (tmp_path / "loose" / name).write_bytes(body)
-    loose = data.Captions(tmp_path / "loose", 16, seed=3)
+    loose = data.CaptionFolder(tmp_path / "loose", 16, seed=3)
     keys = [(source, step, m) for source in (tars, loose) for step in (0, 1) for m in range(3)]
-    rows = [data.fetch(source, None, 7, 12, 4, step, m) for source, step, m in keys]
+    rows = [data.load_microbatch(source, None, 7, 12, 4, step, m) for source, step, m in keys]
     for a, b in zip(rows[:6], rows[6:]):
         a.pop("size"), b.pop("size")                            # of the original, and of the stored picture
         assert equal(a, b)
@@ -249,12 +249,12 @@ def test_tars_and_a_folder_of_the_same_files_give_the_same_records(tmp_path):
 def test_order_does_not_depend_on_micro_workers_or_what_was_read_before(tmp_path):
     root, seen = write_shards(tmp_path / "set", [5, 6, 2]), {}
     for micro, workers in ((12, 0), (4, 3), (1, 2)):
-        fetch = partial(data.fetch, data.TarShards(root, 8, seed=1), None, 5, 12, micro)
+        fetch = partial(data.load_microbatch, data.TarShards(root, 8, seed=1), None, 5, 12, micro)
         keys = [(step, m) for step in range(3) for m in range(12 // micro)]
         parts = list(data.prefetch(fetch, keys, workers))
         seen[micro] = {k: torch.cat([p[k] for p in parts]) for k in ("image", "index", "crop", "flip", "size")}
     assert equal(seen[12], seen[4]) and equal(seen[12], seen[1])
-    late = data.fetch(data.TarShards(root, 8, seed=1), None, 5, 12, 12, 2, 0)           # resumed at step 2
+    late = data.load_microbatch(data.TarShards(root, 8, seed=1), None, 5, 12, 12, 2, 0)           # resumed at step 2
     assert torch.equal(late["image"], seen[12]["image"][24:])
 
 

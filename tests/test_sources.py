@@ -89,7 +89,7 @@ def tokens(tmp):
 
 
 SOURCES = {"classes": classes, "texts": texts, "tars": tars, "coco": coco, "latents": latents, "tokens": tokens}
-TINY = ["--threads=1", "--workers=1", "--batch=6", "--micro=3", "--warmup=0", "--save_every=1", "--sample_every=1",
+TINY = ["--threads=1", "--workers=1", "--batch=6", "--microbatch=3", "--warmup=0", "--save_every=1", "--sample_every=1",
         "--log_every=1", "--dtype=float32", "--compile=off", "--model.width=16", "--model.depth=1", "--model.heads=2",
         f"--model.resolution={R}"]
 
@@ -144,7 +144,7 @@ def measure(source, batches):
     A leak grows in each; Python's table of interned strings, to which every Path adds, is made anew now and then."""
     page, seen = os.sysconf("SC_PAGE_SIZE"), []
     for step in range(batches):
-        data.fetch(source, None, 0, 2, 2, step, 0)
+        data.load_microbatch(source, None, 0, 2, 2, step, 0)
         if (step + 1) % (batches // 4) == 0:
             gc.collect()
             seen.append((int(Path("/proc/self/statm").read_text().split()[1]) * page, sys.getallocatedblocks()))

@@ -17,7 +17,7 @@ import latents
 import text
 import train
 from config import Config, ModelConfig, UserError
-from sample import Options, Wishes
+from sample import Options, SampleConditions
 from sources import cached_latents
 from sources.cached_latents import Latents, open_latents, pack
 
@@ -40,7 +40,7 @@ class Encoder:
             yield torch.stack(rows) * self.scale if rows else torch.zeros(0, E)
 
     def encode(self, captions):
-        return text.padded(list(self.each(captions)), L, E)
+        return text.pad_tokens(list(self.each(captions)), L, E)
 
     def describe(self):
         return {"name": self.name, "layer": "last", "dim": E, "length": L,
@@ -148,7 +148,7 @@ def test_training_with_the_same_encoder_loads_no_tower(place, tower):
     source = data.open_source(cfg)
     encoder = text.make_encoder(cfg, source.encoder)
     assert (encoder.dim, encoder.length) == (E, L)
-    batch = data.fetch(source, encoder, 0, 6, 6, 3, 0)
+    batch = data.load_microbatch(source, encoder, 0, 6, 6, 3, 0)
     assert torch.equal(batch["text"], Encoder().encode(batch["caption"])[0].half().float()) and not tower
     words, _ = encoder.encode(["a dog"])
     assert torch.equal(words, Encoder().encode(["a dog"])[0]) and len(tower) == 1
@@ -184,7 +184,7 @@ def test_latents_without_tokens_are_as_they_were(tmp_path, tower):
     source = data.open_source(cfg)
     assert source.encoder is None and "text" not in source.record(0, 0) and "encoder" not in source.meta
     encoder = text.make_encoder(cfg, source.encoder)
-    assert data.fetch(source, encoder, 0, 6, 6, 0, 0)["text"].shape == (6, L, E) and len(tower) == 1
+    assert data.load_microbatch(source, encoder, 0, 6, 6, 0, 0)["text"].shape == (6, L, E) and len(tower) == 1
 
 
 def test_the_tower_runs_where_the_run_does_if_that_is_cuda(monkeypatch):
@@ -207,15 +207,15 @@ def test_the_fingerprint_knows_the_tokens_and_not_where_their_encoder_lay(tmp_pa
 
 def test_drawing_reads_what_is_stored_and_checks_the_tower_for_what_is_not(place, tower, monkeypatch):
     cfg = replace(config(place), model=replace(MODEL, text_dim=E, text_length=L), padding="zero")
-    about = train.about_weights(cfg, data.open_source(cfg))
-    condition, titles = Wishes(Options(), cfg, about)(np.arange(5, 9))
+    about = train.weights_metadata(cfg, data.open_source(cfg))
+    condition, titles = SampleConditions(Options(), cfg, about)(np.arange(5, 9))
     assert titles == data.captions(data.open_source(cfg), [5, 6, 0, 1]) and not tower
     assert torch.equal(condition.text, Encoder().encode(titles)[0].half().float())
-    condition, titles = Wishes(Options(prompt="a dog; cat"), cfg, about)(np.arange(2))
+    condition, titles = SampleConditions(Options(prompt="a dog; cat"), cfg, about)(np.arange(2))
     assert torch.equal(condition.text, Encoder().encode(["a dog", "cat"])[0]) and len(tower) == 1
     monkeypatch.setattr(text, "CLIPText", lambda path, device: Encoder(weights="other"))
     with pytest.raises(UserError, match="stored tokens are of 'clip:here'"):
-        Wishes(Options(prompt="a dog"), cfg, about)
+        SampleConditions(Options(prompt="a dog"), cfg, about)
 
 
 # ---------------------------------------------------------------- damage
@@ -257,7 +257,7 @@ def test_as_many_files_may_be_open_as_the_system_allows():
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (300, before[1]))
     try:
-        distributed.open_more_files()
+        distributed.raise_file_limit()
         wanted = max(distributed.FILES) if before[1] == resource.RLIM_INFINITY else min(max(distributed.FILES), before[1])
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] in (wanted, min(wanted, min(distributed.FILES)))
     finally:

@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 
 import text
 from config import Config, ModelConfig, UserError
-from runtime.optional import library
-from text import CACHE, CLIPText, StoredText, WordVectors, make_encoder
+from runtime.optional import optional_import
+from text import CACHE, CLIPText, LazyTextEncoder, WordVectors, make_encoder
 
-open_clip = library("open_clip", "CLIP", "open_clip_torch")
+open_clip = optional_import("open_clip", "CLIP", "open_clip_torch")
 TEXT = dict(context_length=77, vocab_size=49408, width=64, heads=4, layers=2)
 VISION = dict(image_size=8, layers=1, width=32, patch_size=4, head_width=16)
 CAPTIONS = ["a small red ring left of a large blue square on grey", "dog", "Ein Bär: naïve 猫 🐈 & co.", "", "dog",
@@ -331,7 +331,7 @@ def test_the_option_names_the_encoder(plain):
     for length in (0, 77):
         cfg = Config(encoder=f"clip:{plain}", model=replace(model, text_length=length))
         assert make_encoder(cfg).length == 77
-        assert isinstance(make_encoder(cfg, {"name": cfg.encoder, "dim": 64, "length": 77}), StoredText)
+        assert isinstance(make_encoder(cfg, {"name": cfg.encoder, "dim": 64, "length": 77}), LazyTextEncoder)
     with pytest.raises(UserError, match="text_length=20, but encoder='clip:x' has 77"):
         make_encoder(Config(encoder="clip:x", model=replace(model, text_length=20)))
     for wrong in ("", "clip", "clip:", "words:", "words:x", "t5:x"):

@@ -49,7 +49,7 @@ import rng
 import train
 from runtime import checkpoint, distributed, log
 
-TINY = ["--threads=1", "--workers=0", "--batch=8", "--micro=4", "--steps=12", "--save_every=4", "--log_every=3",
+TINY = ["--threads=1", "--workers=0", "--batch=8", "--microbatch=4", "--steps=12", "--save_every=4", "--log_every=3",
         "--warmup=5", "--sample_every=0", "--augment=", "--dtype=float32", "--model.semantics=none", "--model.width=16",
         "--model.depth=1", "--model.heads=2", "--model.resolution=8"]
 CLOCK = {"images_per_second", "tflops", "share_of_peak", "waited_for_data", "memory_gb", "eta_s"}   # not the same twice
@@ -158,7 +158,7 @@ def fork(job, rank, world, port, handle):
 
 def feed(job, rank):
     """Signals and bad pictures come with the data, so that they come at an exact step."""
-    real, (at, who, *numbers), (bad, what) = data.fetch, job.get("signals", (-1, 0)), job.get("bad", (-1, ""))
+    real, (at, who, *numbers), (bad, what) = data.load_microbatch, job.get("signals", (-1, 0)), job.get("bad", (-1, ""))
     rate = train.learning_rate
     if what == "rate":
         train.learning_rate = lambda step, cfg: math.inf if step == bad else rate(step, cfg)
@@ -178,7 +178,7 @@ def feed(job, rank):
             net = next(o for o in gc.get_objects() if isinstance(o, model.Denoiser) and o.training)
             net.final_layer.linear.bias.data.view(torch.int32)[1] ^= 1 << 20
         return out
-    data.fetch = fetch
+    data.load_microbatch = fetch
 
 
 class Disk:
@@ -328,8 +328,8 @@ def test_two_processes_do_what_one_does(run, straight, tmp_path):
 @needs_fork
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [
-    ["--model.depth=2", "--muon=0.01", "--model.arch=mpdit", "--normalize=true", "--dtype=bfloat16"],
-    ["--model.depth=2", "--model.arch=mpmmdit", "--normalize=true", "--lr_mp=0.01", "--snapshots=3",
+    ["--model.depth=2", "--lr_muon=0.01", "--model.arch=mpdit", "--forced_weight_norm=true", "--dtype=bfloat16"],
+    ["--model.depth=2", "--model.arch=mpmmdit", "--forced_weight_norm=true", "--lr_mp=0.01", "--ema_snapshots=3",
      "--model.modulation=scale+rotate+gate"]])
 def test_orthogonal_and_normalized_steps_are_the_same_on_two_processes_and_after_a_stop(flags, run, tmp_path):
     """Weights, averages and momentum bit for bit: each process takes the step for itself, from the same gradient."""
@@ -339,8 +339,8 @@ def test_orthogonal_and_normalized_steps_are_the_same_on_two_processes_and_after
     one, other = (load_file(tmp_path / name / "step-00000012" / "state.safetensors")
                   for name in ("one", "two-one"))
     assert one.keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in one.items())
-    assert any(k.endswith("momentum") for k in one) == ("--muon=0.01" in flags)
-    if "--normalize=true" in flags:
+    assert any(k.endswith("momentum") for k in one) == ("--lr_muon=0.01" in flags)
+    if "--forced_weight_norm=true" in flags:
         rows = one["net.blocks.0.attn.qkv.weight"].square().mean(1)
         assert (rows - 1).abs().max() < 1e-5
 
@@ -356,7 +356,7 @@ def test_real_pictures_on_two_processes_then_one_are_those_of_one(run, tmp_path)
     for name, content in (("html", b"<html>"), ("empty", b"")):
         (tmp_path / "set" / "class 1" / f"{name}.jpg").write_bytes(content)
     flags = [f"--data={tmp_path / 'set'}", "--augment=crop+flip", "--model.semantics=class", "--model.arch=dit",
-             "--model.controls=crop+flip", "--max_bad=0.3", "--workers=2", "--steps=8"]
+             "--model.controls=crop+flip", "--max_bad_fraction=0.3", "--workers=2", "--steps=8"]
     finish(run, tmp_path / "one", *flags)
     finish(run, tmp_path / "two-one", *flags, "--steps=4", world=2)
     assert "on 1 processes (was 2)" in finish(run, tmp_path / "two-one", *flags)
@@ -422,7 +422,7 @@ def test_a_signal_to_one_process_stops_all_of_them(run, straight, tmp_path):
 
 @needs_fork
 def test_a_second_signal_ends_it_at_once_and_an_echo_of_the_first_does_not(run, tmp_path):
-    ended = run(tmp_path / "out", signals=[4, 0, [0, signal.SIGINT], [1.05 * distributed.ECHO, signal.SIGTERM]])
+    ended = run(tmp_path / "out", signals=[4, 0, [0, signal.SIGINT], [1.05 * distributed.DEBOUNCE_S, signal.SIGTERM]])
     assert ended["codes"] == [143] and checkpoint.steps(tmp_path / "out") == [4]
     assert "once more to stop at once" in ended["text"] and "stopped by" not in ended["text"]
     ended = run(tmp_path / "out", signals=[4, 0, [0, signal.SIGINT], [0, signal.SIGTERM]])
@@ -446,7 +446,7 @@ def test_under_torchrun_a_signal_saves_and_stops(tmp_path, number, whole_group):
         printed = text.read()
     status = log.read_status(out)
     assert status["state"] == "stopped" and status["exit_code"] in (130, 143), printed
-    assert checkpoint.newest(out)["step"] == status["step"] == log.read(out)[-1]["step"]
+    assert checkpoint.latest(out)["step"] == status["step"] == log.read(out)[-1]["step"]
     wait_for(lambda: not alive(process.pid))
 
 
@@ -506,13 +506,13 @@ def test_weights_that_are_not_finite_are_not_saved(run, tmp_path):
 
 
 def test_after_a_bad_gradient_the_optimizer_touches_nothing():
-    cfg, window = config.Config(lr=0.1), train.Window(torch.device("cpu"))
+    cfg, window = config.Config(lr=0.1), train.LossWindow(torch.device("cpu"))
     net = torch.nn.Linear(4, 3)
     opt = train.optimizer(net, cfg, window)
     def step(k, value):
         for p in net.parameters():
             p.grad = torch.full_like(p, value)
-        window.add_norm(torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.clip), k)
+        window.add_norm(torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.grad_clip), k)
         opt.step()
         return [v.clone() for p in net.parameters() for v in (p.detach(), *opt.state[p].values())]
     first, second = step(0, 0.3), step(1, 0.2)
@@ -529,8 +529,8 @@ def test_after_a_bad_gradient_the_optimizer_touches_nothing():
 def test_a_run_that_is_another_one_is_refused_by_name(run, straight):
     before = leaves_of_a_failure(straight[0])
     for flags, parts in (
-            (["--model.depth=3", "--micro=8"], ["model.depth: 1 -> 3", "micro: 4 -> 8"]),
-            (["--ema=0.05"], ["ema: 0.1 -> 0.05"]),
+            (["--model.depth=3", "--microbatch=8"], ["model.depth: 1 -> 3", "micro: 4 -> 8"]),
+            (["--ema_std=0.05"], ["ema: 0.1 -> 0.05"]),
             (["--seed=1", "--batch=16"], ["seed: 0 -> 1", "batch: 8 -> 16", "data fingerprint", "another --out"])):
         ended = run(straight[0], *flags)
         assert ended["codes"] == [2]
@@ -591,9 +591,9 @@ def test_data_that_has_changed_is_named_and_data_that_has_moved_is_not(run, tmp_
     error(run(tmp_path / "out", *flags, "--steps=12"), "cannot resume", "data fingerprint: ", " -> ")
     with open(tmp_path / "moved/class 0/0.png", "r+b") as file:
         file.truncate(30)
-    ended = run(tmp_path / "new", *flags, "--max_bad=0")
+    ended = run(tmp_path / "new", *flags, "--max_bad_fraction=0")
     assert ended["codes"] == [2] and log.read_status(tmp_path / "new")["state"] == "failed:user"
-    error(ended, "class 0/0.png", "--max_bad")
+    error(ended, "class 0/0.png", "--max_bad_fraction")
 
 
 @needs_fork
@@ -624,7 +624,7 @@ def test_a_disk_that_fails_at_any_call_costs_a_checkpoint_and_not_the_run(run, s
 def test_a_disk_that_stays_full_is_said_at_the_end(run, straight, tmp_path):
     out = tmp_path / "out"
     ended = run(out, faults=["full", straight[1] // 2, 10 ** 6])
-    assert ended["codes"] == [2] and checkpoint.newest(out)["step"] == 4
+    assert ended["codes"] == [2] and checkpoint.latest(out)["step"] == 4
     error(ended, "all 12 steps are done", "does not take the last checkpoint", "goes on from step 4")
     assert "warning: checkpoint at step 8 not written" in ended["text"]
     assert "last good checkpoint: step 4." in ended["text"]
@@ -648,10 +648,10 @@ def test_a_disk_without_room_for_one_checkpoint_is_an_error_before_training(run,
 # ---------------------------------------------------------------- errors before training
 
 @pytest.mark.parametrize("flags, parts", [
-    (["--batch=17"], ["batch=17", "micro=4", "--micro=1"]), (["--batch=0"], ["batch=0", "1"]),
-    (["--micro=0"], ["micro=0"]), (["--steps=-1"], ["steps=-1"]), (["--lr=nan"], ["lr=nan"]),
-    (["--lr=inf"], ["lr=inf"]), (["--lr=-1"], ["lr=-1"]), (["--ema=0.5"], ["ema=0.5", "0.288"]),
-    (["--drop=1.5"], ["drop=1.5"]),
+    (["--batch=17"], ["batch=17", "micro=4", "--microbatch=1"]), (["--batch=0"], ["batch=0", "1"]),
+    (["--microbatch=0"], ["micro=0"]), (["--steps=-1"], ["steps=-1"]), (["--lr=nan"], ["lr=nan"]),
+    (["--lr=inf"], ["lr=inf"]), (["--lr=-1"], ["lr=-1"]), (["--ema_std=0.5"], ["ema=0.5", "0.288"]),
+    (["--cond_dropout=1.5"], ["drop=1.5"]),
     (["--threads=-1"], ["threads=-1"]), (["--workers=-1"], ["workers=-1"]), (["--cooldown=2"], ["cooldown=2"]),
     (["--beta1=1"], ["beta1=1"]), (["--sample_every=-1"], ["sample_every=-1"]), (["--log_every=0"], ["log_every=0"]),
     (["--model.patch=5"], ["model.resolution=8", "model.patch=5"]), (["--model.width=18"], ["model.width=18"]),
@@ -659,8 +659,8 @@ def test_a_disk_without_room_for_one_checkpoint_is_an_error_before_training(run,
     (["--model.arch=ditt"], ["ditt", "dit, mmdit"]), (["--model.schedule=cosine"], ["cosine", "scaled_linear, linear"]),
     (["--dtype=float16"], ["float16", "auto, float32, bfloat16"]), (["--compile=yes"], ["yes", "auto, on, off"]),
     (["--data=/nowhere"], ["/nowhere"]), (["--augment=zoom"], ["zoom", "crop, flip, size"]),
-    (["--model.controls=zoom"], ["zoom"]), (["--objects=0"], ["objects=0"]), (["--scenes=left"], ["free, grid, sides"]),
-    (["--scenes=sides", "--objects=3"], ["pairs", "objects=3"]),
+    (["--model.controls=zoom"], ["zoom"]), (["--shapes.objects=0"], ["objects=0"]), (["--shapes.layout=left"], ["free, grid, sides"]),
+    (["--shapes.layout=sides", "--shapes.objects=3"], ["pairs", "objects=3"]),
     (["--model.semantics=class", "--model.classes=1"], ["model.classes=1"]), (["--stepz=3"], ["--stepz", "--steps"]),
     (["--steps=many"], ["--steps", "'many'"]), (["--config=none.py"], ["none.py"]), (["--steps=1e30"], ["steps=1"]),
     (["--fid_every=2"], ["fid_every=2", "belong together"]), (["--fid_ref=ref.npz"], ["belong together"]),
@@ -676,13 +676,13 @@ def test_what_cannot_run_is_one_line_before_training(flags, parts, tmp_path, cap
 
 def test_microbatches_that_processes_cannot_share_are_an_error():
     with pytest.raises(config.UserError, match="8 microbatches, which 3 processes cannot share; use 1, 2, 4, 8 proc"):
-        train.check(config.Config(batch=256, micro=32), world=3)
-    train.check(config.Config(batch=256, micro=32), world=4)
+        train.check(config.Config(batch=256, microbatch=32), world=3)
+    train.check(config.Config(batch=256, microbatch=32), world=4)
 
 
 @pytest.mark.parametrize("error, code, parts", [
     (KeyboardInterrupt(), 130, ["stopped by SIGINT before training began"]),
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.\nMore."), 2, ["--micro", "allocate 3 GiB"]),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.\nMore."), 2, ["--microbatch", "allocate 3 GiB"]),
 ])
 def test_other_endings_are_one_line_too(error, code, parts, tmp_path, monkeypatch, capfd):
     def fail(*args):
@@ -710,7 +710,7 @@ def test_the_first_step_is_what_a_loop_by_hand_gives(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "matmul_peak", lambda *_: 1.0)
     monkeypatch.setattr(distributed, "find_device", lambda *_: torch.device("cpu"))
     flags = [*TINY, f"--out={tmp_path}", "--batch=16", "--steps=1", "--log_every=1", "--warmup=4", "--clip=0.01",
-             "--noise_weight=1.5"]
+             "--loss_sigma_power=1.5"]
     assert train.run(flags) == 0
     cfg = config.from_json((tmp_path / "config.json").read_text())
     source = data.open_source(cfg)
@@ -721,7 +721,7 @@ def test_the_first_step_is_what_a_loop_by_hand_gives(tmp_path, monkeypatch):
     losses, quarters, weight = [], [], []
     for m in range(4):
         g = torch.Generator().manual_seed(rng.seed64(0, "noise", 0, m))
-        x0 = data.fetch(source, None, 0, 16, 4, 0, m)["image"]
+        x0 = data.load_microbatch(source, None, 0, 16, 4, 0, m)["image"]
         loss, i = train.denoising_loss(net, x0, train.Condition(), g, alpha_bar, cfg)
         losses, quarters = losses + [loss], quarters + (i // 250).tolist()
         weight.append(((1 - alpha_bar[i]) / alpha_bar[i]) ** 0.75)
@@ -770,13 +770,13 @@ class Reads(TorchDispatchMode):
 
 def test_the_loop_waits_for_the_device_at_lines_of_the_log_only(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "matmul_peak", lambda *_: 1.0)
-    reads, real = Reads(), data.fetch
+    reads, real = Reads(), data.load_microbatch
     def fetch(*args):
         reads.inside = True
         out = real(*args)
         reads.step, reads.inside = args[5], False
         return out
-    monkeypatch.setattr(data, "fetch", fetch)
+    monkeypatch.setattr(data, "load_microbatch", fetch)
     for name in ("tolist", "numpy", "cpu", "item"):
         method = getattr(torch.Tensor, name)
         def noted(self, *args, method=method, name=name, **kwargs):
@@ -803,7 +803,7 @@ def test_shares_that_are_trained_without_controls_and_without_everything(drop, d
     cond = train.Condition(label=torch.ones(n, dtype=torch.long), flip=torch.ones(n), steered=torch.ones(n))
     g, alpha_bar = torch.Generator().manual_seed(3), torch.linspace(0.99, 0.01, 50)
     train.denoising_loss(net, torch.zeros(n, 1, 2, 4), cond, g, alpha_bar,
-                         config.Config(drop=drop, drop_controls=drop_controls))
+                         config.Config(cond_dropout=drop, control_dropout=drop_controls))
     null, free = net.cond.label == -1, net.cond.steered == 0
     assert not (null & ~free).any()                         # never controls without semantics
     for share, expected in ((null, drop), (free & ~null, drop_controls)):
@@ -829,7 +829,7 @@ def test_captions_are_padded_as_asked_and_with_fresh_noise_every_step(tmp_path, 
         assert train.run(flags) == 0
         texts[padding] = seen[0]
     cfg = config.from_json((tmp_path / "noisy" / "config.json").read_text())
-    batch = data.fetch(data.open_source(cfg), data.make_encoder(cfg), 0, 4, 4, 0, 0)
+    batch = data.load_microbatch(data.open_source(cfg), data.make_encoder(cfg), 0, 4, 4, 0, 0)
     assert torch.equal(texts["zero"], batch["text"])
     for b, n in enumerate(batch["lengths"].tolist()):
         copies = batch["text"][b, [j % n for j in range(cfg.model.text_length)]]
@@ -868,7 +868,7 @@ def test_the_log_says_how_fast_it_was(straight):
 
 @needs_fork
 def test_previews_are_drawn_once_and_again_when_lost(run, tmp_path):
-    flags = ["--sample_every=6", "--steps=6", "--model.noise_steps=10"]        # fewer than a preview's steps
+    flags = ["--sample_every=6", "--steps=6", "--model.timesteps=10"]        # fewer than a preview's steps
     finish(run, tmp_path, *flags)
     picture = tmp_path / "samples" / "step-00000006.png"
     first = picture.read_bytes()
@@ -896,7 +896,7 @@ class Rows:
 def test_control_values_come_from_all_over_the_data_and_few_images_are_read_at_a_time():
     cfg = config.Config(model=config.ModelConfig(semantics="none", controls="size"))
     source = Rows()
-    sizes = [h for h, _ in json.loads(train.about_weights(cfg, source)["controls"])["size"]]
+    sizes = [h for h, _ in json.loads(train.weights_metadata(cfg, source)["controls"])["size"]]
     assert len(sizes) == train.CONTROL_ROWS == sum(source.asked) and len(set(sizes)) == len(sizes)
     assert max(source.asked) <= train.READ
     assert abs(np.mean(sizes) - 2499.5) < 4 * 5000 / 12 ** 0.5 / len(sizes) ** 0.5      # uniform, 4 standard errors

@@ -16,12 +16,12 @@ import model
 from conditioning import Condition
 from config import Config, ModelConfig, UserError, to_json
 from runtime import checkpoint
-from transfer import extent, start_from, unit
+from transfer import extent, init_from, layer_of
 
 TEXT = ModelConfig(semantics="text", text_dim=11, text_length=7, resolution=18, patch=2, width=24, depth=5, heads=3,
-                   controls="crop+size", positions="resample", base=9)
+                   controls="crop+size", positions="resample", pos_base=9)
 CLASS = dataclasses.replace(TEXT, semantics="class", classes=6, text_dim=0, text_length=0)
-LARGE = dict(resolution=36, rescale=2.0)
+LARGE = dict(resolution=36, sigma_scale=2.0)
 REGION = ("x_embedder", "t_embedder", "y_embedder", "control_embedder", "blocks", "final_layer")
 
 
@@ -47,7 +47,7 @@ def transfer(tmp_path, old, new, **changes):
     """(report, names of the kept weights, names of the fresh ones, old weights); every weight is one or the other."""
     there, net = run(tmp_path / "old", old), network(new, 2)
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    report = start_from(str(tmp_path / "old"), net, Config(model=new, **changes))
+    report = init_from(str(tmp_path / "old"), net, Config(model=new, **changes))
     after = net.state_dict()
     kept = [k for k in after if k in there and torch.equal(after[k], there[k])]
     fresh = [k for k in after if torch.equal(after[k], before[k])]
@@ -79,7 +79,7 @@ def test_a_started_network_computes_what_the_old_run_does(tmp_path):
     run(tmp_path / "old", TEXT)
     old, _ = model.load(tmp_path / "old")
     net = network(TEXT, 2)
-    start_from(str(tmp_path / "old" / "weights.safetensors"), net, Config(model=TEXT))     # the file does as well
+    init_from(str(tmp_path / "old" / "weights.safetensors"), net, Config(model=TEXT))     # the file does as well
     g = torch.Generator().manual_seed(0)
     x, i = torch.randn(4, 3, 18, 18, generator=g), torch.tensor([0.0, 25, 500, 999])
     cond = Condition(text=torch.randn(4, 7, 11, generator=g), crop=torch.rand(4, 2, generator=g),
@@ -89,7 +89,7 @@ def test_a_started_network_computes_what_the_old_run_does(tmp_path):
 
 def test_another_number_of_classes_is_another_table_and_a_fresh_network_to_read_it(tmp_path):
     report, kept, fresh, _ = transfer(tmp_path, CLASS, dataclasses.replace(CLASS, classes=13))
-    assert {unit(n) for n in fresh} == {"y_embedder"} and len(fresh) == 5
+    assert {layer_of(n) for n in fresh} == {"y_embedder"} and len(fresh) == 5
     assert "y_embedder.table.embedding_table.weight (7, 24) -> (14, 24)" in report
 
 
@@ -99,7 +99,7 @@ def started(tmp_path, m, about, source, **changes):
     path.mkdir(exist_ok=True)
     header = {"config": to_json(Config(model=m))} | {key: json.dumps(value) for key, value in about.items()}
     checkpoint.write_weights(path / "weights.safetensors", network(m, 1).state_dict(), header)
-    report = start_from(str(path), network(dataclasses.replace(m, **changes), 2),
+    report = init_from(str(path), network(dataclasses.replace(m, **changes), 2),
                         Config(model=dataclasses.replace(m, **changes)), source)
     return [line for line in report.splitlines() if line.startswith("note: ")]
 
@@ -145,7 +145,7 @@ def test_pixels_and_latents_are_told_apart(tmp_path):
 @pytest.mark.parametrize("old, new", [(CLASS, TEXT), (TEXT, CLASS), (TEXT, dataclasses.replace(TEXT, text_dim=13))])
 def test_other_semantics_keep_all_but_what_reads_them(old, new, tmp_path):
     report, kept, fresh, there = transfer(tmp_path, old, new)
-    assert {unit(n) for n in fresh} == {"y_embedder"} and not [n for n in kept if n.startswith("y_")]
+    assert {layer_of(n) for n in fresh} == {"y_embedder"} and not [n for n in kept if n.startswith("y_")]
     assert f"semantics {old.semantics}" in report.splitlines()[0]
     left = [n for n in there if n.startswith("y_") and n not in fresh]
     assert bool(left) == bool(re.search(rf"  y_embedder +left out +{len(left)} tensor", report))
@@ -153,7 +153,7 @@ def test_other_semantics_keep_all_but_what_reads_them(old, new, tmp_path):
 
 def test_another_architecture_takes_what_has_the_same_name_and_shape(tmp_path):
     report, kept, fresh, _ = transfer(tmp_path, dataclasses.replace(CLASS, arch="dit"), CLASS)
-    assert {unit(n).split(".", 2)[-1] for n in fresh} == {"y_embedder", "attn.ctx_qkv", "attn.q_norm", "attn.k_norm"}
+    assert {layer_of(n).split(".", 2)[-1] for n in fresh} == {"y_embedder", "attn.ctx_qkv", "attn.q_norm", "attn.k_norm"}
     assert report.startswith("starting from ") and "arch dit" in report.splitlines()[0]
 
 
@@ -187,7 +187,7 @@ def test_blocks_are_kept_from_the_first_on(arch, depth, tmp_path):
 def test_a_group_of_controls_is_kept_or_fresh_as_a_whole(tmp_path):
     """With a trained last layer on a fresh first one a new control would have an effect, and a random one."""
     report, kept, fresh, _ = transfer(tmp_path, TEXT, dataclasses.replace(TEXT, controls="crop+flip+size"))
-    assert {unit(n) for n in fresh} == {"control_embedder.mlps.high"} and len(fresh) == 4
+    assert {layer_of(n) for n in fresh} == {"control_embedder.mlps.high"} and len(fresh) == 4
     assert "control_embedder.mlps.low.2.weight" in kept
     assert "control_embedder.mlps.high.0.weight (24, 512) -> (24, 768)" in report
 
@@ -195,46 +195,46 @@ def test_a_group_of_controls_is_kept_or_fresh_as_a_whole(tmp_path):
 def test_controls_that_are_new_start_without_effect_and_old_ones_are_left_out(tmp_path):
     free = dataclasses.replace(TEXT, controls="")
     report, _, fresh, _ = transfer(tmp_path, free, TEXT)
-    assert {unit(n) for n in fresh} == {"control_embedder.mlps.high", "control_embedder.mlps.low"}
+    assert {layer_of(n) for n in fresh} == {"control_embedder.mlps.high", "control_embedder.mlps.low"}
     report, _, fresh, _ = transfer(tmp_path, TEXT, free)
     assert not fresh and re.search("control_embedder +left out +8 tensors", report)
 
 
 def test_another_patch_keeps_the_blocks(tmp_path):
-    report, _, fresh, _ = transfer(tmp_path, TEXT, dataclasses.replace(TEXT, patch=3, base=6))
-    assert {unit(n) for n in fresh} == {"x_embedder", "final_layer.linear"}
-    assert "x_embedder.proj.weight (24, 3, 2, 2) -> (24, 3, 3, 3)" in report and "--model.base=9" in report
+    report, _, fresh, _ = transfer(tmp_path, TEXT, dataclasses.replace(TEXT, patch=3, pos_base=6))
+    assert {layer_of(n) for n in fresh} == {"x_embedder", "final_layer.linear"}
+    assert "x_embedder.proj.weight (24, 3, 2, 2) -> (24, 3, 3, 3)" in report and "--model.pos_base=9" in report
 
 
 def test_a_last_layer_that_states_something_else_is_fresh(tmp_path):
     report, _, fresh, _ = transfer(tmp_path, TEXT, dataclasses.replace(TEXT, prediction="v"))
-    assert {unit(n) for n in fresh} == {"final_layer.linear"}
+    assert {layer_of(n) for n in fresh} == {"final_layer.linear"}
     assert "note: the last layer is fresh: it predicted eps and predicts v now" in report
 
 
 # ---------------------------------------------------------------- what is noted
 
 def test_what_no_weight_shows_is_reported(tmp_path):
-    new = dataclasses.replace(TEXT, noise_steps=500, schedule="linear")
+    new = dataclasses.replace(TEXT, timesteps=500, schedule="linear")
     report = transfer(tmp_path, TEXT, new)[0]
     assert "changed           noise_steps: 1000 -> 500, schedule: 'scaled_linear' -> 'linear'" in report
 
 
 def test_a_finer_resolution_with_the_old_noise_is_noted(tmp_path):
     """The flag that the note names makes it go away."""
-    grid = dict(positions="grid", base=0)
-    old = dataclasses.replace(TEXT, rescale=1.5, **grid)
+    grid = dict(positions="grid", pos_base=0)
+    old = dataclasses.replace(TEXT, sigma_scale=1.5, **grid)
     report = transfer(tmp_path, old, dataclasses.replace(old, resolution=36))[0]
-    assert "the resolution is 2 times as large and sigma is as before" in report and "--model.rescale=3" in report
-    assert "reached to 8 and reach to 17 now" in report and "--model.positions=resample --model.base=8" in report
-    heeded = dataclasses.replace(old, resolution=36, rescale=3.0, positions="resample", base=8)
+    assert "the resolution is 2 times as large and sigma is as before" in report and "--model.sigma_scale=3" in report
+    assert "reached to 8 and reach to 17 now" in report and "--model.positions=resample --model.pos_base=8" in report
+    heeded = dataclasses.replace(old, resolution=36, sigma_scale=3.0, positions="resample", pos_base=8)
     assert "note" not in transfer(tmp_path, old, heeded)[0]
 
 
 def test_resampling_on_the_extent_of_each_resolution_is_noted(tmp_path):
-    old = dataclasses.replace(TEXT, base=0)
+    old = dataclasses.replace(TEXT, pos_base=0)
     report = transfer(tmp_path, old, dataclasses.replace(old, **LARGE))[0]
-    assert "note: positions reached to 9 and reach to 18 now" in report and "--model.base=9" in report
+    assert "note: positions reached to 9 and reach to 18 now" in report and "--model.pos_base=9" in report
 
 
 def test_the_extent_that_is_compared_is_that_of_the_positions_of_the_network():
@@ -252,7 +252,7 @@ def refuse(path, m, match):
     net = network(m, 2)
     before = {k: v.clone() for k, v in net.state_dict().items()}
     with pytest.raises(UserError, match=match):
-        start_from(str(path), net, Config(model=m))
+        init_from(str(path), net, Config(model=m))
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 
@@ -261,7 +261,7 @@ def test_another_width_fits_nowhere(heads, tmp_path):
     """Nor when the gains of heads of the same width, alone, would fit."""
     run(tmp_path / "old", TEXT)
     m = dataclasses.replace(TEXT, width=32, heads=heads)
-    refuse(tmp_path / "old", m, r"no block of --init=.*old fits: it has arch mmdit, .*width 24, depth 5, this run "
+    refuse(tmp_path / "old", m, r"no block of --init_from=.*old fits: it has arch mmdit, .*width 24, depth 5, this run "
                                 r"arch mmdit, .*width 32, .*--model.width must be the same")
 
 
@@ -307,5 +307,5 @@ def test_the_average_is_taken_and_not_the_last_step(tmp_path):
     state = {f"net.{k}": v for k, v in last.items()} | {f"ema.{k}": v for k, v in averaged.items()}
     assert checkpoint.save(tmp_path / "old", 8, state, {})
     net = network(TEXT, 2)
-    start_from(str(tmp_path / "old"), net, Config(model=TEXT))
+    init_from(str(tmp_path / "old"), net, Config(model=TEXT))
     assert all(torch.equal(v, averaged[k]) and not torch.equal(v, last[k]) for k, v in net.state_dict().items())

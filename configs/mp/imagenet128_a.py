@@ -8,5 +8,5 @@ from pathlib import Path
 from config import load
 
 base = load(str(Path(__file__).with_name("imagenet128_e.py")))
-config = replace(base, out="out/mp/imagenet128_a", normalize=False,
-                 model=replace(base.model, preserve="none"))
+config = replace(base, out="out/mp/imagenet128_a", forced_weight_norm=False,
+                 model=replace(base.model, mp="none"))

@@ -11,8 +11,8 @@ imagenet128_e, _scale, _rotate, _scale_rotate     the modulation, each with gate
 from config import SIZES, Config, ModelConfig
 
 config = Config(
-    out="out/mp/imagenet128_e", data="latents/imagenet128", augment="", steps=400_000, batch=256, micro=32, lr=1e-4,
-    lr_mp=1e-2, decay=0.1, warmup=2666, normalize=True, beta2=0.99, weight_decay=0.0, log_every=100, save_every=5000,
-    sample_every=10_000, workers=8, lam=1.5,
+    out="out/mp/imagenet128_e", data="latents/imagenet128", augment="", steps=400_000, batch=256, microbatch=32,
+    lr=1e-4, lr_mp=1e-2, lr_decay_start=0.1, warmup=2666, forced_weight_norm=True, beta2=0.99, weight_decay=0.0,
+    log_every=100, save_every=5000, sample_every=10_000, workers=8, guidance=1.5,
     model=ModelConfig(arch="mpdit", semantics="class", classes=1000, resolution=16, channels=4, patch=4,
                       schedule="linear", **SIZES["S"]))

@@ -9,4 +9,4 @@ from config import load
 
 base = load(str(Path(__file__).with_name("shapes_e.py")))
 config = replace(base, out="out/mp/shapes_d",
-                 model=replace(base.model, preserve="cosine+weights"))
+                 model=replace(base.model, mp="cosine+weights"))
