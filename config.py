@@ -32,8 +32,8 @@ SIZES = {
 }
 
 
-# Old names of options. config.json files and weight headers from before are read by this table, and the command line and
-# config files still take the old names, with a note.
+# Old names of options. Older config.json files and weight headers are read by this table; the command line and config
+# files still take the old names, with a note.
 RENAMED = {
     "lam": "guidance", "drop": "cond_dropout", "drop_controls": "control_dropout", "micro": "microbatch",
     "muon": "lr_muon", "decay": "lr_decay_start", "clip": "grad_clip", "ema": "ema_std", "snapshots": "ema_snapshots",
@@ -253,7 +253,8 @@ def check_fields(cfg: Config, world: int) -> None:
     check_ranges(cfg)
     check_name("compile", cfg.compile, ("auto", "on", "off"))
     if cfg.cond_dropout + cfg.control_dropout > 1:
-        raise UserError(f"cond_dropout={cfg.cond_dropout} and control_dropout={cfg.control_dropout} are shares of one whole; lower one")
+        raise UserError(f"cond_dropout={cfg.cond_dropout} and control_dropout={cfg.control_dropout} are shares of one "
+                        "whole; lower one")
     if bool(cfg.fid_every) != bool(cfg.fid_ref):
         raise UserError(f"fid_every={cfg.fid_every} and fid_ref={cfg.fid_ref!r} belong together: set both or neither")
     for key, default in (("encoder", "words"), ("padding", "zero")):
@@ -269,8 +270,8 @@ def check_fields(cfg: Config, world: int) -> None:
     n = cfg.batch // cfg.microbatch
     if n % world:
         fit = ", ".join(str(w) for w in range(1, n + 1) if n % w == 0)
-        raise UserError(f"batch={cfg.batch} with microbatch={cfg.microbatch} is {n} microbatches, which {world} processes "
-                        f"cannot share; use {fit} processes, or another micro")
+        raise UserError(f"batch={cfg.batch} with microbatch={cfg.microbatch} is {n} microbatches, which {world} "
+                        f"processes cannot share; use {fit} processes, or another micro")
 
 
 def parse(argv: list[str], options: Any) -> Any:

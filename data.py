@@ -3,8 +3,9 @@
     python data.py --check PATH     decodes it and says what it holds, what is broken, what the network will see
     python data.py --check shapes   the same for the captioned shapes
 
-PATH is what --data takes: a folder of class folders or of captioned images (sources/folders.py), tar shards (sources/shards.py), or
-coco:PATH (sources/coco.py). --data also takes shapes (sources/shapes.py) and cached latents (sources/cached_latents.py).
+PATH is what --data takes: shapes (sources/shapes.py), a folder of class folders or of captioned images
+(sources/folders.py), tar shards (sources/shards.py), coco:PATH (sources/coco.py), or cached latents
+(sources/cached_latents.py).
 
 A source has len() and `records(indices, epochs) -> Batch` or `record(index, epoch) -> Record`, one row of it.
 A Batch is a dict; label and caption are in it if the source has them, text and lengths with an encoder:
@@ -127,10 +128,11 @@ class SourceType(NamedTuple):
 SOURCES = {                             # the first that takes a value of --data opens it
     "shapes": SourceType(lambda where: where == "shapes", open_shapes),
     "coco": SourceType(lambda where: where.startswith("coco:"),
-                       lambda cfg, split: CocoCaptions(cfg.data.removeprefix("coco:"), *crop_options(cfg)), classes=False),
-    "latents": SourceType(lambda where: is_latents(Path(where).expanduser()), lambda cfg, split: open_latents(cfg)),
-    "tars": SourceType(is_shards, lambda cfg, split: TarShards(cfg.data, *crop_options(cfg), cfg.model.semantics == "text"),
+                       lambda cfg, split: CocoCaptions(cfg.data.removeprefix("coco:"), *crop_options(cfg)),
                        classes=False),
+    "latents": SourceType(lambda where: is_latents(Path(where).expanduser()), lambda cfg, split: open_latents(cfg)),
+    "tars": SourceType(is_shards, classes=False, open=lambda cfg, split: TarShards(
+        cfg.data, *crop_options(cfg), cfg.model.semantics == "text")),
     "folder": SourceType(lambda where: True, open_folder),
 }
 
@@ -193,7 +195,8 @@ def collate(rows: list[Record]) -> Batch:
 
 def load_microbatch(source: Source, encoder: Any, seed: int, batch: int, micro: int, step: int, m: int) -> Batch:
     """Microbatch `m` of `step`; text and lengths are in it if there are captions and an encoder."""
-    return with_text(records(source, *index_and_epoch(stream_positions(step, m, batch, micro), len(source), seed)), encoder)
+    where = index_and_epoch(stream_positions(step, m, batch, micro), len(source), seed)
+    return with_text(records(source, *where), encoder)
 
 
 def prefetch(fetch_fn: Callable, keys: Iterable[tuple], workers: int, depth: int = 2) -> Iterator[Any]:
@@ -289,7 +292,8 @@ def open_for_check(where: str, R: int) -> Source:
         nested = any("/" in name for name in images)
         semantics = "text" if captioned else "class" if nested else "none"
     model = ModelConfig(semantics=semantics, resolution=R)
-    return SOURCES[what].open(Config(data=where, max_bad_fraction=1.0, augment="+".join(CONTROLS), model=model), "train")
+    cfg = Config(data=where, max_bad_fraction=1.0, augment="+".join(CONTROLS), model=model)
+    return SOURCES[what].open(cfg, "train")
 
 
 def main(argv: list[str]) -> None:

@@ -2,8 +2,8 @@
 
 python ema.py --out=out/shapes --std=0.08            writes out/shapes/weights-ema0.08.safetensors
 
-A run with --ema_snapshots=N keeps averages of WIDTHS and writes them N times into <out>/snapshots, each a weights file of
-its own. [EDM2] sec. 3.2: an average of another width is nearly a weighted sum of them.
+A run with --ema_snapshots=N keeps averages of WIDTHS and writes them N times into <out>/snapshots, each into a weights
+file of its own. [EDM2] sec. 3.2: an average of another width is nearly a weighted sum of them.
 Dimensions: S snapshots; an average has the shapes of the weights.
 """
 import copy

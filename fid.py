@@ -2,7 +2,7 @@
 
 python fid.py ref --images=data/train --center_crop=256 --save=ref.npz         statistics of real images, once
 python fid.py fid --images=samples.npz --ref=ref.npz                    or a folder of PNG files
-python fid.py fid --out=out/imagenet --ref=ref.npz --n=50000 --guidance=1.5  generated as by sample.py, never on the disk
+python fid.py fid --out=out/imagenet --ref=ref.npz --n=50000 --guidance=1.5     generated, never on the disk
 torchrun --nproc_per_node=8 -- fid.py fid --out=out/imagenet --ref=ref.npz --metrics=fid+kid+is
 python fid.py clip --images=samples.npz --prompts=prompts.txt           CLIPScore
 python fid.py lpips --out=out/imagenet --n=100                          how much images differ by size alone
@@ -32,7 +32,6 @@ from tqdm import tqdm
 import data
 import model
 import sample
-from conditioning import Condition
 from config import Config, UserError, parse, run
 from latents import decoder_of
 from runtime import distributed, log
@@ -75,7 +74,8 @@ class FeatureStats:
 
     def all_reduce(self, dist: distributed.Dist) -> None:
         """Add up over the processes, once, at the end; a process may have seen no images."""
-        self.count, self.sum, self.outer = (distributed.all_reduce_sum(x, dist) for x in (self.count, self.sum, self.outer))
+        sums = self.count, self.sum, self.outer
+        self.count, self.sum, self.outer = (distributed.all_reduce_sum(x, dist) for x in sums)
 
     @property
     def n(self) -> int:
@@ -274,7 +274,7 @@ def collect(pictures: Callable, n: int, batch: int, extract: Any, metrics: set[s
         blank += int((flat.amax(1) == flat.amin(1)).sum())
 
     stats.all_reduce(dist)
-    rows = {key: distributed.all_reduce_sum(found, dist) for key, found in rows.items()}   # a row is zero on all processes but one
+    rows = {key: distributed.all_reduce_sum(found, dist) for key, found in rows.items()}    # one process has each row
     counts = torch.tensor([float(blank), float(pictures.broken)], device=dist.device)
     blank, broken = map(int, distributed.all_reduce_sum(counts, dist).tolist())
     if stats.n != n:
@@ -334,54 +334,38 @@ def evaluate(pictures: Callable, n: int, batch: int, extract: Any, reference: Re
 # ---------------------------------------------------------------- images of a run
 
 class GeneratedImages:
-    """Images of a network by number, equal to those of sample.py with the same options, for any number of processes.
+    """The images of a run by number, equal to those of sample.py with the same options, for any number of processes.
 
     strict: raise a UserError for an image that is not finite; otherwise count it in `broken`."""
     workers = 0
 
-    def __init__(self, o: sample.Options, net: nn.Module | None, cfg: Config, header: dict[str, str],
-                 dist: distributed.Dist, strict: bool = True) -> None:
-        self.o, self.net, self.cfg, self.header, self.device = o, net, cfg, header, dist.device
-        self.strict, self.broken = strict, 0
-        self.wishes = sample.SampleConditions(o, cfg, header)
-        self.decode, self.scale = decoder_of(header, o.autoencoder, cfg.model.channels, dist.device)
+    def __init__(self, images_of: sample.Run, strict: bool = True) -> None:
+        self.run, self.strict, self.broken = images_of, strict, 0
 
     def __call__(self, indices: np.ndarray) -> Tensor:
         """Images number `indices` (B,), uint8 (B, 3, H, W). Only the last batch may be short."""
-        first = int(indices[0])
-        full = np.arange(first, first + min(self.o.batch, self.o.n))        # batches of one size round alike
-        x = self.generate(full, self.wishes(full)[0])[:len(indices)]
+        first, o = int(indices[0]), self.run.options
+        x = self.run(np.arange(first, first + min(o.batch, o.n)))[:len(indices)]     # batches of one size round alike
         if broken := int((~x.flatten(1).isfinite().all(1)).sum()):
             self.broken += broken
             if self.strict:
                 raise UserError(f"images {first} to {indices[-1]} are not finite; try --dtype=float32")
         return torch.from_numpy(sample.to_uint8(x)).permute(0, 3, 1, 2)
 
-    def generate(self, indices: np.ndarray, cond: Condition) -> Tensor:
-        """Decoded images number `indices` under `cond`, (B, 3, H, W) about [-1, 1]."""
-        return self.decode(sample.generate(self.net, self.cfg, cond, indices, self.o, self.device))
-
-
-def load_images(o: sample.Options, dist: distributed.Dist) -> GeneratedImages:
-    """The images of the run o.out. UserError for options that do not fit it."""
-    net, cfg, header = sample.open_run(o)
-    net.dtype = distributed.compute_dtype(dist.device, o.dtype)
-    return GeneratedImages(sample.check(o, cfg), net.to(dist.device), cfg, header, dist)
-
 
 def size_groups(o: sample.Options, sizes: tuple[int, ...], dist: distributed.Dist) -> Iterator[Tensor]:
     """[COND] sec. 3.1: for each of o.n prompts an image at every requested size, all else equal. uint8 (P, K, 3, H, W)
 
     The processes share the prompts; an image depends on the number of its prompt and on its size alone."""
-    drawn, K = load_images(o, dist), len(sizes)
-    if "size" not in model.control_names(drawn.cfg.model) or o.size:
+    images_of, K = sample.load_run(o, dist.device), len(sizes)
+    if "size" not in model.control_names(images_of.cfg.model) or o.size:
         raise UserError(f"images at several sizes need a model with size among its controls, and no --size of their "
-                        f"own; {o.out} has model.controls={drawn.cfg.model.controls!r}, size={o.size!r}")
+                        f"own; {o.out} has model.controls={images_of.cfg.model.controls!r}, size={o.size!r}")
     per = max(1, o.batch // K)
     for first in range(dist.rank * per, o.n, dist.world * per):
         index = np.repeat(np.arange(first, min(first + per, o.n)), K)                   # (P K,)
         size = torch.tensor(sizes, dtype=torch.float32)[:, None].expand(K, 2).repeat(len(index) // K, 1)
-        x = drawn.generate(index, replace(drawn.wishes(index)[0], size=size))
+        x = images_of(index, replace(images_of.conditions(index)[0], size=size))
         yield torch.from_numpy(sample.to_uint8(x)).permute(0, 3, 1, 2).unflatten(0, (-1, K))
 
 
@@ -400,28 +384,28 @@ class Options(sample.Options):
 
 def run_pictures(o: Options, dist: distributed.Dist) -> tuple[Callable, dict]:
     """The images of the run o.out, and their origin for the last line. UserError for options that do not fit it."""
-    drawn = load_images(o, dist)
-    o, cfg, header = drawn.o, drawn.cfg, drawn.header
+    images_of = sample.load_run(o, dist.device)
+    o, cfg, header = images_of.options, images_of.cfg, images_of.header
     captions = "captions of " + ("the test split" if cfg.data == "shapes" else cfg.data)
     default = {"class": "all classes in turn", "none": "nothing", "text": captions}[cfg.model.semantics]
     same = ("sampler", "steps", "eta", "guidance", "control_guidance", "guidance_interval", "seed", "size", "crop",
             "flip")
     about = {"samples": o.pretrained or (Path(o.out) / o.ema_file).as_posix(), "weights_sha256": header["sha256"],
              "train_step": int(header["step"]), "ema": float(header["ema"]) if "ema" in header else None,
-             **{key: getattr(o, key) for key in same}, "spacing": o.spacing or sample.SPACING[o.sampler], "dtype": str(drawn.net.dtype)[6:],
-             "resolution": [drawn.scale * s for s in sample.image_size(o, cfg)],
-             "asked": o.prompt or o.prompts or o.label or default, "prompts_sha256": drawn.wishes.prompts_sha256}
-    return (export(drawn, about, dist) if o.save_npz else drawn), about
+             **{key: getattr(o, key) for key in same}, "spacing": o.spacing or sample.SAMPLERS[o.sampler].spacing,
+             "dtype": str(images_of.net.dtype)[6:],
+             "resolution": [images_of.decoder[1] * s for s in sample.image_size(o, cfg)],
+             "asked": o.prompt or o.prompts or o.label or default,
+             "prompts_sha256": images_of.conditions.prompts_sha256}
+    return (export(images_of, about, dist) if o.save_npz else GeneratedImages(images_of)), about
 
 
-def export(drawn: GeneratedImages, about: dict, dist: distributed.Dist) -> ArrayImages:
+def export(images_of: sample.Run, about: dict, dist: distributed.Dist) -> ArrayImages:
     """Generate into the .npz o.save_npz, resuming after a stop as sample.py does, and read the images from there."""
-    o, path = drawn.o, npz_path("save_npz", drawn.o.save_npz)
+    o, path = images_of.options, npz_path("save_npz", images_of.options.save_npz)
     key = hashlib.sha256(json.dumps(about | {"n": o.n, "batch": o.batch}).encode()).hexdigest()[:8]
     part = path.with_name(f"{path.stem}-{key}.part")        # unfinished images of exactly these options
-    decoder = drawn.decode, drawn.scale
-    run = sample.Run(o, drawn.net, drawn.cfg, {}, drawn.wishes, decoder, dist.device)
-    images = sample.generate_all(run, dist, part)
+    images = sample.generate_all(images_of, dist, part)
     if dist.rank == 0:
         sample.write_npz(path, images)
     del images
@@ -441,12 +425,15 @@ class Monitor:
         self.o, self.dist = sample.check(o, cfg), dist
         self.extract, self.reference = load_metrics(o, dist)
         check_metrics(o.metrics, o.n, self.reference)
-        self.images = GeneratedImages(self.o, None, cfg, about, dist, strict=False)
+        decoder = decoder_of(about, self.o.autoencoder, cfg.model.channels, dist.device)
+        conditions = sample.SampleConditions(self.o, cfg, about)
+        images_of = sample.Run(self.o, None, cfg, about, conditions, decoder, dist.device)
+        self.images = GeneratedImages(images_of, strict=False)
 
     def __call__(self, net: nn.Module, step: int) -> dict[str, dict]:
         """The values of `net` at `step`, on rank 0; {} elsewhere."""
         began, values, failed, o = time.monotonic(), {}, {}, self.o
-        self.images.net, self.images.broken = net, 0
+        self.images.run, self.images.broken = self.images.run._replace(net=net), 0
         try:
             values = evaluate(self.images, o.n, o.batch, self.extract, self.reference, o.metrics, self.dist)
         except Failed as e:
@@ -488,7 +475,8 @@ def first_pictures(path: str, n: int, square: int) -> tuple[FolderImages | Array
 
 def check_use(o: Options) -> None:
     """UserError for options that have no effect together."""
-    lost = [key for key in ("save_npz", "ema_file", "pretrained") if o.images and getattr(o, key) != getattr(Options, key)]
+    lost = [key for key in ("save_npz", "ema_file", "pretrained")
+            if o.images and getattr(o, key) != getattr(Options, key)]
     if o.center_crop and not o.images:
         lost = ["center_crop"]
     if lost:
@@ -549,7 +537,8 @@ def main_ref(argv: list[str]) -> None:
     stats, rows = collect(pictures, n, o.batch, extract, {"kid"} if o.kid else set(), dist)
     if dist.rank == 0:
         write_reference(path, stats, extract, o.images, rows.get("kid"))
-        print(json.dumps({"save": o.save, "n": n, "data": o.images, "center_crop": o.center_crop, "features": extract.name,
+        print(json.dumps({"save": o.save, "n": n, "data": o.images, "center_crop": o.center_crop,
+                          "features": extract.name,
                           "features_sha256": extract.sha256, "resize": o.resize}))
 
 

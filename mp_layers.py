@@ -10,7 +10,7 @@ cosine    q and k of every head have unit magnitude
 weights   every linear layer divides its rows by their norms
 stream    sums, SiLU, embeddings and positions preserve magnitude, and no layer normalises tokens between them
 heads     not in [MAG]: attention averages, so each head's output is brought back to unit magnitude
-The paper's ladder: A none; B cosine; C cosine+weights; D as C, with the training step normalising rows (--forced_weight_norm);
+The paper's ladder: A none; B cosine; C cosine+weights; D as C with --forced_weight_norm, rows normalised every step;
 E is D with stream. Without stream the sums, the norms and the gates are DiT's.
 Dimensions: B batch, N = h w image tokens, L context tokens, K inputs and M outputs of a linear layer, D width, H heads,
 d = D/H, C channels, P patch.

@@ -190,8 +190,8 @@ def guidance_indices(o: Options, alpha_bar: Tensor) -> tuple[int, int] | None:
     (low, high), sigma = parse_numbers("guidance_interval", o.guidance_interval, 2), to_sigma(alpha_bar)
     inside = torch.nonzero((sigma >= low) & (sigma <= high)).flatten().tolist()
     if not inside:
-        raise UserError(f"guidance_interval={o.guidance_interval!r} has no noise level; sigma goes from {sigma[0]:.3g} to "
-                        f"{sigma[-1]:.3g}")
+        raise UserError(f"guidance_interval={o.guidance_interval!r} has no noise level; sigma goes from "
+                        f"{sigma[0]:.3g} to {sigma[-1]:.3g}")
     return inside[0], inside[-1]
 
 
@@ -338,7 +338,8 @@ def generate(net: Denoise, cfg: Config, cond: Condition, indices: Sequence[int],
 
     fresh = dict(eta=o.eta, draw=lambda k: noise(f"step {k}")) if sampler.fresh else {}
     with torch.inference_mode():
-        return sampler.function(denoise, noise("sample"), alpha_bar, o.steps, spacing=o.spacing or sampler.spacing, **fresh)
+        spacing = o.spacing or sampler.spacing
+        return sampler.function(denoise, noise("sample"), alpha_bar, o.steps, spacing=spacing, **fresh)
 
 
 class Run(NamedTuple):
@@ -361,8 +362,8 @@ def load_run(o: Options, device: torch.device) -> Run:
     """The run that the options name, or published weights, on a device. UserError for options that it cannot meet."""
     if o.pretrained:
         if o.ema_file != Options.ema_file:
-            raise UserError(f"--ema_file={o.ema_file} is of the run {o.out}, --pretrained={o.pretrained} are published ones; give "
-                            f"one of them")
+            raise UserError(f"--ema_file={o.ema_file} is of the run {o.out}, --pretrained={o.pretrained} are published "
+                            "weights; give one of them")
         net, m = official_dit.load_official_dit(o.pretrained)
         cfg, header = official_dit.as_run(o.pretrained, m)
     else:

@@ -77,8 +77,8 @@ def complete(cfg: Config, source: data.Source, encoder: data.TextEncoder | None)
     return replace(cfg, model=m)
 
 
-def start_or_resume(cfg: Config, dist: distributed.Dist, source: data.Source, tensors: dict[str, Tensor], stack: ExitStack,
-          status: log.Status) -> int:
+def start_or_resume(cfg: Config, dist: distributed.Dist, source: data.Source, tensors: dict[str, Tensor],
+                    stack: ExitStack, status: log.Status) -> int:
     """Return the step of the newest good checkpoint after copying its state into `tensors`, or 0.
 
     Rank 0 locks the folder and decides for all. UserError or Nonfinite on every rank if the run must not start."""
@@ -145,7 +145,8 @@ def denoising_loss(net: nn.Module, x0: Tensor, cond: Condition, g: torch.Generat
     eps = torch.randn(x0.shape, generator=g, device=x0.device)
     u = torch.rand(B, generator=g, device=x0.device)
     x_t = add_noise(x0, eps, alpha_bar[i])
-    eps_hat = net(x_t, i.float(), cond.drop(semantics=u < cfg.cond_dropout, controls=u < cfg.cond_dropout + cfg.control_dropout))
+    bare = u < cfg.cond_dropout + cfg.control_dropout
+    eps_hat = net(x_t, i.float(), cond.drop(semantics=u < cfg.cond_dropout, controls=bare))
     return (eps_hat - eps).square().flatten(1).mean(1), i
 
 
@@ -178,7 +179,8 @@ class Previewer:
             options = fid.Options(out=cfg.out, ref=cfg.fid_ref, n=cfg.fid_n, batch=cfg.microbatch)
             self.monitor = fid.Monitor(options, cfg, about, dist)
             measured = [line["step"] for line in log.read(Path(cfg.out)) if "evaluation_s" in line]
-            self.measured = distributed.broadcast_from_rank0(max(measured, default=0), dist)       # a resumed run has these in its log
+            # a resumed run has these in its log
+            self.measured = distributed.broadcast_from_rank0(max(measured, default=0), dist)
 
     def __call__(self, net: nn.Module, step: int) -> None:
         cfg, last = self.cfg, step == self.cfg.steps
@@ -210,7 +212,8 @@ def announce(cfg: Config, net: nn.Module, source: data.Source, dist: distributed
     info("\n".join(f"{key} = {value!r}" for key, _, value, _ in fields(cfg)))
     count, n = sum(p.numel() for p in net.parameters()), cfg.batch // cfg.microbatch
     info(f"{count:,} parameters; {dist.world} x {dist.device} in {str(net.dtype)[6:]}, {peak / 1e12:.2f} TFLOP/s matmul "
-        f"peak; batch {cfg.batch} = {n} x {cfg.microbatch}, {n // dist.world} each; {len(source):,} images of {cfg.data}")
+         f"peak; batch {cfg.batch} = {n} x {cfg.microbatch}, {n // dist.world} each; {len(source):,} images of "
+         f"{cfg.data}")
 
 
 def main(argv: list[str], stack: ExitStack, status: log.Status) -> None:
@@ -247,7 +250,8 @@ def main(argv: list[str], stack: ExitStack, status: log.Status) -> None:
     ddp = distributed.wrap_ddp(net, dist)
 
     def fetch(step: int, m: int) -> data.Batch:
-        return distributed.pin_memory(data.load_microbatch(source, encoder, cfg.seed, cfg.batch, cfg.microbatch, step, m), dist)
+        batch = data.load_microbatch(source, encoder, cfg.seed, cfg.batch, cfg.microbatch, step, m)
+        return distributed.pin_memory(batch, dist)
 
     n, rounds = cfg.batch // cfg.microbatch, cfg.batch // cfg.microbatch // dist.world
     keys = ((step, m) for step in range(start, cfg.steps) for m in range(dist.rank, n, dist.world))

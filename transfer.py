@@ -32,7 +32,7 @@ def init_from(path: str, net: model.Denoiser, cfg: Config, source: Any = None) -
     file = where / WEIGHTS if where.is_dir() else where
     if not file.is_file():
         beside = sorted(p.parent.as_posix() for p in where.parent.glob(f"*/{WEIGHTS}"))
-        raise UserError(f"--init_from={path} is no run: there is no file {file}; give a run folder with {WEIGHTS}, or such "
+        raise UserError(f"--init_from={path} is no run: there is no file {file}; give a run folder with {WEIGHTS}, or "
                         f"a file; runs beside it: {', '.join(beside) or 'none'}")
     tensors, header = checkpoint.read_weights(file)
     if bad := checkpoint.not_finite(tensors):
@@ -42,8 +42,8 @@ def init_from(path: str, net: model.Denoiser, cfg: Config, source: Any = None) -
     model.check(old)
     kept = matching_keys(tensors, own, old, m)
     if not any(name.startswith("blocks.") and own[name].ndim == 2 for name in kept):
-        raise UserError(f"no block of --init_from={path} fits: it has {about(old)}, this run {about(m)}; the architecture "
-                        f"and --model.width must be the same")
+        raise UserError(f"no block of --init_from={path} fits: it has {about(old)}, this run {about(m)}; the "
+                        "architecture and --model.width must be the same")
     with torch.no_grad():
         for name in kept:
             own[name].copy_(tensors[name])

@@ -1,7 +1,7 @@
 """Load pretrained DiT checkpoints: the .pt files of the [DiT] authors, or folders in the format of diffusers.
 
 net, cfg = load_official_dit("DiT-XL-2-256x256.pt")
-python -m baselines.official_dit --weights=DiT-XL-2-256x256.pt --out=out/dit-xl      a run folder: sample.py --out, train.py --init_from
+python -m baselines.official_dit --weights=DiT-XL-2-256x256.pt --out=out/dit-xl      for sample.py, train.py --init_from
 
 Names are strict, and sizes follow from the shapes. The published last layer also predicts a variance; its rows are
 dropped, which leaves eps as it is. Positions are compared with ours and dropped. The published networks were trained

@@ -5,7 +5,8 @@ python latents.py encode --data=cc12m --out=latents/cc12m512 --resolution=512 --
 torchrun --nnodes=2 --nproc_per_node=8 --node_rank=0 --master_addr=HEAD train.py --config=configs/cc12m512.py
 
 (--node_rank=1 on the second node; encoding, too, runs under torchrun.) Run configs/cc12m256.py first;
---init_from=out/imagenet256 starts from classes instead, and only what reads the caption is then fresh. `data` is a folder
+--init_from=out/imagenet256 starts from classes instead, and only what reads the caption is then fresh. `data` is a
+folder
 of 4-channel latents with captions, 1.4 TB for 11 million pictures with mirror images and one crop of each, and
 0.42 TB of their tokens if a caption has 25; of a folder of pictures without captions the error says so.
 

@@ -2,7 +2,7 @@
 
 python data.py --check=mine
 python train.py --config=configs/finetune_folder.py --data=mine --encoder=clip:clip
-python train.py --config=configs/finetune_folder.py --data=mine --encoder=clip:clip --init_from=out/other --out=out/tuned
+python train.py --config=configs/finetune_folder.py --data=mine --encoder=clip:clip --init_from=out/shapes64
 
 `mine` has pictures with a .txt beside each, or a metadata.jsonl; `clip` is the folder of CLIP's weights (README). A
 run to start from may have another resolution, other data, classes for captions: what fits is kept, the rest is listed.

@@ -1,7 +1,7 @@
 """CLIPScore: how well images match their captions, by OpenAI's CLIP.
 
 python -m evaluation.clip_score --images=samples.npz --prompts=prompts.txt     (line k belongs to image k)
-torchrun --nproc_per_node=8 -m evaluation.clip_score --images=samples.npz --prompts=captions_val2014.json --protocol=coco
+torchrun --nproc_per_node=8 -m evaluation.clip_score --images=samples.npz --prompts=captions.json --protocol=coco
 
 The last line is one JSON object: a mean with its standard error, and the weights by their sha256. Random weights never
 score anything, and the network computes in fp32 whatever a run has set.

@@ -132,15 +132,16 @@ def main(argv: list[str]) -> None:
     o, dist = parse(argv, Options()), distributed.setup()
     sizes = read_sizes(o.sizes)
     net = load_lpips(o.trunk, dist.device)
-    drawing = sample.Options(out=o.out, ema_file=o.ema_file, autoencoder=o.autoencoder, n=o.n, steps=o.steps, guidance=o.guidance,
-                             seed=o.seed, batch=o.batch)
-    drawing = sample.resolve_defaults(drawing, sample.open_run(drawing)[1])
+    drawing = sample.Options(out=o.out, ema_file=o.ema_file, autoencoder=o.autoencoder, n=o.n, steps=o.steps,
+                             guidance=o.guidance, seed=o.seed, batch=o.batch)
+    drawing = sample.load_run(drawing, dist.device).options
     result = lpips_diversity(size_groups(drawing, sizes, dist), net, dist)
     if dist.rank == 0:
         print(f"lpips_alex {result.value:.4f} ± {result.error:.4f} over {result.n}")
         print(json.dumps({"metric": "lpips_alex", **dataclasses.asdict(result), "sizes": sizes, "K": len(sizes),
                           "pairs": math.comb(len(sizes), 2), "version": "0.1", "weights": TRUNK_SHA256, "run": o.out,
-                          "ema_file": o.ema_file, "steps": o.steps, "guidance": drawing.guidance, "eta": drawing.eta, "seed": o.seed,
+                          "ema_file": o.ema_file, "steps": o.steps, "guidance": drawing.guidance,
+                          "eta": drawing.eta, "seed": o.seed,
                           "dtype": "float32", "torch": torch.__version__}))
 
 

@@ -1,7 +1,7 @@
 """A small classifier of shapes: its features give toy_fd, and its descriptions measure how far the size leaks.
 
-python -m evaluation.shapes_judge --write=weights/judge.safetensors       trains the shipped file in under two minutes on two cores
-python -m evaluation.shapes_judge --images=out/demo/samples/NAME.npz   toy_fd and accuracy of images that sample.py wrote
+python -m evaluation.shapes_judge --write=weights/judge.safetensors         trains the shipped file, two minutes
+python -m evaluation.shapes_judge --images=out/demo/samples/NAME.npz      toy_fd and accuracy of images
 python -m evaluation.shapes_judge --leak=out/shapes32 --n=100          how far the requested size leaks into the content
 
 toy_fd is the Fréchet distance between the judge's features of two sets of images. It is no FID: the features know this
@@ -186,7 +186,8 @@ def load(path: Path = JUDGE) -> ShapesClassifier:
     tensors, header = checkpoint.read_weights(path)
     about = json.loads(header["config"])
     if header.get("judge") != "shapes" or about["data"] != VERSION:
-        raise UserError(f"{path} is no judge of {VERSION!r}; make one with: python -m evaluation.shapes_judge --write={path}")
+        raise UserError(f"{path} is no classifier of {VERSION!r}; make one with: python -m evaluation.shapes_judge "
+                        f"--write={path}")
     net = ShapesClassifier(about["width"])
     checkpoint.load_strictly(net, tensors, str(path))
     net.sha256 = header["sha256"]
@@ -274,7 +275,8 @@ def make(o: Options) -> dict:
     write(net, Path(o.write), {"seed": o.seed, "steps": o.steps})
     batch = Shapes(SIDE, split="test", crop=False).records(range(500))
     right = largest(read(net, batch["image"])) == batch["label"]
-    return {"judge": load(Path(o.write)).sha256, "seed": o.seed, "steps": o.steps, "by_class": fraction_with_error(right.float())}
+    return {"judge": load(Path(o.write)).sha256, "seed": o.seed, "steps": o.steps,
+            "by_class": fraction_with_error(right.float())}
 
 
 def open_run(folder: Path) -> tuple[Config, Shapes]:

@@ -2,8 +2,8 @@
 
 python -m experiments.bench --config=configs/shapes.py --compile=on                  seconds, images/s, share of peak
 python -m experiments.bench --size=DiT-S/2 --batch=8 --threads=1 --against=diffusers      against diffusers' DiT
-python -m experiments.bench --size=DiT-S/2 --batch=8 --threads=1 --official_dit=PATH         against a checkout of the official code
-python -m experiments.bench --config=configs/mp/shapes_e.py --threads=1 --against=plain   the cost of preserving magnitudes
+python -m experiments.bench --size=DiT-S/2 --batch=8 --threads=1 --official_dit=PATH    a checkout of the official code
+python -m experiments.bench --config=configs/mp/shapes_e.py --threads=1 --against=plain    what MP costs
 
 A training step is loss, backward pass, clipping, AdamW and weight averaging, as in train.py. Inputs are random and
 already on the device. Comparisons alternate between the networks; on a busy CPU use --threads=1.
@@ -96,9 +96,10 @@ def read_options(argv: list[str]) -> Options:
     is_dit = (m.arch, m.semantics, m.controls) == ("dit", "class", "")
     fits = {"": True, "diffusers": is_dit, "plain": m.arch.startswith("mp")}
     if not fits.get(o.against) or o.official_dit and (o.against or not is_dit):
-        raise UserError(f"vs={o.against!r}, peer={o.official_dit!r} do not fit model.arch={m.arch!r}, semantics={m.semantics!r}, "
-                        f"controls={m.controls!r}: --against=diffusers or --official_dit compares a DiT of classes without controls "
-                        "(--size=DiT-S/2), --against=plain an mp architecture")
+        raise UserError(f"against={o.against!r}, official_dit={o.official_dit!r} do not fit model.arch={m.arch!r}, "
+                        f"semantics={m.semantics!r}, controls={m.controls!r}: --against=diffusers or --official_dit "
+                        "compares a DiT of classes without controls (--size=DiT-S/2), --against=plain an mp "
+                        "architecture")
     return o
 
 
@@ -271,7 +272,8 @@ def choose_sides(o: Options, s: Inputs) -> list[Implementation]:
     compiled = o.compile == "on" or o.compile == "auto" and s.x.device.type == "cuda"
     if o.against == "plain":
         twin = replace(o.model, arch=o.model.arch.removeprefix("mp"), mp="")
-        return [ours(cfg, s, dtype, compiled) for cfg in (replace(o, model=twin, forced_weight_norm=False, lr_mp=0.0), o)]
+        plain = replace(o, model=twin, forced_weight_norm=False, lr_mp=0.0)
+        return [ours(cfg, s, dtype, compiled) for cfg in (plain, o)]
     if not (o.against or o.official_dit):
         return [ours(o, s, dtype, compiled)]
     equal = ours(o, s, "float32", False)

@@ -1,6 +1,6 @@
 """Images/s that a data source yields, by number of workers, beside what training consumes.
 
-python -m experiments.bench_data                                    a class folder and tar shards of synthetic 256 px JPEGs
+python -m experiments.bench_data                    a class folder and tar shards of synthetic 256 px JPEGs
 python -m experiments.bench_data --data=path/to/data --workers=0,1,2,4
 python -m experiments.bench_data --need=4000                        beside a training run that consumes 4,000 images/s
 
@@ -102,8 +102,8 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         paths = {data.source_type(o.data): o.data} if o.data else write_sources(Path(scratch), o.n)
         model = ModelConfig(semantics=o.semantics if o.data else "none", resolution=o.resolution)
-        sources = {name: data.SOURCES[data.source_type(path)].open(Config(data=path, augment="flip", model=model), "train")
-                   for name, path in paths.items()}
+        cfgs = {name: Config(data=path, augment="flip", model=model) for name, path in paths.items()}
+        sources = {name: data.SOURCES[data.source_type(c.data)].open(c, "train") for name, c in cfgs.items()}
         rates = in_turns({f"{name}, {workers} workers": partial(read_images, source, o.n, int(workers))
                           for workers in o.workers.split(",") for name, source in sources.items()}, o.turns)
     need = o.need or images_needed(GFLOP)

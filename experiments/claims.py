@@ -213,7 +213,8 @@ def by_class(o: Options, name: str, eye: shapes_judge.ShapesClassifier, referenc
     label = torch.arange(o.n) % len(SHAPES)
     drawn = generate(net, cfg, Condition(label=label), sample.Options(guidance=1.0, eta=0.0, steps=STEPS, batch=100))
     seen = shapes_judge.largest(shapes_judge.read(eye, drawn))
-    return row | {f"toy_fd{o.n}": shapes_judge.toy_fd(eye, drawn, reference), "class": (seen == label).float().mean().item()}
+    return row | {f"toy_fd{o.n}": shapes_judge.toy_fd(eye, drawn, reference),
+                  "class": (seen == label).float().mean().item()}
 
 
 def best_rate(o: Options, arm: str) -> float:

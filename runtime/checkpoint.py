@@ -36,7 +36,8 @@ RETRY_FIELDS = ("lr", "lr_mp", "warmup", "lr_decay_start", "cooldown", "grad_cli
 RETRY_HINT = f"change {' or '.join('--' + key for key in RETRY_FIELDS)}"
 # What a resumed run may change. `data` is a path: the data themselves are compared by fingerprint.
 MAY_CHANGE = {*RETRY_FIELDS, "out", "data", "steps", "workers", "max_bad_fraction", "log_every", "save_every",
-              "sample_every", "guidance", "eta", "magnitudes_every", "fid_every", "fid_ref", "fid_n", "threads", "compile"}
+              "sample_every", "guidance", "eta", "magnitudes_every", "fid_every", "fid_ref", "fid_n", "threads",
+              "compile"}
 
 
 class Nonfinite(Exception):

@@ -1,6 +1,6 @@
 """Pictures for people: the loss of a run, the magnitudes of its layers, images on a page above their captions.
 
-python -m runtime.plot --out=out/shapes         writes out/shapes/loss.png and, if --magnitudes_every was set, magnitudes.png
+python -m runtime.plot --out=out/shapes         writes loss.png and, with --magnitudes_every, magnitudes.png
 grid(images, columns=4, captions=texts)         a PIL image
 
 Dimensions: B batch, C channels, H height, W width.

@@ -246,4 +246,5 @@ class ImageSource(ABC):
             if len(self.bad) > allowed:
                 some = ", ".join(f"{n!r} ({why})" for n, why in list(self.bad.items())[:3])
                 raise UserError(f"{len(self.bad)} of {self.files} images of {str(self.path)!r} cannot be "
-                                f"read, e.g. {some}{where}; mend or remove them, or raise --max_bad_fraction={self.max_bad}")
+                                f"read, e.g. {some}{where}; mend or remove them, or raise "
+                                f"--max_bad_fraction={self.max_bad}")

@@ -235,5 +235,6 @@ class TarShards(ImageSource):
                 raise BadCaption(f"original_height and original_width are {size} in its .json")
             known["size"] = size
         if self.with_captions:
-            known["caption"] = pick_caption(fields.get("caption"), 0) if text is None else clean_caption(decode_utf8(text))
+            known["caption"] = (pick_caption(fields.get("caption"), 0) if text is None
+                                else clean_caption(decode_utf8(text)))
         return io.BytesIO(image), known
