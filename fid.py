@@ -205,7 +205,8 @@ def write_reference(path: Path, stats: FeatureStats, extract: Any, source: str, 
 def read_reference(path: str, extract: Any) -> Reference:
     """Load an .npz of ours, of pytorch-fid, [ADM], [EDM] or clean-fid, and unpickle nothing.
 
-    UserError for a missing or damaged file, and for one that states other features than those of `extract`."""
+    UserError for a missing or damaged file, and for one of other features than `extract`'s. One without labels is taken
+    to have them and resize tf1."""
     make = f"make one with: python fid.py ref --images=FOLDER --save=FILE.npz --resize={extract.resize}"
     if not path:
         raise UserError(f"FID and KID need --ref=FILE.npz, the statistics of real images; {make}")
@@ -218,19 +219,16 @@ def read_reference(path: str, extract: Any) -> Reference:
         raise UserError(f"cannot read {path!r} as an .npz of plain arrays mu and sigma (pickles could run code): {e}; "
                         f"{make}") from e
     made, D = {"features": extract.name, "weights_sha256": extract.sha256, "resize": extract.resize}, extract.dim
-    wrong = [f"{key} {found[key]}, wanted {want}" for key, want in made.items() if found.get(key, want) != want]
-    labelled = set(made) <= set(found)
-    if not labelled and extract.resize != "tf1":
-        wrong += [f"an unknown resize, wanted {extract.resize}"]
+    stated = {**made, "resize": "tf1", **{key: str(found[key]) for key in made if key in found}}
+    wrong = [f"{key} {stated[key]}, wanted {want}" for key, want in made.items() if stated[key] != want]
     if (mu.shape, sigma.shape) != ((D,), (D, D)) or not (mu.isfinite().all() and sigma.isfinite().all()):
         wrong += [f"mu {tuple(mu.shape)} and sigma {tuple(sigma.shape)}, wanted finite ({D},) and ({D}, {D})"]
     if wrong:
         raise UserError(f"{path} has {'; '.join(wrong)}; {make}")
-    rows = torch.from_numpy(found["rows"]) if "rows" in found else None
     origin = {"reference": path, "reference_sha256": hashlib.sha256(content).hexdigest(),
               "reference_n": int(found["n"]) if "n" in found else None,
-              "reference_data": str(found.get("data", "")), "reference_labelled": labelled}
-    return Reference(mu, sigma, rows, origin)
+              "reference_data": str(found.get("data", "")), "reference_labelled": set(made) <= set(found)}
+    return Reference(mu, sigma, torch.from_numpy(found["rows"]) if "rows" in found else None, origin)
 
 
 # ---------------------------------------------------------------- one pass over the images
@@ -391,17 +389,16 @@ class Monitor:
 
     def __call__(self, net: nn.Module, step: int) -> dict[str, dict]:
         """The values of `net` at `step`, on rank 0; {} elsewhere."""
-        t0, values, failed, o = time.monotonic(), {}, {}, self.o
+        t0, o, values, line = time.monotonic(), self.o, {}, {"step": step}
         images = GeneratedImages(self.run._replace(net=net))
         try:
             values = evaluate(images, o.n, o.batch, self.extract, self.reference, o.metrics, self.dist)
         except Failed as e:
-            failed = {"evaluation_failed": str(e)}
-            if self.dist.rank == 0:
-                log.info(f"warning: no metric at step {step:,}: {e}. Training continues.")
+            line["evaluation_failed"] = str(e)
         if self.dist.rank == 0:
-            line = {"step": step, **{name: v["value"] for name, v in values.items()}, **failed,
-                    "evaluation_s": time.monotonic() - t0}
+            if reason := line.get("evaluation_failed"):
+                log.info(f"warning: no metric at step {step:,}: {reason}. Training continues.")
+            line |= {name: v["value"] for name, v in values.items()} | {"evaluation_s": time.monotonic() - t0}
             with log.warn_on_disk_error("a line of log.jsonl"):
                 log.append(Path(o.out), line)
         return values

@@ -1,5 +1,5 @@
 """FID, KID and the Inception Score: closed forms, independent implementations, any split into batches and processes,
-files that are refused, and the three commands. Features here are a few linear ones under the name of Inception.
+files that are refused, and the commands. Features here are a few linear ones under the name of Inception.
 """
 import hashlib
 import importlib
@@ -144,7 +144,7 @@ def test_the_distance_needs_no_scipy(monkeypatch):
     assert frechet_distance([0.0], [[1.0]], [2.0], [[9.0]]) == pytest.approx(4 + 4)
 
 
-def test_what_is_no_gaussian_is_refused():
+def test_moments_of_no_gaussian_are_refused():
     mu, C = torch.zeros(3), torch.eye(3)
     with pytest.raises(ValueError, match="inf or nan"):
         frechet_distance(mu, C, mu, C * math.nan)
@@ -194,9 +194,9 @@ def everything(dist):
 
 
 def one_pass(n, batch, dist):
-    seen, all_of_them = [], torch.from_numpy(images(40)).permute(0, 3, 1, 2)
-    pictures = counted(lambda indices: seen.extend(indices.tolist()) or all_of_them[indices])
-    stats, rows = fid.collect(pictures, n, batch, Few(), {"features", "logits"}, dist)
+    seen, every = [], torch.from_numpy(images(40)).permute(0, 3, 1, 2)
+    loaded = counted(lambda indices: seen.extend(indices.tolist()) or every[indices])
+    stats, rows = fid.collect(loaded, n, batch, Few(), {"features", "logits"}, dist)
     return [seen, stats.n, stats.sum.tolist(), stats.outer.tolist(), rows["features"].tolist(), rows["logits"].tolist()]
 
 
@@ -209,9 +209,9 @@ def side_by_side(world):
            "LOCAL_WORLD_SIZE": str(world), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     runs = [subprocess.Popen([sys.executable, "-c", WORKER], cwd=ROOT, text=True, stdout=subprocess.PIPE,
                              env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(world)]
-    said = [run.communicate(timeout=300)[0] for run in runs]
+    outputs = [run.communicate(timeout=300)[0] for run in runs]
     assert all(run.returncode == 0 for run in runs)
-    return [json.loads(text.splitlines()[-1]) for text in said]
+    return [json.loads(text.splitlines()[-1]) for text in outputs]
 
 
 @pytest.mark.slow
@@ -232,21 +232,21 @@ def test_memory_does_not_grow_with_the_number_of_images(few):
     """Batches of images alive at once, however many there are: those fetched ahead, the one in use, the next."""
     alive, most = weakref.WeakSet(), []
 
-    def draw(indices):
+    def generate(indices):
         x = torch.from_numpy(images(5)).permute(0, 3, 1, 2)[:len(indices)].clone()
         alive.add(x)
         most.append(len(alive))
         return x
     for n in (20, 100):
-        stats, rows = fid.collect(counted(draw), n, 5, few, set(), ALONE)
+        stats, rows = fid.collect(counted(generate), n, 5, few, set(), ALONE)
         assert stats.n == n and not rows
     assert len(most) == 24 and max(most) <= 4 and max(most[4:]) <= max(most[:4])
 
 
 def test_a_missing_image_is_noticed(few, monkeypatch):
-    pictures = counted(lambda indices: torch.from_numpy(images(20)).permute(0, 3, 1, 2)[indices[:-1]])
+    loaded = counted(lambda indices: torch.from_numpy(images(20)).permute(0, 3, 1, 2)[indices[:-1]])
     with pytest.raises(RuntimeError, match="counted 18 images instead of 20"):
-        fid.collect(pictures, 20, 10, few, set(), ALONE)
+        fid.collect(loaded, 20, 10, few, set(), ALONE)
 
 
 def counted(call):
@@ -346,10 +346,10 @@ def test_references_of_other_tools_are_read_and_reported_as_unlabelled(tmp_path,
         ref = read_reference(str(tmp_path / f"{name}.npz"), few)
         assert np.allclose(ref.mu, mu, rtol=1e-6) and ref.mu.dtype == torch.float64
         assert not ref.origin["reference_labelled"] and ref.origin["reference_n"] is None
-        pictures = counted(lambda k: torch.from_numpy(images(9)).permute(0, 3, 1, 2)[k])
-        got = fid.evaluate(pictures, 9, 5, few, ref, "fid", ALONE)
+        loaded = counted(lambda k: torch.from_numpy(images(9)).permute(0, 3, 1, 2)[k])
+        got = fid.evaluate(loaded, 9, 5, few, ref, "fid", ALONE)
         assert list(got) == ["fid9/inception-2015-12-05/tf1"]
-    with pytest.raises(UserError, match="unknown resize, wanted clean"):
+    with pytest.raises(UserError, match="resize tf1, wanted clean"):
         read_reference(str(tmp_path / "adm.npz"), Few(resize="clean"))
 
 
@@ -363,7 +363,7 @@ def test_a_reference_made_otherwise_is_refused(tmp_path, few, key, other, said):
         read_reference(str(path), theirs)
 
 
-def test_what_is_no_reference_is_refused(tmp_path, few):
+def test_a_file_that_is_no_reference_is_refused(tmp_path, few):
     def said(**arrays):
         np.savez(tmp_path / "x.npz", **arrays)
         with pytest.raises(UserError) as e:
@@ -397,12 +397,12 @@ def test_a_folder_an_npz_and_an_npy_hold_the_same_images(tmp_path):
     np.savez_compressed(tmp_path / "b.npz", other=x[:2], arr_0=x)
     np.save(tmp_path / "c.npy", x)
     for path in (saved(tmp_path / "d", x), *(tmp_path / name for name in ("a.npz", "b.npz", "c.npy"))):
-        pictures = open_images(str(path))
+        opened = open_images(str(path))
         for first, last in ((8, 11), (0, 3), (2, 9)):
-            found = pictures(np.arange(first, last))
+            found = opened(np.arange(first, last))
             assert found.shape == (last - first, 3, 12, 10) and found.dtype == torch.uint8
             assert np.array_equal(found.permute(0, 2, 3, 1).numpy(), x[first:last])
-        assert len(pictures) == 11 and pictures.jpegs == 0
+        assert len(opened) == 11 and opened.jpegs == 0
 
 
 def test_square_cuts_the_middle_out_and_resizes_it(tmp_path):
@@ -442,17 +442,17 @@ def test_unusable_images_are_errors(tmp_path):
 # ---------------------------------------------------------------- the command line
 
 def test_reference_then_metrics_of_files(tmp_path, few, capsys):
-    real, drawn = images(60), images(50, seed=1) // 2
-    np.savez(tmp_path / "drawn.npz", arr_0=drawn)
+    real, generated = images(60), images(50, seed=1) // 2
+    np.savez(tmp_path / "generated.npz", arr_0=generated)
     ref = tmp_path / "ref.npz"
     fid.main(["ref", f"--images={saved(tmp_path / 'real', real)}", f"--save={ref}", "--kid=true", "--batch=7",
               "--threads=1"])
     assert last_json(capsys)["n"] == 60
-    fid.main(["fid", f"--images={tmp_path / 'drawn.npz'}", f"--ref={ref}", "--metrics=fid+kid+is", "--batch=8",
+    fid.main(["fid", f"--images={tmp_path / 'generated.npz'}", f"--ref={ref}", "--metrics=fid+kid+is", "--batch=8",
               "--threads=1"])
     said = capsys.readouterr()
     line = json.loads(said.out.splitlines()[-1])
-    x, y = (few(torch.from_numpy(z).permute(0, 3, 1, 2))[0] for z in (drawn, real))
+    x, y = (few(torch.from_numpy(z).permute(0, 3, 1, 2))[0] for z in (generated, real))
     a, b, ending = stats_of(x), stats_of(y), "50/inception-2015-12-05/tf1"
     assert list(line["metrics"]) == ["fid" + ending, "kid" + ending, "is" + ending]
     want = frechet_distance(a.mean, a.cov, b.mean, b.cov)
@@ -461,11 +461,11 @@ def test_reference_then_metrics_of_files(tmp_path, few, capsys):
     assert line["n"] == 50 and line["reference_n"] == 60
     assert line["features_sha256"] == inception.SHA256
     assert "warning: FID of 50 images is biased" in said.err
-    fid.main(["fid", f"--images={tmp_path / 'drawn.npz'}", "--metrics=is", "--threads=1"])     # needs no reference
+    fid.main(["fid", f"--images={tmp_path / 'generated.npz'}", "--metrics=is", "--threads=1"])     # needs no reference
     assert list(last_json(capsys)["metrics"]) == ["is" + ending]
 
 
-def test_what_is_doubtful_is_said_and_what_is_wrong_is_refused(tmp_path, few, capsys):
+def test_doubtful_images_give_a_warning_and_wrong_options_an_error(tmp_path, few, capsys):
     ref, x = reference(tmp_path / "ref.npz", few), images(12)
     def run(*flags):
         fid.main(["fid", f"--ref={ref}", "--threads=1", *flags])
@@ -479,7 +479,7 @@ def test_what_is_doubtful_is_said_and_what_is_wrong_is_refused(tmp_path, few, ca
                         ([f"--images={tmp_path / 'x.npy'}", "--n=13"], "n=13 images were requested, but .* has 12"),
                         ([f"--images={tmp_path / 'x.npy'}", "--metrics=fid+fud"], "'fud' .*there are fid, kid, is"),
                         ([f"--images={tmp_path / 'x.npy'}", "--metrics=fid+kid"], "fid.py ref --kid=true"),
-                        ([f"--images={tmp_path / 'x.npy'}", "--metrics=is", "--n=9"], "n=9 .* too few for is, which needs 10"),
+                        ([f"--images={tmp_path / 'x.npy'}", "--metrics=is", "--n=9"], "n=9 .* too few for is"),
                         ([f"--images={tmp_path / 'x.npy'}", "--resize=clean"], "resize tf1, wanted clean")):
         with pytest.raises(UserError, match=text):
             run(*flags)
@@ -615,17 +615,17 @@ def monitored(tmp_path, few):
 
 def test_a_measurement_that_fails_during_training_is_a_line_in_the_log(tmp_path, few, monkeypatch, capsys):
     monitor, net, out = monitored(tmp_path, few)
-    draw = sample.generate
+    generate = sample.generate
 
     def broken(net, cfg, cond, indices, o, device):
-        x = draw(net, cfg, cond, indices, o, device).clone()
+        x = generate(net, cfg, cond, indices, o, device).clone()
         x[np.isin(indices, (2, 6, 7)), 1, 3] = math.nan     # number 7 is generated too, but not counted: n is 7
         return x
     monkeypatch.setattr(sample, "generate", broken)
     assert monitor(net, 100) == {} and "step 100" in (said := capsys.readouterr().err) and "continues" in said
     monkeypatch.setattr(sample, "generate", lambda *args: torch.zeros(4, 3, 16, 16))
     assert monitor(net, 200) == {}
-    monkeypatch.setattr(sample, "generate", draw)
+    monkeypatch.setattr(sample, "generate", generate)
     assert monitor(net, 300)
     first, second, third = log.read(out)
     assert first["step"] == 100 and first["evaluation_failed"].startswith("2 of 7 images are not finite")
@@ -645,10 +645,10 @@ def test_processes_without_broken_images_stop_with_those_that_have_some(few, mon
         return total
 
     def one(rank):
-        pictures = counted(lambda indices: torch.from_numpy(images(20)).permute(0, 3, 1, 2)[indices])
-        pictures.broken = (0, 2, 1)[rank]
+        loaded = counted(lambda indices: torch.from_numpy(images(20)).permute(0, 3, 1, 2)[indices])
+        loaded.broken = (0, 2, 1)[rank]
         with pytest.raises(fid.Failed, match="3 of 20 images are not finite"):
-            fid.collect(pictures, 20, 5, Few(), set(), distributed.Dist(CPU, rank, 3))
+            fid.collect(loaded, 20, 5, Few(), set(), distributed.Dist(CPU, rank, 3))
         return rank
 
     monkeypatch.setattr(distributed, "all_reduce_sum", add_up)
