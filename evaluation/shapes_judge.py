@@ -85,11 +85,6 @@ class ShapesClassifier(nn.Module):
     def forward(self, images: Tensor) -> Prediction:
         return self.read_map(self.map(images))
 
-    @property
-    def name(self) -> str:
-        """The name that its numbers carry, with the start of the hash of its weights."""
-        return f"judge-{self.sha256[:8]}"
-
 
 @torch.inference_mode()
 def read(judge: ShapesClassifier, images: Tensor) -> Prediction:
@@ -142,8 +137,7 @@ def train(seed: int, steps: int, batch: int = 128, peak: float = 4e-3) -> Shapes
     torch.manual_seed(seed64(seed, "judge"))
     net, source = ShapesClassifier(), Shapes(SIDE, seed)
     optimizer = torch.optim.AdamW(net.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01)
-    bar = tqdm(range(steps), desc="training the judge", unit="step", disable=None)
-    for step in bar:
+    for step in tqdm(range(steps), desc="training the judge", unit="step", disable=None):
         for group in optimizer.param_groups:
             group["lr"] = peak * min(1, (step + 1) / 50) * (1 + math.cos(math.pi * step / steps)) / 2
         records = source.records(range(step * batch, (step + 1) * batch))
@@ -151,8 +145,6 @@ def train(seed: int, steps: int, batch: int = 128, peak: float = 4e-3) -> Shapes
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
-        if step % 50 == 0:
-            bar.set_postfix(loss=f"{value.item():.3f}")
     return net.eval().requires_grad_(False)
 
 
@@ -277,7 +269,7 @@ def measure(o: Options, judge: ShapesClassifier) -> dict:
     images = pixels(np.arange(n)).float() / 127.5 - 1
     real = source.records(range(2 * FAR, 2 * FAR + n))["image"]
     reference = render_stats(judge, source, range(FAR, FAR + REFERENCE))
-    line = {"metric": f"toy_fd{n}/{judge.name}", "value": toy_fd(judge, images, reference),
+    line = {"metric": f"toy_fd{n}/judge-{judge.sha256[:8]}", "value": toy_fd(judge, images, reference),
             "renders": toy_fd(judge, real, reference), "n": n, "reference_n": REFERENCE, "judge": judge.sha256,
             "images": o.images}
     if cfg.model.semantics == "text":
@@ -303,7 +295,7 @@ def leak(o: Options, judge: ShapesClassifier, dist: distributed.Dist) -> dict:
     result = toy_leak(judge, size_groups(run, NATIVE, dist), dist)
     mine = np.arange(dist.rank, o.n, dist.world)
     floor = toy_leak(judge, [resized(open_shapes(run.cfg), mine)] if len(mine) else [], dist)
-    return {**asdict(run.options), "metric": f"toy_leak/{judge.name}", **asdict(result),
+    return {**asdict(run.options), "metric": f"toy_leak/judge-{judge.sha256[:8]}", **asdict(result),
             "renders": floor.value, "sizes": NATIVE, "judge": judge.sha256, "weights_sha256": run.header["sha256"]}
 
 
