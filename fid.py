@@ -1,4 +1,4 @@
-"""Evaluation: FID, KID and Inception Score of images in a folder or an npz, of a run, or during training.
+"""Fréchet distance (FID), KID and Inception Score of images in a folder or an npz, of a run, or during training.
 
 python fid.py ref --images=data/train --center_crop=256 --save=ref.npz         statistics of real images, once
 python fid.py fid --images=samples.npz --ref=ref.npz                    or a folder of PNG files
@@ -9,7 +9,7 @@ python fid.py lpips --out=out/imagenet --n=100                          how much
 python fid.py toy --images=out/demo/samples/NAME.npz                    shapes: toy_fd, accuracy by attribute
 
 The last line of the output is one JSON object. The name of a number states N, features and resize: compare it only
-with numbers of the same name. To add a metric, accumulate it in `collect` and add a row to METRICS.
+with numbers of the same name. To add a metric, write a function and a row of METRICS.
 Dimensions: B batch, H x W pixels, D features, K classes or images of one prompt, P prompts, n and m images.
 """
 import hashlib
@@ -20,7 +20,7 @@ import math
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,8 +40,7 @@ from sources.folders import ArrayImages, FolderImages, open_images
 ENOUGH = 10_000                         # images below which the bias of FID matters
 BLOCK = 1024                            # rows of KID's kernel matrix in memory
 NEGATIVE = 1e-6                         # rounding may take a distance this far below zero, relative to the traces
-FORMAT = 1                              # version of our reference files, and their arrays:
-KEYS = ("mu", "sigma", "n", "features", "weights_sha256", "resize", "data", "version", "rows")
+LABELS = ("n", "features", "weights_sha256", "resize", "data", "rows")    # of our reference files, beside mu and sigma
 
 
 # ---------------------------------------------------------------- Fréchet distance, KID, Inception Score
@@ -62,9 +61,7 @@ class FeatureStats:
         self.outer = self.count.new_zeros(dim, dim)                                 # (D, D)
 
     def update(self, features: Tensor) -> None:
-        """Add features (B, D). ValueError for another shape, inf or nan."""
-        if features.ndim != 2 or features.shape[1] != len(self.sum):
-            raise ValueError(f"features of shape {tuple(features.shape)}, wanted (B, {len(self.sum)})")
+        """Add features (B, D). ValueError for inf or nan."""
         f = features.detach().to(self.sum.device).double()
         if not f.isfinite().all():
             raise ValueError("features hold inf or nan")
@@ -100,11 +97,8 @@ def frechet_distance(mu1: Tensor, cov1: Tensor, mu2: Tensor, cov2: Tensor) -> fl
 
     For any R R^T = C1, the last trace is the sum of the roots of the eigenvalues of R^T C2 R: real, no iteration.
     R is Cholesky's factor, or that of eigh for a singular C1. mu (D,), cov (D, D), tensors or arrays. ValueError for
-    other shapes, inf, nan, or C < 0."""
+    inf, nan, or C < 0."""
     mu1, cov1, mu2, cov2 = (torch.as_tensor(x).detach().cpu().double() for x in (mu1, cov1, mu2, cov2))
-    D = len(mu1)
-    if [x.shape for x in (mu1, cov1, mu2, cov2)] != [(D,), (D, D)] * 2:
-        raise ValueError(f"means and covariances of {D}, {len(cov1)}, {len(mu2)} and {len(cov2)} dimensions")
     if not all(x.isfinite().all() for x in (mu1, cov1, mu2, cov2)):
         raise ValueError("means or covariances hold inf or nan")
     R, singular = torch.linalg.cholesky_ex(cov1)
@@ -181,9 +175,8 @@ def mean_over(values: list[float], dist: distributed.Dist) -> MeanWithError:
 def mean_pair_distance(features: list[Tensor]) -> Tensor:
     """(P,) float64: mean of |f_i - f_j|^2 over the K (K - 1) / 2 pairs, as 2 / (K - 1) sum_k |f_k - mean f|^2.
 
-    Exact: the sum over i, j of |f_i - f_j|^2 is 2K times the centred sum of squares, and counts every pair twice.
-    Centred first: with |f|^2 near 1 and distances near 1e-5, sums of squares in fp32 would lose the distances.
-    features: (P, K, ...) each, parts of one long vector. ValueError for K = 1."""
+    Centred first, because sums of squares in fp32 would lose distances near 1e-5. features: (P, K, ...) each, parts of
+    one long vector. ValueError for K = 1."""
     K = features[0].shape[1]
     if K < 2:
         raise ValueError("a distance needs at least two images of every prompt")
@@ -205,46 +198,37 @@ def write_reference(path: Path, stats: FeatureStats, extract: Any, source: str, 
     """Save statistics as pytorch-fid and other tools read them (mu, sigma), with features, resize and source."""
     content, more = io.BytesIO(), {} if rows is None else {"rows": rows.cpu().numpy()}
     np.savez(content, mu=stats.mean.cpu().numpy(), sigma=stats.cov.cpu().numpy(), n=stats.n, features=extract.name,
-             weights_sha256=extract.sha256, resize=extract.resize, data=source, version=FORMAT, **more)
+             weights_sha256=extract.sha256, resize=extract.resize, data=source, **more)
     log.write_bytes(path, content.getvalue())
 
 
 def read_reference(path: str, extract: Any) -> Reference:
     """Load an .npz of ours, of pytorch-fid, [ADM], [EDM] or clean-fid, and unpickle nothing.
 
-    UserError for a missing or damaged file, and for one that states other features than those of `extract`."""
+    UserError for a missing or damaged file, and for one of other features than `extract`'s. One without labels is taken
+    to have them and resize tf1."""
     make = f"make one with: python fid.py ref --images=FOLDER --save=FILE.npz --resize={extract.resize}"
     if not path:
         raise UserError(f"FID and KID need --ref=FILE.npz, the statistics of real images; {make}")
     try:
         content = Path(path).expanduser().read_bytes()
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
-            found = {key: file[key] for key in file.files if key in KEYS}
+            found = {key: file[key] for key in ("mu", "sigma", *(key for key in LABELS if key in file.files))}
+        mu, sigma = (torch.from_numpy(found[key].astype(np.float64)) for key in ("mu", "sigma"))
     except (ValueError, OSError, EOFError, KeyError, AttributeError, TypeError, zipfile.BadZipFile) as e:
-        raise UserError(f"cannot read {path!r} as an .npz of plain arrays (pickles could run code): {e}; {make}") from e
-    if not {"mu", "sigma"} <= set(found):
-        raise UserError(f"{path} has no mu and sigma, so it is no reference; {make}")
-    made = {"features": extract.name, "weights_sha256": extract.sha256, "resize": extract.resize}
-    wrong = [f"{key} {found[key]}, wanted {want}" for key, want in made.items() if found.get(key, want) != want]
-    labelled = set(made) <= set(found)
-    if not labelled and extract.resize != "tf1":
-        wrong += [f"an unknown resize, wanted {extract.resize}"]
-    if found.get("version", 0) > FORMAT:
-        wrong += [f"format {found['version']}, wanted at most {FORMAT}"]
-    (mu, sigma), D = (torch.from_numpy(found[key].astype(np.float64)) for key in ("mu", "sigma")), extract.dim
-    if mu.shape != (D,) or sigma.shape != (D, D):
-        wrong += [f"mu {tuple(mu.shape)} and sigma {tuple(sigma.shape)}, wanted ({D},) and ({D}, {D})"]
-    elif not (mu.isfinite().all() and sigma.isfinite().all()):
-        wrong += ["inf or nan in mu or sigma"]
-    elif not torch.allclose(sigma, sigma.T, rtol=1e-4, atol=1e-6 * sigma.abs().max().item()):
-        wrong += ["a sigma that is not symmetric"]
+        raise UserError(f"cannot read {path!r} as an .npz of plain arrays mu and sigma (pickles could run code): {e}; "
+                        f"{make}") from e
+    made, D = {"features": extract.name, "weights_sha256": extract.sha256, "resize": extract.resize}, extract.dim
+    stated = {**made, "resize": "tf1", **{key: str(found[key]) for key in made if key in found}}
+    wrong = [f"{key} {stated[key]}, wanted {want}" for key, want in made.items() if stated[key] != want]
+    if (mu.shape, sigma.shape) != ((D,), (D, D)) or not (mu.isfinite().all() and sigma.isfinite().all()):
+        wrong += [f"mu {tuple(mu.shape)} and sigma {tuple(sigma.shape)}, wanted finite ({D},) and ({D}, {D})"]
     if wrong:
-        raise UserError(f"{path} has {'; '.join(wrong)}. It cannot be compared with; {make}")
-    rows = torch.from_numpy(found["rows"]) if "rows" in found else None
+        raise UserError(f"{path} has {'; '.join(wrong)}; {make}")
     origin = {"reference": path, "reference_sha256": hashlib.sha256(content).hexdigest(),
               "reference_n": int(found["n"]) if "n" in found else None,
-              "reference_data": str(found.get("data", "")), "reference_labelled": labelled}
-    return Reference(mu, sigma, rows, origin)
+              "reference_data": str(found.get("data", "")), "reference_labelled": set(made) <= set(found)}
+    return Reference(mu, sigma, torch.from_numpy(found["rows"]) if "rows" in found else None, origin)
 
 
 # ---------------------------------------------------------------- one pass over the images
@@ -253,34 +237,34 @@ class Failed(UserError):
     """No metric exists for these images; all processes raise it together."""
 
 
-def collect(pictures: Callable, n: int, batch: int, extract: Any, metrics: set[str],
+def collect(images: Callable, n: int, batch: int, extract: Any, keep: set[str],
             dist: distributed.Dist) -> tuple[FeatureStats, dict[str, Tensor]]:
-    """Statistics of images 0 .. n - 1, and {"kid": features (n, D), "is": logits (n, K)} as `metrics` need them.
+    """Statistics of images 0 .. n - 1, and the rows in `keep`: {"features": (n, D), "logits": (n, K)}.
 
-    The processes share the batches and all return the same. pictures(indices) returns uint8 (B, 3, H, W); `workers`
+    The processes share the batches and all return the same. images(indices) returns uint8 (B, 3, H, W); `workers`
     is its number of threads, `broken` its count of images that were not finite. extract(images) returns features and
     logits; it has `dim` and `classes`. Every image counts once. Failed if one was not finite or all are uniform."""
-    stats = FeatureStats(extract.dim, dist.device)
-    widths = {"kid": extract.dim, "is": extract.classes}
-    rows = {key: torch.zeros(n, width, device=dist.device) for key, width in widths.items() if key in metrics}
+    stats, blank = FeatureStats(extract.dim, dist.device), 0
+    widths = {"features": extract.dim, "logits": extract.classes}
+    rows = {key: torch.zeros(n, width, device=dist.device) for key, width in widths.items() if key in keep}
     batches = [np.arange(b, min(b + batch, n)) for b in range(0, n, batch)][dist.rank::dist.world]
-    images, blank = data.prefetch(pictures, ((indices,) for indices in batches), pictures.workers), 0
-    for indices, x in zip(batches, tqdm(images, total=len(batches), unit="batch", disable=dist.rank > 0 or None)):
-        features, logits = extract(x)
-        stats.update(features)
-        for key, found in rows.items():
-            found[indices[0]:indices[-1] + 1] = {"kid": features, "is": logits}[key]
+    loaded = data.prefetch(images, ((indices,) for indices in batches), images.workers)
+    for indices, x in zip(batches, tqdm(loaded, total=len(batches), unit="batch", disable=dist.rank > 0 or None)):
+        found = dict(zip(widths, extract(x)))
+        stats.update(found["features"])
+        for key, kept in rows.items():
+            kept[indices[0]:indices[-1] + 1] = found[key]
         flat = x.flatten(1)
         blank += int((flat.amax(1) == flat.amin(1)).sum())
 
     stats.all_reduce(dist)
-    rows = {key: distributed.all_reduce_sum(found, dist) for key, found in rows.items()}    # one process has each row
-    counts = torch.tensor([float(blank), float(pictures.broken)], device=dist.device)
+    rows = {key: distributed.all_reduce_sum(kept, dist) for key, kept in rows.items()}      # one process has each row
+    counts = torch.tensor([float(blank), float(images.broken)], device=dist.device)
     blank, broken = map(int, distributed.all_reduce_sum(counts, dist).tolist())
     if stats.n != n:
         raise RuntimeError(f"counted {stats.n} images instead of {n}")
     if broken:
-        raise Failed(f"{broken} of {n} images are not finite")
+        raise Failed(f"{broken} of {n} images are not finite; try --dtype=float32")
     if blank == n:
         raise Failed(f"all {n} images are uniform; the sampler has failed")
     if blank and dist.rank == 0:
@@ -288,27 +272,22 @@ def collect(pictures: Callable, n: int, batch: int, extract: Any, metrics: set[s
     return stats, rows
 
 
-# name -> function of FeatureStats, rows of `collect` and Reference, returning the value and its standard error
+class Metric(NamedTuple):
+    """A row of METRICS: function(stats, rows, reference) returns the value and its standard error, None if unknown."""
+    function: Callable[[FeatureStats, Tensor | None, Reference | None], tuple[float, float | None]]
+    rows: str = ""                      # what `rows` holds of every image: features or logits; empty = nothing
+    least: int = 2                      # images
+    reference: bool = True              # whether it compares with real images
+
+
 METRICS = {
-    "fid": lambda stats, rows, ref: (frechet_distance(stats.mean, stats.cov, ref.mu, ref.sigma), None),
-    "kid": lambda stats, rows, ref: kid(rows["kid"], ref.rows.to(rows["kid"].device)),
-    "is": lambda stats, rows, ref: inception_score(rows["is"]),
+    "fid": Metric(lambda stats, rows, ref: (frechet_distance(stats.mean, stats.cov, ref.mu, ref.sigma), None)),
+    "kid": Metric(lambda stats, rows, ref: kid(rows, ref.rows.to(rows.device)), rows="features"),
+    "is": Metric(lambda stats, rows, ref: inception_score(rows), rows="logits", least=10, reference=False),
 }
 
 
-def check_metrics(metrics: str, n: int, reference: Reference | None) -> list[str]:
-    """The names in `metrics`, joined with +. UserError for an unknown one, too few images, a reference without rows."""
-    names = metrics.split("+")
-    if unknown := [name for name in names if name not in METRICS]:
-        raise UserError(f"unknown metric {unknown[0]!r} in metrics={metrics!r}; there are {', '.join(METRICS)}")
-    if "kid" in names and (reference is None or reference.rows is None):
-        raise UserError("KID needs a reference that holds the features; make it with: python fid.py ref --kid=true")
-    if n < (10 if "is" in names else 2):
-        raise UserError(f"n={n} images are too few for {metrics}; IS needs 10, FID and KID 2")
-    return names
-
-
-def evaluate(pictures: Callable, n: int, batch: int, extract: Any, reference: Reference | None, metrics: str,
+def evaluate(images: Callable, n: int, batch: int, extract: Any, reference: Reference | None, metrics: str,
              dist: distributed.Dist) -> dict[str, dict]:
     """{name: {value, se}} of n images on rank 0, {} elsewhere, with warnings. Arguments as for `collect`.
 
@@ -317,18 +296,16 @@ def evaluate(pictures: Callable, n: int, batch: int, extract: Any, reference: Re
     from evaluation import inception
     if (extract.name, extract.sha256) != (inception.NAME, inception.SHA256):
         raise ValueError(f"{extract.name} is not the network of FID, KID and IS; name the metric after its own")
-    names = check_metrics(metrics, n, reference)
-    stats, rows = collect(pictures, n, batch, extract, set(names), dist)
+    wanted = {name: METRICS[name] for name in metrics.split("+")}
+    stats, rows = collect(images, n, batch, extract, {metric.rows for metric in wanted.values()}, dist)
     if dist.rank > 0:
         return {}
-    if reference and not reference.origin["reference_labelled"]:
-        log.info("note: the reference is unlabelled; assuming these features and resize 'tf1'.")
-    if n < ENOUGH and "fid" in names:
+    if n < ENOUGH and "fid" in wanted:
         log.info(f"warning: FID of {n:,} images is biased upwards; compare it at the same N only, or use "
-                       f"--metrics=kid, which has no bias.")
+                 f"--metrics=kid, which has no bias.")
     ending = f"{f'{n // 1000}k' if n % 1000 == 0 else n}/{extract.name}/{extract.resize}"
-    values = {name + ending: METRICS[name](stats, rows, reference) for name in names}
-    return {name: {"value": value, "se": se} for name, (value, se) in values.items()}
+    values = {name: metric.function(stats, rows.get(metric.rows), reference) for name, metric in wanted.items()}
+    return {name + ending: {"value": value, "se": se} for name, (value, se) in values.items()}
 
 
 # ---------------------------------------------------------------- images of a run
@@ -336,37 +313,34 @@ def evaluate(pictures: Callable, n: int, batch: int, extract: Any, reference: Re
 class GeneratedImages:
     """The images of a run by number, equal to those of sample.py with the same options, for any number of processes.
 
-    strict: raise a UserError for an image that is not finite; otherwise count it in `broken`."""
-    workers = 0
+    `broken` counts those that are not finite."""
+    workers, broken = 0, 0
 
-    def __init__(self, images_of: sample.Run, strict: bool = True) -> None:
-        self.run, self.strict, self.broken = images_of, strict, 0
+    def __init__(self, run: sample.Run) -> None:
+        self.run = run
 
     def __call__(self, indices: np.ndarray) -> Tensor:
         """Images number `indices` (B,), uint8 (B, 3, H, W). Only the last batch may be short."""
         first, o = int(indices[0]), self.run.options
         x = self.run(np.arange(first, first + min(o.batch, o.n)))[:len(indices)]     # batches of one size round alike
-        if broken := int((~x.flatten(1).isfinite().all(1)).sum()):
-            self.broken += broken
-            if self.strict:
-                raise UserError(f"images {first} to {indices[-1]} are not finite; try --dtype=float32")
-        return torch.from_numpy(sample.to_uint8(x)).permute(0, 3, 1, 2)
+        self.broken += int((~x.flatten(1).isfinite().all(1)).sum())
+        return torch.from_numpy(data.to_uint8(x)).permute(0, 3, 1, 2)
 
 
-def size_groups(o: sample.Options, sizes: tuple[int, ...], dist: distributed.Dist) -> Iterator[Tensor]:
-    """[COND] sec. 3.1: for each of o.n prompts an image at every requested size, all else equal. uint8 (P, K, 3, H, W)
+def size_groups(run: sample.Run, sizes: tuple[int, ...], dist: distributed.Dist) -> Iterator[Tensor]:
+    """[COND] sec. 3.1: for every prompt of a run an image at each requested size, all else equal. uint8 (P, K, 3, H, W)
 
     The processes share the prompts; an image depends on the number of its prompt and on its size alone."""
-    images_of, K = sample.load_run(o, dist.device), len(sizes)
-    if "size" not in model.control_names(images_of.cfg.model) or o.size:
+    o, K = run.options, len(sizes)
+    if "size" not in model.control_names(run.cfg.model) or o.size:
         raise UserError(f"images at several sizes need a model with size among its controls, and no --size of their "
-                        f"own; {o.out} has model.controls={images_of.cfg.model.controls!r}, size={o.size!r}")
+                        f"own; {o.out} has model.controls={run.cfg.model.controls!r}, size={o.size!r}")
     per = max(1, o.batch // K)
     for first in range(dist.rank * per, o.n, dist.world * per):
         index = np.repeat(np.arange(first, min(first + per, o.n)), K)                   # (P K,)
         size = torch.tensor(sizes, dtype=torch.float32)[:, None].expand(K, 2).repeat(len(index) // K, 1)
-        x = images_of(index, replace(images_of.conditions(index)[0], size=size))
-        yield torch.from_numpy(sample.to_uint8(x)).permute(0, 3, 1, 2).unflatten(0, (-1, K))
+        x = run(index, replace(run.conditions(index)[0], size=size))
+        yield torch.from_numpy(data.to_uint8(x)).permute(0, 3, 1, 2).unflatten(0, (-1, K))
 
 
 @dataclass(frozen=True)
@@ -374,75 +348,57 @@ class Options(sample.Options):
     """What to measure and against what; the rest, for a run, as for sample.py."""
     images: str = ""                # folder, .npz (arr_0) or .npy of uint8 images; empty = generate those of --out
     ref: str = ""                   # statistics of real images, .npz; `fid.py ref` makes them
-    metrics: str = "fid"            # joined with +: fid, kid, is
+    metrics: str = field(default=next(iter(METRICS)), metadata={"help": f"joined with +: {', '.join(METRICS)}"})
     n: int = 0                      # images; 0 = all of --images, 50,000 of a run
     resize: str = "tf1"             # to the network's 299 pixels: tf1, as papers do, or clean, antialiased
     center_crop: int = 0            # --images: crop to centred squares, resized to this side; 0 = as they are
     inception: str = ""             # weights file; empty = $INCEPTION_WEIGHTS, the cache, or the network
-    save_npz: str = ""              # also write the run's images into this .npz, for the evaluator of ADM
 
 
-def run_pictures(o: Options, dist: distributed.Dist) -> tuple[Callable, dict]:
-    """The images of the run o.out, and their origin for the last line. UserError for options that do not fit it."""
-    images_of = sample.load_run(o, dist.device)
-    o, cfg, header = images_of.options, images_of.cfg, images_of.header
-    captions = "captions of " + ("the test split" if cfg.data == "shapes" else cfg.data)
-    default = {"class": "all classes in turn", "none": "nothing", "text": captions}[cfg.model.semantics]
-    same = ("sampler", "steps", "eta", "guidance", "control_guidance", "guidance_interval", "seed", "size", "crop",
-            "flip")
-    about = {"samples": o.pretrained or (Path(o.out) / o.ema_file).as_posix(), "weights_sha256": header["sha256"],
-             "train_step": int(header["step"]), "ema": float(header["ema"]) if "ema" in header else None,
-             **{key: getattr(o, key) for key in same}, "spacing": o.spacing or sample.SAMPLERS[o.sampler].spacing,
-             "dtype": str(images_of.net.dtype)[6:],
-             "resolution": [images_of.decoder[1] * s for s in sample.image_size(o, cfg)],
-             "asked": o.prompt or o.prompts or o.label or default,
-             "prompts_sha256": images_of.conditions.prompts_sha256}
-    return (export(images_of, about, dist) if o.save_npz else GeneratedImages(images_of)), about
+def load_metrics(o: Options, n: int, dist: distributed.Dist) -> tuple[Any, Reference | None]:
+    """The feature network and the reference for o.metrics of n images; no reference if no metric compares with one.
 
-
-def export(images_of: sample.Run, about: dict, dist: distributed.Dist) -> ArrayImages:
-    """Generate into the .npz o.save_npz, resuming after a stop as sample.py does, and read the images from there."""
-    o, path = images_of.options, npz_path("save_npz", images_of.options.save_npz)
-    key = hashlib.sha256(json.dumps(about | {"n": o.n, "batch": o.batch}).encode()).hexdigest()[:8]
-    part = path.with_name(f"{path.stem}-{key}.part")        # unfinished images of exactly these options
-    images = sample.generate_all(images_of, dist, part)
-    if dist.rank == 0:
-        sample.write_npz(path, images)
-    del images
-    distributed.broadcast_from_rank0(0, dist)                       # the .npz is complete and no process reads the part
-    if dist.rank == 0:
-        sample.remove_partial(part)
-    return ArrayImages(path)
+    UserError for an unknown metric, too few images, or a reference without the features that KID needs."""
+    names, reference = o.metrics.split("+"), None
+    for name in names:
+        if name not in METRICS:
+            raise UserError(f"unknown metric {name!r} in metrics={o.metrics!r}; there are {', '.join(METRICS)}")
+        if n < METRICS[name].least:
+            raise UserError(f"n={n} images are too few for {name}, which needs {METRICS[name].least}")
+    from evaluation import inception
+    extract = inception.Extractor(o.inception, o.resize, dist)
+    if comparing := [METRICS[name] for name in names if METRICS[name].reference]:
+        reference = read_reference(o.ref, extract)
+        if any(metric.rows for metric in comparing) and reference.rows is None:
+            raise UserError(f"{o.metrics} needs a reference with features; make it with: python fid.py ref --kid=true")
+    return extract, reference
 
 
 class Monitor:
     """FID and other metrics during training: each call measures the same images and adds a line to log.jsonl.
 
     Make it in all processes before the first step, so that missing weights or references stop the run there, and call
-    it in all. about: the header of weights.safetensors, with classes and controls. A measurement that fails is logged,
-    and training continues."""
-    def __init__(self, o: Options, cfg: Config, about: dict[str, str], dist: distributed.Dist) -> None:
+    it in all. header: that of weights.safetensors, with classes and controls. A measurement that fails is logged, and
+    training continues."""
+    def __init__(self, o: Options, cfg: Config, header: dict[str, str], dist: distributed.Dist) -> None:
         self.o, self.dist = sample.check(o, cfg), dist
-        self.extract, self.reference = load_metrics(o, dist)
-        check_metrics(o.metrics, o.n, self.reference)
-        decoder = decoder_of(about, self.o.autoencoder, cfg.model.channels, dist.device)
-        conditions = sample.SampleConditions(self.o, cfg, about)
-        images_of = sample.Run(self.o, None, cfg, about, conditions, decoder, dist.device)
-        self.images = GeneratedImages(images_of, strict=False)
+        self.extract, self.reference = load_metrics(o, o.n, dist)
+        decoder = decoder_of(header, o.autoencoder, cfg.model.channels, dist.device)
+        conditions = sample.SampleConditions(self.o, cfg, header)
+        self.run = sample.Run(self.o, None, cfg, header, conditions, decoder, dist.device)
 
     def __call__(self, net: nn.Module, step: int) -> dict[str, dict]:
         """The values of `net` at `step`, on rank 0; {} elsewhere."""
-        began, values, failed, o = time.monotonic(), {}, {}, self.o
-        self.images.run, self.images.broken = self.images.run._replace(net=net), 0
+        t0, o, values, line = time.monotonic(), self.o, {}, {"step": step}
+        images = GeneratedImages(self.run._replace(net=net))
         try:
-            values = evaluate(self.images, o.n, o.batch, self.extract, self.reference, o.metrics, self.dist)
+            values = evaluate(images, o.n, o.batch, self.extract, self.reference, o.metrics, self.dist)
         except Failed as e:
-            failed = {"evaluation_failed": str(e)}
-            if self.dist.rank == 0:
-                log.info(f"warning: no metric at step {step:,}: {e}. Training continues.")
+            line["evaluation_failed"] = str(e)
         if self.dist.rank == 0:
-            line = {"step": step, **{name: v["value"] for name, v in values.items()}, **failed,
-                    "evaluation_s": time.monotonic() - began}
+            if reason := line.get("evaluation_failed"):
+                log.info(f"warning: no metric at step {step:,}: {reason}. Training continues.")
+            line |= {name: v["value"] for name, v in values.items()} | {"evaluation_s": time.monotonic() - t0}
             with log.warn_on_disk_error("a line of log.jsonl"):
                 log.append(Path(o.out), line)
         return values
@@ -450,65 +406,40 @@ class Monitor:
 
 # ---------------------------------------------------------------- the command line
 
-def npz_path(key: str, text: str) -> Path:
-    """The path of an .npz to write. UserError unless its folder exists."""
-    path = Path(text)
-    if path.suffix != ".npz" or not path.parent.is_dir():
-        raise UserError(f"--{key} must be a name that ends in .npz, in an existing folder, got {text!r}")
-    return path
-
-
-def load_metrics(o: Options, dist: distributed.Dist) -> tuple[Any, Reference | None]:
-    """The feature network and the reference that o.metrics need; the Inception Score needs no reference."""
-    from evaluation import inception
-    extract = inception.Extractor(o.inception, o.resize, dist)
-    return extract, read_reference(o.ref, extract) if set(o.metrics.split("+")) - {"is"} else None
-
-
-def first_pictures(path: str, n: int, square: int) -> tuple[FolderImages | ArrayImages, int]:
+def open_first(path: str, n: int, center_crop: int) -> tuple[FolderImages | ArrayImages, int]:
     """The images at `path` and how many to use: n, or all for n = 0. UserError if it has fewer."""
-    pictures = open_images(path, square)
-    if n > len(pictures):
-        raise UserError(f"n={n} images were requested, but {path} has {len(pictures)}")
-    return pictures, n or len(pictures)
-
-
-def check_use(o: Options) -> None:
-    """UserError for options that have no effect together."""
-    lost = [key for key in ("save_npz", "ema_file", "pretrained")
-            if o.images and getattr(o, key) != getattr(Options, key)]
-    if o.center_crop and not o.images:
-        lost = ["center_crop"]
-    if lost:
-        raise UserError(f"--{lost[0]}={getattr(o, lost[0])} has no effect {'with' if o.images else 'without'} --images")
+    images = open_images(path, center_crop)
+    if n > len(images):
+        raise UserError(f"n={n} images were requested, but {path} has {len(images)}")
+    return images, n or len(images)
 
 
 def main_fid(argv: list[str]) -> None:
     """FID, KID and Inception Score of a folder, an npz or a run."""
     o = parse(argv, Options())
-    check_use(o)
+    for key in ("ema_file", "pretrained") if o.images else ("center_crop",):
+        if getattr(o, key) != getattr(Options, key):
+            raise UserError(f"--{key}={getattr(o, key)} has no effect {'with' if o.images else 'without'} --images")
     dist = distributed.setup(o.threads)
-    extract, reference = load_metrics(o, dist)
     if o.images:
-        (pictures, n), about = first_pictures(o.images, o.n, o.center_crop), {"samples": o.images}
-        if pictures.jpegs and dist.rank == 0:
-            log.info(f"warning: {pictures.jpegs} images are JPEG files, which changes FID; save PNG or npz.")
+        (images, n), origin = open_first(o.images, o.n, o.center_crop), {"images": o.images}
+        if images.jpegs and dist.rank == 0:
+            log.info(f"warning: {images.jpegs} images are JPEG files, which changes FID; save PNG or npz.")
     else:
         n = o.n or 50_000
-        check_metrics(o.metrics, n, reference)                     # before anything is generated
-        pictures, about = run_pictures(replace(o, n=n), dist)
-
-    began = time.monotonic()
-    values = evaluate(pictures, n, o.batch, extract, reference, o.metrics, dist)
-    seconds = time.monotonic() - began
-    if dist.rank > 0:
-        return
-    for name, v in values.items():
-        print(f"{name}  {v['value']:.6g}" + (f" +- {v['se']:.2g}" if v["se"] is not None else ""))
-    print(json.dumps({"metrics": values, "n": n, **(reference.origin if reference else {}), **about,
-                      "features": extract.name, "features_sha256": extract.sha256, "resize": o.resize,
-                      "precision": "float32", "torch": torch.__version__, "processes": dist.world,
-                      "seconds": round(seconds, 2), "images_per_second": n / seconds}))
+        run = sample.load_run(replace(o, n=n), dist.device)
+        images, origin = GeneratedImages(run), {
+            **asdict(run.options), "weights_sha256": run.header["sha256"], "train_step": int(run.header["step"]),
+            "ema_std": run.header.get("ema"), "prompts_sha256": run.conditions.prompts_sha256,
+            "dtype": str(run.net.dtype)[6:]}
+    extract, reference = load_metrics(o, n, dist)
+    values = evaluate(images, n, o.batch, extract, reference, o.metrics, dist)
+    if dist.rank == 0:
+        for name, v in values.items():
+            print(f"{name}  {v['value']:.6g}" + (f" +- {v['se']:.2g}" if v["se"] is not None else ""))
+        print(json.dumps({**origin, "metrics": values, "n": n, **(reference.origin if reference else {}),
+                          "features": extract.name, "features_sha256": extract.sha256, "resize": o.resize,
+                          "torch": torch.__version__, "processes": dist.world}))
 
 
 @dataclass(frozen=True)
@@ -529,17 +460,17 @@ def main_ref(argv: list[str]) -> None:
     """Statistics of real images."""
     from evaluation import inception
     o = parse(argv, RefOptions())
-    dist, path = distributed.setup(o.threads), npz_path("save", o.save)
-    if not o.images:
-        raise UserError("ref wants --images=FOLDER, the real images")
-    pictures, n = first_pictures(o.images, o.n, o.center_crop)
+    dist, path = distributed.setup(o.threads), Path(o.save)
+    if not o.images or path.suffix != ".npz" or not path.parent.is_dir():
+        raise UserError(f"ref needs --images, the real images, and --save=FILE.npz in an existing folder; got "
+                        f"images={o.images!r}, save={o.save!r}")
+    images, n = open_first(o.images, o.n, o.center_crop)
     extract = inception.Extractor(o.inception, o.resize, dist)
-    stats, rows = collect(pictures, n, o.batch, extract, {"kid"} if o.kid else set(), dist)
+    stats, rows = collect(images, n, o.batch, extract, {"features"} if o.kid else set(), dist)
     if dist.rank == 0:
-        write_reference(path, stats, extract, o.images, rows.get("kid"))
+        write_reference(path, stats, extract, o.images, rows.get("features"))
         print(json.dumps({"save": o.save, "n": n, "data": o.images, "center_crop": o.center_crop,
-                          "features": extract.name,
-                          "features_sha256": extract.sha256, "resize": o.resize}))
+                          "features": extract.name, "features_sha256": extract.sha256, "resize": o.resize}))
 
 
 # A function here, or the module of evaluation/ that runs the command.

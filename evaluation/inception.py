@@ -1,6 +1,6 @@
 """The feature network of FID: TensorFlow's Inception of 2015-12-05 as a table, its weights and its input.
 
-extract = Extractor(weights="", resize="tf1", place=place)          finds or downloads the weights, checks their hash
+extract = Extractor(weights="", resize="tf1", dist=dist)            finds or downloads the weights, checks their hash
 features, logits = extract(images)                                  images (B, 3, H, W) uint8
 
 Another Inception gives other numbers, so every load compares the sha256 below.
@@ -9,7 +9,6 @@ Dimensions: B batch, C channels, H x W pixels.
 import hashlib
 import io
 import os
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -27,8 +26,6 @@ SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 URLS = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
         "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth")
 VARIABLE = "INCEPTION_WEIGHTS"          # environment variable with the path of the file
-ADVICE = (f"without them there is no FID. Download {URLS[0]} or {URLS[1]} (95.6 MB, sha256 {SHA256}) and name it by "
-          f"--inception=FILE or {VARIABLE}, or put it at ")
 SIDE = 299                              # height and width of the network's input
 CHUNK = 64                              # images in the network at a time
 
@@ -57,14 +54,15 @@ TABLE = {"Conv2d_1a_3x3": "3/2>32", "Conv2d_2a_3x3": "3/1>32", "Conv2d_2b_3x3": 
 
 
 class Conv(nn.Module):
-    """[INC] sec. 5: convolution without bias, batch normalization, ReLU. kernel: "3", "1x7", or "3/2"."""
-    def __init__(self, channels: int, kernel: str, width: int) -> None:
+    """[INC] sec. 5: convolution without bias, batch normalization, ReLU. step: "3>64", "1x7>64", or "3/2>64"."""
+    def __init__(self, channels: int, step: str) -> None:
         super().__init__()
-        kernel, _, stride = kernel.partition("/")
+        kernels, width = step.split(">")
+        (kernel, _, stride), self.width = kernels.partition("/"), int(width)
         size = tuple(int(k) for k in kernel.split("x")) * (1 if "x" in kernel else 2)
         padding = (0, 0) if stride else (size[0] // 2, size[1] // 2)
-        self.conv = nn.Conv2d(channels, width, size, int(stride or 1), padding, bias=False)
-        self.bn = nn.BatchNorm2d(width, eps=EPS)
+        self.conv = nn.Conv2d(channels, self.width, size, int(stride or 1), padding, bias=False)
+        self.bn = nn.BatchNorm2d(self.width, eps=EPS)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.bn(self.conv(x)), inplace=True)
@@ -86,20 +84,20 @@ class Mixed(nn.Module):
                     stem, kernels = f"{name}_{number}" if numbered else name, kernels.split("&")
                     layers = [stem + letter for letter in ("ab" if len(kernels) > 1 else [""])]
                     for layer, kernel in zip(layers, kernels):
-                        self.add_module(layer, Conv(c, kernel, int(width)))
+                        self.add_module(layer, Conv(c, f"{kernel}>{width}"))
                     c = int(width) * len(layers)
                 plan.append(layers)
             self.plan.append(plan)
             self.width += c
 
     def forward(self, x: Tensor) -> Tensor:
-        out = []
-        for branch in self.plan:
+        branches = []
+        for plan in self.plan:
             y = x
-            for step in branch:
+            for step in plan:
                 y = torch.cat([POOLS[k](y) if k in POOLS else self.get_submodule(k)(y) for k in step], 1)
-            out.append(y)
-        return torch.cat(out, 1)
+            branches.append(y)
+        return torch.cat(branches, 1)
 
 
 class Inception(nn.Module):
@@ -108,13 +106,9 @@ class Inception(nn.Module):
         super().__init__()
         c = 3
         for name, line in TABLE.items():
-            if name.startswith("Mixed"):
-                self.add_module(name, mixed := Mixed(c, line))
-                c = mixed.width
-            elif name.startswith("Conv"):
-                kernel, width = line.split(">")
-                self.add_module(name, Conv(c, kernel, int(width)))
-                c = int(width)
+            if line not in POOLS:
+                self.add_module(name, layer := (Mixed if name.startswith("Mixed") else Conv)(c, line))
+                c = layer.width
         self.fc = nn.Linear(c, CLASSES)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,68 +172,52 @@ def exact_fp32(device: torch.device) -> Iterator[None]:
 
 # ---------------------------------------------------------------- its weights
 
-def cached() -> list[Path]:
-    """Where pytorch-fid and torch-fidelity cache their file, in the order of URLS."""
-    return [Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1] for url in URLS]
-
-
-def find_weights(asked: str, dist: distributed.Dist) -> Path:
-    """The weights file: `asked`, else $INCEPTION_WEIGHTS, else the cache, which one process of a machine fills.
+def find_weights(path: str, dist: distributed.Dist) -> Path:
+    """The weights file: `path`, else $INCEPTION_WEIGHTS, else torch's cache, which one process of a machine fills.
 
     If one process fails, all raise a UserError, so that none waits for another."""
-    named, error = asked or os.environ.get(VARIABLE, ""), ""
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        if named and not Path(named).is_file():
-            error = f"no file {named!r}, given by {'--inception' if asked else VARIABLE}"
-        elif not named and not any(path.is_file() for path in cached()):
-            error = download()
+    cache = Path(torch.hub.get_dir()) / "checkpoints" / URLS[0].rsplit("/", 1)[1]
+    file, error = Path(path or os.environ.get(VARIABLE, "") or cache), ""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not file.is_file():
+        error = download(file) if file == cache else f"no file {str(file)!r}"
     if distributed.all_reduce_sum(torch.tensor([float(bool(error))], device=dist.device), dist).item():
-        raise UserError(f"{error}; {ADVICE}{cached()[0]}" if error else "another process has no Inception weights; its "
-                        "message says why")
-    return Path(named) if named else next((path for path in cached() if path.is_file()), cached()[0])
+        raise UserError(f"{error or 'another process has none'}; FID, KID and IS need the Inception weights. Download "
+                        f"{' or '.join(URLS)} (95.6 MB, sha256 {SHA256}) and name it by --inception=FILE or "
+                        f"{VARIABLE}, or put it at {cache}")
+    return file
 
 
-def download() -> str:
-    """Fill the cache from the first mirror that answers, checking the whole hash. Returns the error if none does."""
+def download(file: Path) -> str:
+    """Fill the cache from the first mirror that answers, checking the whole hash. Returns the errors if none does."""
     errors = []
-    for url, path in zip(URLS, cached()):
+    for url in URLS:
         log.info(f"downloading 95.6 MB of Inception weights from {url}")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=SHA256, progress=False)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(file), hash_prefix=SHA256, progress=False)
             return ""
         except (OSError, RuntimeError) as e:
             errors.append(str(e))
-    return f"FID, KID and IS need the Inception weights, and no mirror answered: {'; '.join(errors)}"
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of the file. UserError for a file with another sha256."""
-    try:
-        content = path.read_bytes()
-        if (found := hashlib.sha256(content).hexdigest()) != SHA256:
-            raise UserError(f"{path} has sha256 {found}, which is not that of the Inception of FID; "
-                            f"{ADVICE}{cached()[0]}")
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as e:
-        raise UserError(f"cannot read the Inception weights {path}: {e}") from e
+    return "; ".join(errors)
 
 
 class Extractor:
-    """The published Inception after a resize. Its `name`, `sha256` and `resize` go with every number.
+    """The published Inception after a resize. Its `name`, `sha256` and `resize` belong to every number.
 
-    resize: a key of RESIZE. UserError for another one, and for missing or other weights."""
+    weights: as for find_weights; resize: a key of RESIZE. UserError for another one, or for weights of another hash."""
     name, dim, classes = NAME, DIM, CLASSES
 
     def __init__(self, weights: str, resize: str, dist: distributed.Dist) -> None:
         if resize not in RESIZE:
             raise UserError(f"unknown resize={resize!r}; there are {', '.join(RESIZE)}")
-        tensors = read_weights(find_weights(weights, dist))
+        file = find_weights(weights, dist)
+        content = file.read_bytes()
+        if (found := hashlib.sha256(content).hexdigest()) != SHA256:
+            raise UserError(f"{file} has sha256 {found}, not {SHA256}, that of the Inception of FID")
         with torch.device("meta"):
             net = Inception()
-        net.load_state_dict(tensors, strict=True, assign=True)
-        net = fold_(net.eval().requires_grad_(False))
-        self.net = net.to(dist.device, memory_format=torch.channels_last)
+        net.load_state_dict(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True), assign=True)
+        self.net = fold_(net.eval().requires_grad_(False)).to(dist.device, memory_format=torch.channels_last)
         self.sha256, self.resize, self.device = SHA256, resize, dist.device
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:

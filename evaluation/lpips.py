@@ -1,21 +1,18 @@
 """LPIPS diversity: how far apart the images of a prompt lie that differ in requested size alone.
 
 python -m evaluation.lpips --out=out/imagenet --sizes=hr --n=1000
-torchrun --nproc_per_node=8 -m evaluation.lpips --out=out/imagenet --sizes=hr --n=10000
+torchrun --nproc_per_node=8 -m -- evaluation.lpips --out=out/imagenet --sizes=hr --n=10000
 
 The last line is one JSON object: a mean with its standard error, and the weights by their sha256. Random weights never
 score anything, and the network computes in fp32 whatever a run has set.
 Dimensions: B images, P prompts, K images of one prompt, h x w pixels, C features of a layer.
 """
-import dataclasses
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +22,7 @@ from config import UserError, parse, run
 from evaluation.inception import exact_fp32
 from fid import MeanWithError, mean_over, mean_pair_distance, size_groups
 from runtime import distributed
+from runtime.optional import optional_import
 
 SIZES = {"all": (64, 128, 256, 512, 1024), "hr": (256, 512, 1024)}  # [COND] table 2a: LPIPS and, at 256 px, LPIPS/HR
 TRUNK = "alexnet-owt-7be5be79.pth"
@@ -35,20 +33,17 @@ HEADS_SHA256 = "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0
 def load_lpips(path: str, device: torch.device) -> nn.Module:
     """Load [LPIPS] v0.1 over AlexNet, frozen, fp32. path: the trunk's file; "" = $LPIPS_TRUNK, else torch's cache.
 
-    Every load hashes trunk and heads. UserError says how to get them."""
-    lpips = import_lpips()
+    UserError for a trunk or heads of another hash."""
+    lpips = optional_import("lpips", "LPIPS")
     cache = Path(torch.hub.get_dir()) / "checkpoints" / TRUNK
     file = Path(path or os.environ.get("LPIPS_TRUNK", "") or cache)
     heads = Path(lpips.__file__).parent / "weights" / "v0.1" / "alex.pth"
-    how = (f"get https://download.pytorch.org/models/{TRUNK} (244,408,911 bytes, sha256 {TRUNK_SHA256}) and put it "
-           f"at {cache}, or name it by --trunk or LPIPS_TRUNK")
+    how = (f"get https://download.pytorch.org/models/{TRUNK} (244,408,911 bytes) and put it at {cache}, or name it by "
+           f"--trunk or LPIPS_TRUNK")
     for part, want, help in ((file, TRUNK_SHA256, how), (heads, HEADS_SHA256, "pip install --force-reinstall lpips")):
-        if not part.is_file():
-            raise UserError(f"LPIPS has no weights at {part}; {help}")
-        with open(part, "rb") as f:
-            found = hashlib.file_digest(f, "sha256").hexdigest()
+        found = hashlib.sha256(part.read_bytes()).hexdigest() if part.is_file() else "missing"
         if found != want:
-            raise UserError(f"LPIPS wants other weights than {part}: its sha256 is {found}, not {want}; {help}")
+            raise UserError(f"LPIPS needs {part} with sha256 {want}, got {found}; {help}")
     with torch.random.fork_rng():                                           # random weights, all replaced below
         net = lpips.LPIPS(net="alex", pretrained=False, pnet_rand=True, verbose=False)
     return fill_lpips(net, *(torch.load(f, map_location="cpu", weights_only=True) for f in (file, heads))).to(device)
@@ -64,16 +59,6 @@ def fill_lpips(net: nn.Module, trunk: dict[str, Tensor], heads: dict[str, Tensor
             state[name] = heads[name.replace("lins.", "lin")]
     net.load_state_dict(state)
     return net.eval().requires_grad_(False)
-
-
-def import_lpips() -> Any:
-    """Import the package lpips. UserError with the pip line where it or its torchvision does not import."""
-    try:
-        import lpips
-    except (ImportError, RuntimeError) as e:
-        raise UserError(f"LPIPS needs the package lpips and the torchvision that belongs to this torch ({e}): "
-                        f"pip install lpips") from e
-    return lpips
 
 
 def lpips_features(net: nn.Module, images: Tensor) -> list[Tensor]:
@@ -104,17 +89,10 @@ def lpips_diversity(groups: Iterable[Tensor], net: nn.Module, dist: distributed.
 # ---------------------------------------------------------------- the command
 
 @dataclass(frozen=True)
-class Options:
-    """Which run to measure, and how."""
-    out: str = ""                   # run folder of a model with the control size
-    ema_file: str = sample.Options.file   # in the run folder, the weights to sample with
-    autoencoder: str = ""           # decoder of latents; empty = that of the run's latents
+class Options(sample.Options):
+    """How to measure a model with the control size; the rest, for a run, as for sample.py."""
     sizes: str = "hr"               # hr, all, or sizes in pixels joined with +
     n: int = 1000                   # prompts; the paper takes 10000
-    steps: int = 50                 # sampling steps
-    guidance: float = -1.0          # guidance scale; -1 = that of the run
-    seed: int = 0                   # keys the noise
-    batch: int = 64                 # images at a time
     trunk: str = ""                 # AlexNet's file; empty = $LPIPS_TRUNK, else torch's cache
 
 
@@ -129,20 +107,15 @@ def read_sizes(text: str) -> tuple[int, ...]:
 
 
 def main(argv: list[str]) -> None:
-    o, dist = parse(argv, Options()), distributed.setup()
-    sizes = read_sizes(o.sizes)
-    net = load_lpips(o.trunk, dist.device)
-    drawing = sample.Options(out=o.out, ema_file=o.ema_file, autoencoder=o.autoencoder, n=o.n, steps=o.steps,
-                             guidance=o.guidance, seed=o.seed, batch=o.batch)
-    drawing = sample.load_run(drawing, dist.device).options
-    result = lpips_diversity(size_groups(drawing, sizes, dist), net, dist)
+    o = parse(argv, Options())
+    dist, sizes = distributed.setup(o.threads), read_sizes(o.sizes)
+    net, run = load_lpips(o.trunk, dist.device), sample.load_run(o, dist.device)
+    result = lpips_diversity(size_groups(run, sizes, dist), net, dist)
     if dist.rank == 0:
         print(f"lpips_alex {result.value:.4f} ± {result.error:.4f} over {result.n}")
-        print(json.dumps({"metric": "lpips_alex", **dataclasses.asdict(result), "sizes": sizes, "K": len(sizes),
-                          "pairs": math.comb(len(sizes), 2), "version": "0.1", "weights": TRUNK_SHA256, "run": o.out,
-                          "ema_file": o.ema_file, "steps": o.steps, "guidance": drawing.guidance,
-                          "eta": drawing.eta, "seed": o.seed,
-                          "dtype": "float32", "torch": torch.__version__}))
+        print(json.dumps({**asdict(run.options), "metric": "lpips_alex", **asdict(result), "sizes": sizes,
+                          "weights": TRUNK_SHA256, "weights_sha256": run.header["sha256"], "dtype": str(run.net.dtype),
+                          "torch": torch.__version__}))
 
 
 if __name__ == "__main__":

@@ -5,15 +5,14 @@ python -m evaluation.shapes_judge --images=out/demo/samples/NAME.npz      toy_fd
 python -m evaluation.shapes_judge --leak=out/shapes32 --n=100          how far the requested size leaks into the content
 
 toy_fd is the Fréchet distance between the judge's features of two sets of images. It is no FID: the features know this
-data set's shapes alone, and values compare within one judge only, so its hash goes along.
+data set's shapes alone, and values compare within one judge only, so every value carries its hash.
 Dimensions: B images, R side of an image, F features, S side of their map, K objects: one place for every colour; for
 the leak P prompts of K images.
 """
-import dataclasses
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,12 +24,12 @@ from tqdm import tqdm
 
 import data
 import model
+import sample
 from config import Config, UserError, parse, run
 from evaluation.shapes_score import score
 from fid import FeatureStats, MeanWithError, frechet_distance, mean_over, mean_pair_distance, size_groups
 from rng import seed64
 from runtime import checkpoint, distributed
-from sample import Options as Drawing, SampleConditions, read_prompts, resolve_defaults
 from sources.folders import open_images
 from sources.shapes import NATIVE, VERSION, Shapes, canvas_side, render
 from sources.shapes_grammar import BACKGROUNDS, COLORS, SHAPES
@@ -40,11 +39,11 @@ SIDE = 32                               # pixels a side that the judge sees
 UNIT = 0.1                              # x, y and r are compared in tenths of the image's side
 BATCH = 250                             # images in one pass
 REFERENCE = 10_000                      # renders that toy_fd compares with, from a split that the judge never saw
-FAR = 2 ** 24                           # renders from this index on have captions that no model was asked for
+FAR = 2 ** 24                           # renders from this index on have captions that no image was generated for
 
 
 class Prediction(NamedTuple):
-    """What the judge sees, for each colour: logits, except x, y and r in fractions of the image's side."""
+    """What the classifier sees, for each colour: logits, except x, y and r in fractions of the image's side."""
     there: Tensor                       # (B, K) whether an object has this colour
     shape: Tensor                       # (B, K, shapes) its shape
     x: Tensor                           # (B, K) its centre, from the left
@@ -55,7 +54,7 @@ class Prediction(NamedTuple):
 
 
 class ShapesClassifier(nn.Module):
-    """Four convolutions to a map of F features; for each colour a map of its place, which pools those features.
+    """The judge: four convolutions to a map of F features; for each colour a map of its place pools those features.
 
     Images (B, 3, R, R) in [-1, 1], of any R, are averaged down to SIDE pixels first."""
     def __init__(self, width: int = 64) -> None:
@@ -78,29 +77,13 @@ class ShapesClassifier(nn.Module):
         at = logits.softmax(2)
         pooled = at @ f.flatten(2).transpose(1, 2)                              # (B, K, F)
         rows, S = at.unflatten(2, f.shape[2:]), f.shape[-1]
-        dist, mean = (torch.arange(S, device=f.device) + 0.5) / S, f.mean((2, 3))
+        place, mean = (torch.arange(S, device=f.device) + 0.5) / S, f.mean((2, 3))
         return Prediction(there=logits.logsumexp(2) - math.log(S * S), shape=self.shape(pooled),
-                       x=rows.sum(2) @ dist, y=rows.sum(3) @ dist, r=self.r(pooled)[..., 0] * UNIT,
-                       background=self.background(mean), native=self.native(mean))
+                          x=rows.sum(2) @ place, y=rows.sum(3) @ place, r=self.r(pooled)[..., 0] * UNIT,
+                          background=self.background(mean), native=self.native(mean))
 
     def forward(self, images: Tensor) -> Prediction:
         return self.read_map(self.map(images))
-
-
-class JudgeFeatures:
-    """The judge as an extractor for fid.collect: `name`, `sha256` and `resize` go with every number.
-
-    Features are the map's means; logits are those of the largest object's shape."""
-    resize, classes = "area", len(SHAPES)
-
-    def __init__(self, judge: ShapesClassifier) -> None:
-        self.judge, self.name, self.sha256, self.dim = judge, f"judge-{judge.sha256[:8]}", judge.sha256, judge.width
-
-    @torch.inference_mode()
-    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return features (B, F) and logits (B, shapes) of images (B, 3, R, R) uint8."""
-        f = self.judge.map(images.float() / 127.5 - 1)
-        return f.mean((2, 3)), largest_logits(self.judge.read_map(f))
 
 
 @torch.inference_mode()
@@ -110,21 +93,16 @@ def read(judge: ShapesClassifier, images: Tensor) -> Prediction:
     return Prediction(*(torch.cat(column) for column in zip(*parts)))
 
 
-def largest_logits(seen: Prediction) -> Tensor:
-    """Return the shape logits (B, shapes) of the largest object that the judge sees."""
-    r = seen.r.masked_fill(seen.there <= 0, -1)                                 # (B, K)
-    return seen.shape[torch.arange(len(r)), r.argmax(1)]
-
-
 def largest(seen: Prediction) -> Tensor:
     """Return the shape (B,) of the largest object that the judge sees: the class of an image of this data set."""
-    return largest_logits(seen).argmax(1)
+    r = seen.r.masked_fill(seen.there <= 0, -1)                                 # (B, K)
+    return seen.shape[torch.arange(len(r)), r.argmax(1)].argmax(1)
 
 
 # ---------------------------------------------------------------- training
 
 def targets(scene: dict[str, Tensor]) -> tuple[Prediction, Tensor]:
-    """Return what a Reading should be, as class numbers, and (B, K) whether each object counts.
+    """Return the right Prediction, with class numbers for logits, and (B, K) whether each object counts.
 
     An object whose centre is cropped away while its rim is not does not count: nobody could tell whether it exists."""
     B, rows = len(scene["n"]), torch.arange(len(scene["n"]))[:, None].expand(-1, 3)
@@ -159,8 +137,7 @@ def train(seed: int, steps: int, batch: int = 128, peak: float = 4e-3) -> Shapes
     torch.manual_seed(seed64(seed, "judge"))
     net, source = ShapesClassifier(), Shapes(SIDE, seed)
     optimizer = torch.optim.AdamW(net.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01)
-    bar = tqdm(range(steps), desc="training the judge", unit="step", disable=None)
-    for step in bar:
+    for step in tqdm(range(steps), desc="training the judge", unit="step", disable=None):
         for group in optimizer.param_groups:
             group["lr"] = peak * min(1, (step + 1) / 50) * (1 + math.cos(math.pi * step / steps)) / 2
         records = source.records(range(step * batch, (step + 1) * batch))
@@ -168,14 +145,12 @@ def train(seed: int, steps: int, batch: int = 128, peak: float = 4e-3) -> Shapes
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
-        if step % 50 == 0:
-            bar.set_postfix(loss=f"{value.item():.3f}")
     return net.eval().requires_grad_(False)
 
 
-def write(net: ShapesClassifier, path: Path, about: dict) -> None:
-    """Write the judge as safetensors, with `about`, its training, in the header."""
-    header = {"config": json.dumps({"width": net.width, "data": VERSION, **about}), "judge": "shapes"}
+def write(net: ShapesClassifier, path: Path, training: dict) -> None:
+    """Write the judge as safetensors, with `training`, its options, in the header."""
+    header = {"config": json.dumps({"width": net.width, "data": VERSION, **training}), "judge": "shapes"}
     checkpoint.write_weights(path, net.state_dict(), header)
 
 
@@ -184,11 +159,11 @@ def load(path: Path = JUDGE) -> ShapesClassifier:
     if not path.is_file():
         raise UserError(f"no judge at {path}; make one with: python -m evaluation.shapes_judge --write={path}")
     tensors, header = checkpoint.read_weights(path)
-    about = json.loads(header["config"])
-    if header.get("judge") != "shapes" or about["data"] != VERSION:
-        raise UserError(f"{path} is no classifier of {VERSION!r}; make one with: python -m evaluation.shapes_judge "
+    cfg = json.loads(header["config"])
+    if header.get("judge") != "shapes" or cfg["data"] != VERSION:
+        raise UserError(f"{path} is no judge of {VERSION!r}; make one with: python -m evaluation.shapes_judge "
                         f"--write={path}")
-    net = ShapesClassifier(about["width"])
+    net = ShapesClassifier(cfg["width"])
     checkpoint.load_strictly(net, tensors, str(path))
     net.sha256 = header["sha256"]
     return net.eval().requires_grad_(False)
@@ -201,10 +176,11 @@ def to_bytes(images: Tensor | np.ndarray) -> Tensor:
     return ((torch.as_tensor(images) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+@torch.inference_mode()
 def add_features(stats: FeatureStats, judge: ShapesClassifier, images: Tensor) -> None:
-    """Add images (B, 3, R, R) in [-1, 1] to the statistics, rounded to 8 bits like those of a file."""
+    """Add the mean features of images (B, 3, R, R) in [-1, 1], rounded to 8 bits like those of a file."""
     for part in to_bytes(images).split(BATCH):
-        stats.update(JudgeFeatures(judge)(part)[0])
+        stats.update(judge.map(part.float() / 127.5 - 1).mean((2, 3)))
 
 
 def render_stats(judge: ShapesClassifier, source: Shapes, indices: Iterable[int]) -> FeatureStats:
@@ -257,94 +233,70 @@ def resized(source: Shapes, indices: Sequence[int]) -> Tensor:
 # ---------------------------------------------------------------- the command
 
 @dataclass(frozen=True)
-class Options:
-    """What to do: --write, --images or --leak, and its settings."""
+class Options(sample.Options):
+    """What to do: --write, --images or --leak; the sampling options are for --leak."""
     write: str = ""                 # train a judge and write it to this .safetensors
     images: str = ""                # measure this .npz, which sample.py wrote for a model of shapes
     leak: str = ""                  # run folder: measure how far the requested size leaks into the content
     judge: str = ""                 # judge to use; empty = the shipped one
     n: int = 100                    # leak: number of prompts
-    steps: int = 800                # write: training steps
-    seed: int = 0                   # write: seed of weights and data; leak: seed of the noise
-    threads: int = 0                # CPU threads; 0 = all
+    train_steps: int = 800          # write: training steps
 
 
 def make(o: Options) -> dict:
     """Train and write a judge; return the last line, with its accuracy on the class of unseen renders."""
-    net = train(o.seed, o.steps)
-    write(net, Path(o.write), {"seed": o.seed, "steps": o.steps})
+    net = train(o.seed, o.train_steps)
+    write(net, Path(o.write), {"seed": o.seed, "steps": o.train_steps})
     batch = Shapes(SIDE, split="test", crop=False).records(range(500))
     right = largest(read(net, batch["image"])) == batch["label"]
-    return {"judge": load(Path(o.write)).sha256, "seed": o.seed, "steps": o.steps,
+    return {"judge": load(Path(o.write)).sha256, "seed": o.seed, "steps": o.train_steps,
             "by_class": fraction_with_error(right.float())}
 
 
-def open_run(folder: Path) -> tuple[Config, Shapes]:
-    """Return the config of a run and its test split. UserError for a run on other data than shapes."""
-    cfg = model.load(folder)[1]
+def open_shapes(cfg: Config) -> Shapes:
+    """The test split of a run's data. UserError for a run on other data than shapes."""
     if cfg.data != "shapes":
-        raise UserError(f"the judge knows shapes alone; {folder} was trained on data={cfg.data!r}")
-    return cfg, data.open_source(cfg, "test")
+        raise UserError(f"the judge knows shapes alone; {cfg.out} was trained on data={cfg.data!r}")
+    return data.open_source(cfg, "test")
 
 
 def measure(o: Options, judge: ShapesClassifier) -> dict:
     """Measure toy_fd and accuracy of the images of an npz, beside as many renders; return the last line."""
     file = Path(o.images)
-    beside = file.with_suffix(".json")
-    if not beside.is_file():
-        raise UserError(f"{beside} is missing: the judge reads images that sample.py wrote into a run folder")
-    used = json.loads(beside.read_text(encoding="utf-8"))
-    cfg, source = open_run(file.parent.parent)
-    pictures = open_images(o.images)
-    index = np.arange(len(pictures))
-    images = pictures(index).float() / 127.5 - 1
+    cfg, captions = model.load(file.parent.parent)[1], sample.read_prompts(str(file.with_suffix(".txt")))
+    source, pixels = open_shapes(cfg), open_images(o.images)
+    n = len(pixels)
+    images = pixels(np.arange(n)).float() / 127.5 - 1
+    real = source.records(range(2 * FAR, 2 * FAR + n))["image"]
     reference = render_stats(judge, source, range(FAR, FAR + REFERENCE))
-    real = source.records(range(2 * FAR, 2 * FAR + len(index)))
-    line = {"metric": f"toy_fd{len(index)}/{JudgeFeatures(judge).name}", "value": toy_fd(judge, images, reference),
-            "renders": toy_fd(judge, real["image"], reference), "n": len(index), "reference_n": REFERENCE,
-            "judge": judge.sha256, "images": o.images,
-            "weights_sha256": used.get("weights_sha256", used.get("weights"))}
-
-    titles = asked_for(file, used, cfg, index)
+    line = {"metric": f"toy_fd{n}/judge-{judge.sha256[:8]}", "value": toy_fd(judge, images, reference),
+            "renders": toy_fd(judge, real, reference), "n": n, "reference_n": REFERENCE, "judge": judge.sha256,
+            "images": o.images}
     if cfg.model.semantics == "text":
-        line["by_pixels"] = {key: fraction_with_error(v) for key, v in score(images, titles).items()}
+        line["by_pixels"] = {key: fraction_with_error(v) for key, v in score(images, captions).items()}
     elif cfg.model.semantics == "class":
-        right = [SHAPES[k] == title for k, title in zip(largest(read(judge, images)), titles)]
+        right = [SHAPES[k] == name for k, name in zip(largest(read(judge, images)), captions)]
         line["by_class"] = fraction_with_error(torch.tensor(right).float())
     return line
 
 
-def asked_for(file: Path, used: dict, cfg: Config, index: np.ndarray) -> list[str]:
-    """Return the prompt or class of each image of `file`: the lines beside it, or else what its options give.
-
-    used: those options, of any version; one that is missing did not exist then and takes today's default."""
-    if file.with_suffix(".txt").is_file():
-        return read_prompts(str(file.with_suffix(".txt")))
-    known = {f.name: used[f.name] for f in dataclasses.fields(Drawing) if f.name in used}
-    folder = file.parent.parent
-    header = checkpoint.read_header(folder / "weights.safetensors")
-    return SampleConditions(Drawing(**known | {"out": str(folder)}), cfg, header).titles(index)
-
-
-def fraction_with_error(said: Tensor) -> list[float | None]:
+def fraction_with_error(right: Tensor) -> list[float | None]:
     """Return the fraction of 1s among 1, 0 and NaN, its standard error, and how many are not NaN."""
-    stated = said[~said.isnan()]
-    if not len(stated):
+    right = right[~right.isnan()]
+    if not len(right):
         return [None, None, 0]
-    p = stated.mean().item()
-    return [round(p, 4), round(math.sqrt(p * (1 - p) / len(stated)), 4), len(stated)]
+    p = right.mean().item()
+    return [round(p, 4), round(math.sqrt(p * (1 - p) / len(right)), 4), len(right)]
 
 
 def leak(o: Options, judge: ShapesClassifier, dist: distributed.Dist) -> dict:
     """Measure toy_leak of a run, beside that of renders, which leak nothing; return the last line."""
-    cfg, source = open_run(Path(o.leak))
-    drawing = resolve_defaults(Drawing(out=o.leak, n=o.n, seed=o.seed), cfg)
-    result = toy_leak(judge, size_groups(drawing, NATIVE, dist), dist)
+    run = sample.load_run(replace(o, out=o.leak), dist.device)
+    result = toy_leak(judge, size_groups(run, NATIVE, dist), dist)
     mine = np.arange(dist.rank, o.n, dist.world)
-    floor = toy_leak(judge, [resized(source, mine)] if len(mine) else [], dist)
-    return {"metric": f"toy_leak/{JudgeFeatures(judge).name}", **dataclasses.asdict(result), "renders": floor.value,
-            "sizes": NATIVE, "judge": judge.sha256, "run": o.leak, "seed": o.seed, "steps": drawing.steps,
-            "guidance": drawing.guidance, "eta": drawing.eta}
+    floor = toy_leak(judge, [resized(open_shapes(run.cfg), mine)] if len(mine) else [], dist)
+    return {**asdict(run.options), "metric": f"toy_leak/judge-{judge.sha256[:8]}", **asdict(result),
+            "renders": floor.value, "sizes": NATIVE, "judge": judge.sha256, "weights_sha256": run.header["sha256"]}
 
 
 def main(argv: list[str]) -> None:

@@ -1,5 +1,5 @@
 """FID, KID and the Inception Score: closed forms, independent implementations, any split into batches and processes,
-files that are refused, and the three commands. Features here are a few linear ones under the name of Inception.
+files that are refused, and the commands. Features here are a few linear ones under the name of Inception.
 """
 import hashlib
 import importlib
@@ -24,13 +24,15 @@ import fid
 import sample
 from config import UserError
 from evaluation import inception
-from fid import FeatureStats, frechet_distance, inception_score, kid, read_reference, write_reference
+from fid import (FeatureStats, frechet_distance, inception_score, kid, mean_over, mean_pair_distance, read_reference,
+                 write_reference)
 from runtime import checkpoint, distributed, log
 from sources.folders import open_images
 from test_drawing import drawn, run_folder
 
 ROOT = Path(__file__).parent.parent
-ALONE = distributed.Dist(torch.device("cpu"), 0, 1)
+CPU = torch.device("cpu")
+ALONE = distributed.Dist(CPU, 0, 1)
 D, K = 6, 11
 
 
@@ -46,7 +48,7 @@ def covariance(dim, rank, seed=0):
 class Few:
     """D features and K logits, linear in the colours of a 4 x 4 reduction, with the papers of the real network."""
     name, sha256, resize, dim, classes = inception.NAME, inception.SHA256, "tf1", D, K
-    device = torch.device("cpu")
+    device = CPU
 
     def __init__(self, weights="", resize="tf1", dist=ALONE):
         self.resize = resize
@@ -113,7 +115,7 @@ def test_exact_for_covariances_that_commute_and_for_a_shifted_mean():
     assert frechet_distance(mu, C, mu, C) < 1e-12
 
 
-def test_fewer_pictures_than_features():
+def test_fewer_images_than_features():
     """Then tr (C1 C2)^1/2 is the nuclear norm of the centred features' product, over sqrt((n - 1) (m - 1))."""
     x, y = normal(21, 40, seed=5), normal(34, 40, seed=6) * 1.5
     a, b = stats_of(x), stats_of(y)
@@ -142,10 +144,8 @@ def test_the_distance_needs_no_scipy(monkeypatch):
     assert frechet_distance([0.0], [[1.0]], [2.0], [[9.0]]) == pytest.approx(4 + 4)
 
 
-def test_what_is_no_gaussian_is_refused():
+def test_moments_of_no_gaussian_are_refused():
     mu, C = torch.zeros(3), torch.eye(3)
-    with pytest.raises(ValueError, match="of 3, 3, 4 and 4 dimensions"):
-        frechet_distance(mu, C, torch.zeros(4), torch.eye(4))
     with pytest.raises(ValueError, match="inf or nan"):
         frechet_distance(mu, C, mu, C * math.nan)
     with pytest.raises(ValueError, match="is negative"):
@@ -174,8 +174,6 @@ def test_one_feature_has_no_covariance_and_nan_is_noticed():
         stats.cov
     with pytest.raises(ValueError, match="inf or nan"):
         stats.update(torch.full((2, D), math.inf))
-    with pytest.raises(ValueError, match="wanted .B, 6."):
-        stats.update(torch.zeros(2, D + 1))
     assert stats.n == 1
 
 
@@ -183,10 +181,10 @@ CASES = [(37, 5), (37, 30), (10, 10)]       # (n, batch): 8, 2 and 1 batches, th
 WORKER = """
 import sys, json
 sys.path.insert(0, "tests")
-import machine
+from runtime import distributed
 from test_fid import everything
-print(json.dumps(everything(machine.setup(threads=1))))
-machine.leave()
+print(json.dumps(everything(distributed.setup(threads=1))))
+distributed.cleanup()
 """
 
 
@@ -196,10 +194,10 @@ def everything(dist):
 
 
 def one_pass(n, batch, dist):
-    seen, all_of_them = [], torch.from_numpy(images(40)).permute(0, 3, 1, 2)
-    pictures = counted(lambda indices: seen.extend(indices.tolist()) or all_of_them[indices])
-    stats, rows = fid.collect(pictures, n, batch, Few(), {"fid", "kid", "is"}, dist)
-    return [seen, stats.n, stats.sum.tolist(), stats.outer.tolist(), rows["kid"].tolist(), rows["is"].tolist()]
+    seen, every = [], torch.from_numpy(images(40)).permute(0, 3, 1, 2)
+    loaded = counted(lambda indices: seen.extend(indices.tolist()) or every[indices])
+    stats, rows = fid.collect(loaded, n, batch, Few(), {"features", "logits"}, dist)
+    return [seen, stats.n, stats.sum.tolist(), stats.outer.tolist(), rows["features"].tolist(), rows["logits"].tolist()]
 
 
 def side_by_side(world):
@@ -211,13 +209,13 @@ def side_by_side(world):
            "LOCAL_WORLD_SIZE": str(world), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     runs = [subprocess.Popen([sys.executable, "-c", WORKER], cwd=ROOT, text=True, stdout=subprocess.PIPE,
                              env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(world)]
-    said = [run.communicate(timeout=300)[0] for run in runs]
+    outputs = [run.communicate(timeout=300)[0] for run in runs]
     assert all(run.returncode == 0 for run in runs)
-    return [json.loads(text.splitlines()[-1]) for text in said]
+    return [json.loads(text.splitlines()[-1]) for text in outputs]
 
 
 @pytest.mark.slow
-def test_any_number_of_processes_counts_every_picture_once():
+def test_any_number_of_processes_counts_every_image_once():
     """Some of the three have more batches than others, and some have none."""
     torch.set_num_threads(1)                                # as theirs
     alone, ranks = everything(ALONE), side_by_side(3)
@@ -230,25 +228,25 @@ def test_any_number_of_processes_counts_every_picture_once():
     assert [] in [rank[2][0] for rank in ranks]
 
 
-def test_memory_does_not_grow_with_the_number_of_pictures(few):
+def test_memory_does_not_grow_with_the_number_of_images(few):
     """Batches of images alive at once, however many there are: those fetched ahead, the one in use, the next."""
     alive, most = weakref.WeakSet(), []
 
-    def draw(indices):
+    def generate(indices):
         x = torch.from_numpy(images(5)).permute(0, 3, 1, 2)[:len(indices)].clone()
         alive.add(x)
         most.append(len(alive))
         return x
     for n in (20, 100):
-        stats, rows = fid.collect(counted(draw), n, 5, few, {"fid"}, ALONE)
+        stats, rows = fid.collect(counted(generate), n, 5, few, set(), ALONE)
         assert stats.n == n and not rows
     assert len(most) == 24 and max(most) <= 4 and max(most[4:]) <= max(most[:4])
 
 
-def test_a_picture_that_is_missing_is_noticed(few, monkeypatch):
-    pictures = counted(lambda indices: torch.from_numpy(images(20)).permute(0, 3, 1, 2)[indices[:-1]])
+def test_a_missing_image_is_noticed(few, monkeypatch):
+    loaded = counted(lambda indices: torch.from_numpy(images(20)).permute(0, 3, 1, 2)[indices[:-1]])
     with pytest.raises(RuntimeError, match="counted 18 images instead of 20"):
-        fid.collect(pictures, 20, 10, few, {"fid"}, ALONE)
+        fid.collect(loaded, 20, 10, few, set(), ALONE)
 
 
 def counted(call):
@@ -317,7 +315,7 @@ def test_the_inception_score_lies_between_one_and_the_number_of_classes():
 
 def reference(path, few, n=200, kid=False):
     rows, _ = few(torch.from_numpy(images(n, seed=3)).permute(0, 3, 1, 2))
-    write_reference(path, stats_of(rows), few, "some pictures", rows if kid else None)
+    write_reference(path, stats_of(rows), few, "some images", rows if kid else None)
     return path
 
 
@@ -328,7 +326,7 @@ def test_a_reference_comes_back(tmp_path, few):
     assert torch.equal(ref.mu, stats_of(rows).mean) and torch.equal(ref.sigma, stats_of(rows).cov)
     assert torch.equal(ref.rows, rows)
     assert ref.origin == {"reference": str(path), "reference_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-                          "reference_n": 200, "reference_data": "some pictures", "reference_labelled": True}
+                          "reference_n": 200, "reference_data": "some images", "reference_labelled": True}
 
 
 @pytest.mark.slow
@@ -339,7 +337,7 @@ def test_pytorch_fid_reads_our_references(tmp_path, few):
     assert np.array_equal(mu, ref.mu.numpy()) and np.array_equal(sigma, ref.sigma.numpy())
 
 
-def test_references_of_other_tools_are_read_and_said_to_be_unlabelled(tmp_path, few, capsys):
+def test_references_of_other_tools_are_read_and_reported_as_unlabelled(tmp_path, few):
     mu, sigma = normal(D).numpy(), covariance(D, 9).numpy()
     np.savez(tmp_path / "pytorch_fid.npz", mu=mu, sigma=sigma)
     np.savez(tmp_path / "adm.npz", mu=mu.astype(np.float32), sigma=sigma, mu_s=np.ones(3), sigma_s=np.eye(3),
@@ -348,10 +346,10 @@ def test_references_of_other_tools_are_read_and_said_to_be_unlabelled(tmp_path, 
         ref = read_reference(str(tmp_path / f"{name}.npz"), few)
         assert np.allclose(ref.mu, mu, rtol=1e-6) and ref.mu.dtype == torch.float64
         assert not ref.origin["reference_labelled"] and ref.origin["reference_n"] is None
-        pictures = counted(lambda k: torch.from_numpy(images(9)).permute(0, 3, 1, 2)[k])
-        got = fid.evaluate(pictures, 9, 5, few, ref, "fid", ALONE)
-        assert "reference is unlabelled" in capsys.readouterr().err and list(got) == ["fid9/inception-2015-12-05/tf1"]
-    with pytest.raises(UserError, match="unknown resize, wanted clean"):
+        loaded = counted(lambda k: torch.from_numpy(images(9)).permute(0, 3, 1, 2)[k])
+        got = fid.evaluate(loaded, 9, 5, few, ref, "fid", ALONE)
+        assert list(got) == ["fid9/inception-2015-12-05/tf1"]
+    with pytest.raises(UserError, match="resize tf1, wanted clean"):
         read_reference(str(tmp_path / "adm.npz"), Few(resize="clean"))
 
 
@@ -365,18 +363,16 @@ def test_a_reference_made_otherwise_is_refused(tmp_path, few, key, other, said):
         read_reference(str(path), theirs)
 
 
-def test_what_is_no_reference_is_refused(tmp_path, few):
+def test_a_file_that_is_no_reference_is_refused(tmp_path, few):
     def said(**arrays):
         np.savez(tmp_path / "x.npz", **arrays)
         with pytest.raises(UserError) as e:
             read_reference(str(tmp_path / "x.npz"), few)
         return str(e.value)
     mu, sigma = normal(D).numpy(), covariance(D, 9).numpy()
-    assert "has no mu and sigma" in said(arr_0=images(2))
+    assert "plain arrays mu and sigma" in said(arr_0=images(2))
     assert "mu (7,)" in said(mu=normal(7).numpy(), sigma=sigma)
-    assert "inf or nan" in said(mu=mu * math.nan, sigma=sigma)
-    assert "not symmetric" in said(mu=mu, sigma=sigma + np.triu(np.ones((D, D))))
-    assert "format 2, wanted at most 1" in said(mu=mu, sigma=sigma, version=2)
+    assert "wanted finite" in said(mu=mu * math.nan, sigma=sigma)
     assert "pickles could run code" in said(mu=np.array([mu, None], dtype=object), sigma=sigma)
     (tmp_path / "edm.pkl").write_bytes(b"\x80\x04}q\x00.")
     with pytest.raises(UserError, match="pickles could run code"):
@@ -386,7 +382,7 @@ def test_what_is_no_reference_is_refused(tmp_path, few):
             read_reference(path, few)
 
 
-# ---------------------------------------------------------------- pictures in files
+# ---------------------------------------------------------------- images in files
 
 def saved(folder, array, suffix=".png"):
     folder.mkdir(exist_ok=True)
@@ -395,18 +391,18 @@ def saved(folder, array, suffix=".png"):
     return folder
 
 
-def test_a_folder_an_npz_and_an_npy_hold_the_same_pictures(tmp_path):
+def test_a_folder_an_npz_and_an_npy_hold_the_same_images(tmp_path):
     x = images(11, 12, 10)
     np.savez(tmp_path / "a.npz", arr_0=x)
     np.savez_compressed(tmp_path / "b.npz", other=x[:2], arr_0=x)
     np.save(tmp_path / "c.npy", x)
     for path in (saved(tmp_path / "d", x), *(tmp_path / name for name in ("a.npz", "b.npz", "c.npy"))):
-        pictures = open_images(str(path))
+        opened = open_images(str(path))
         for first, last in ((8, 11), (0, 3), (2, 9)):
-            found = pictures(np.arange(first, last))
+            found = opened(np.arange(first, last))
             assert found.shape == (last - first, 3, 12, 10) and found.dtype == torch.uint8
             assert np.array_equal(found.permute(0, 2, 3, 1).numpy(), x[first:last])
-        assert len(pictures) == 11 and pictures.jpegs == 0
+        assert len(opened) == 11 and opened.jpegs == 0
 
 
 def test_square_cuts_the_middle_out_and_resizes_it(tmp_path):
@@ -416,7 +412,7 @@ def test_square_cuts_the_middle_out_and_resizes_it(tmp_path):
     assert found.shape == (2, 3, 16, 16) and (found[:, :, :, 2:-2] == 200).all()     # the filter looks beyond an edge
 
 
-def test_pictures_that_cannot_be_are_errors(tmp_path):
+def test_unusable_images_are_errors(tmp_path):
     saved(tmp_path / "d", [*images(2, 9, 8), images(1, 9, 12)[0]])
     with pytest.raises(UserError, match="different sizes, e.g. .9, 8. and .9, 12.; give"):
         open_images(str(tmp_path / "d"))(np.arange(3))
@@ -446,30 +442,30 @@ def test_pictures_that_cannot_be_are_errors(tmp_path):
 # ---------------------------------------------------------------- the command line
 
 def test_reference_then_metrics_of_files(tmp_path, few, capsys):
-    real, drawn = images(60), images(50, seed=1) // 2
-    np.savez(tmp_path / "drawn.npz", arr_0=drawn)
+    real, generated = images(60), images(50, seed=1) // 2
+    np.savez(tmp_path / "generated.npz", arr_0=generated)
     ref = tmp_path / "ref.npz"
     fid.main(["ref", f"--images={saved(tmp_path / 'real', real)}", f"--save={ref}", "--kid=true", "--batch=7",
               "--threads=1"])
     assert last_json(capsys)["n"] == 60
-    fid.main(["fid", f"--images={tmp_path / 'drawn.npz'}", f"--ref={ref}", "--metrics=fid+kid+is", "--batch=8",
+    fid.main(["fid", f"--images={tmp_path / 'generated.npz'}", f"--ref={ref}", "--metrics=fid+kid+is", "--batch=8",
               "--threads=1"])
     said = capsys.readouterr()
     line = json.loads(said.out.splitlines()[-1])
-    x, y = (few(torch.from_numpy(z).permute(0, 3, 1, 2))[0] for z in (drawn, real))
+    x, y = (few(torch.from_numpy(z).permute(0, 3, 1, 2))[0] for z in (generated, real))
     a, b, ending = stats_of(x), stats_of(y), "50/inception-2015-12-05/tf1"
     assert list(line["metrics"]) == ["fid" + ending, "kid" + ending, "is" + ending]
     want = frechet_distance(a.mean, a.cov, b.mean, b.cov)
     assert line["metrics"]["fid" + ending] == {"value": pytest.approx(want, rel=1e-6), "se": None}
     assert tuple(line["metrics"]["kid" + ending].values()) == pytest.approx(kid(x, y), rel=1e-5)
     assert line["n"] == 50 and line["reference_n"] == 60
-    assert line["features_sha256"] == inception.SHA256 and line["images_per_second"] > 0
+    assert line["features_sha256"] == inception.SHA256
     assert "warning: FID of 50 images is biased" in said.err
-    fid.main(["fid", f"--images={tmp_path / 'drawn.npz'}", "--metrics=is", "--threads=1"])     # needs no reference
+    fid.main(["fid", f"--images={tmp_path / 'generated.npz'}", "--metrics=is", "--threads=1"])     # needs no reference
     assert list(last_json(capsys)["metrics"]) == ["is" + ending]
 
 
-def test_what_is_doubtful_is_said_and_what_is_wrong_is_refused(tmp_path, few, capsys):
+def test_doubtful_images_give_a_warning_and_wrong_options_an_error(tmp_path, few, capsys):
     ref, x = reference(tmp_path / "ref.npz", few), images(12)
     def run(*flags):
         fid.main(["fid", f"--ref={ref}", "--threads=1", *flags])
@@ -482,17 +478,16 @@ def test_what_is_doubtful_is_said_and_what_is_wrong_is_refused(tmp_path, few, ca
     for flags, text in (([f"--images={tmp_path / 'black.npy'}"], "all 12 images are uniform"),
                         ([f"--images={tmp_path / 'x.npy'}", "--n=13"], "n=13 images were requested, but .* has 12"),
                         ([f"--images={tmp_path / 'x.npy'}", "--metrics=fid+fud"], "'fud' .*there are fid, kid, is"),
-                        ([f"--images={tmp_path / 'x.npy'}", "--metrics=kid"], "fid.py ref --kid=true"),
-                        ([f"--images={tmp_path / 'x.npy'}", "--metrics=is", "--n=9"], "n=9 images are too few"),
+                        ([f"--images={tmp_path / 'x.npy'}", "--metrics=fid+kid"], "fid.py ref --kid=true"),
+                        ([f"--images={tmp_path / 'x.npy'}", "--metrics=is", "--n=9"], "n=9 .* too few for is"),
                         ([f"--images={tmp_path / 'x.npy'}", "--resize=clean"], "resize tf1, wanted clean")):
         with pytest.raises(UserError, match=text):
             run(*flags)
     with pytest.raises(UserError, match="there are fid, ref, clip, lpips, toy"):
         fid.main(["fud"])
-    with pytest.raises(UserError, match="--save must be a name that ends in .npz, in an existing folder, got 'b.txt'"):
-        fid.main(["ref", "--images=a", "--save=b.txt", "--threads=1"])
-    with pytest.raises(UserError, match="ref wants --images"):
-        fid.main(["ref", "--save=b.npz", "--threads=1"])
+    for flags in (["--images=a", "--save=b.txt"], ["--save=b.npz"], ["--images=a", "--save=none/b.npz"]):
+        with pytest.raises(UserError, match="ref needs --images, the real images, and --save=FILE.npz"):
+            fid.main(["ref", "--threads=1", *flags])
 
 
 def test_features_of_another_network_are_never_called_fid(few):
@@ -508,21 +503,43 @@ def test_without_weights_there_is_an_error_and_no_number(tmp_path, monkeypatch, 
     np.save(tmp_path / "x.npy", images(3))
     np.savez(tmp_path / "ref.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     (tmp_path / "weights.pth").write_bytes(b"other weights")
-    with pytest.raises(UserError, match="not that of the Inception of FID"):
+    with pytest.raises(UserError, match="has sha256 .*, that of the Inception of FID"):
         fid.main(["fid", f"--images={tmp_path / 'x.npy'}", "--threads=1", f"--ref={tmp_path / 'ref.npz'}",
                   f"--inception={tmp_path / 'weights.pth'}"])
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("command, room, words", [("clip", "perceptual", ["--metric=clip"]),
-                                                  ("lpips", "perceptual", ["--metric=lpips"]), ("toy", "judge", [])])
-def test_other_commands_hand_their_flags_on(command, room, words, monkeypatch, capsys):
+@pytest.mark.parametrize("command, module", [("clip", "clip_score"), ("lpips", "lpips"), ("toy", "shapes_judge")])
+def test_other_commands_pass_their_flags_on(command, module, monkeypatch, capsys):
     got = []
-    monkeypatch.setattr(importlib.import_module(room), "main", got.append)
+    monkeypatch.setattr(importlib.import_module(f"evaluation.{module}"), "main", got.append)
     fid.main([command, "--n=3"])
-    assert got == [[*words, "--n=3"]]
+    assert got == [["--n=3"]]
     fid.main(["--help"])
     assert f"fid.py {command}" in capsys.readouterr().out
+
+
+def test_a_metric_is_a_function_and_a_row_of_the_table(tmp_path, few, monkeypatch, capsys):
+    """Rows of images, an error, no reference, a least number of images: the commands follow whatever the row states."""
+    def confidence(logits):
+        p = logits.softmax(1).amax(1)
+        return p.mean().item(), (p.std() / len(p) ** 0.5).item()
+
+    monkeypatch.setitem(fid.METRICS, "confidence", fid.Metric(
+        lambda stats, rows, ref: confidence(rows), rows="logits", least=4, reference=False))
+    x = images(12)
+    np.savez(tmp_path / "x.npz", arr_0=x)
+    flags = ["fid", f"--images={tmp_path / 'x.npz'}", "--threads=1"]
+    fid.main([*flags, "--metrics=confidence"])
+    value, error = confidence(few(torch.from_numpy(x).permute(0, 3, 1, 2))[1])
+    found = last_json(capsys)["metrics"]["confidence12/inception-2015-12-05/tf1"]
+    assert found == {"value": pytest.approx(value, rel=1e-6), "se": pytest.approx(error, rel=1e-6)}
+    fid.main([*flags, "--metrics=fid+confidence", f"--ref={reference(tmp_path / 'ref.npz', few)}"])
+    assert last_json(capsys)["metrics"]["confidence12/inception-2015-12-05/tf1"] == found
+    with pytest.raises(UserError, match="n=3 images are too few for confidence, which needs 4"):
+        fid.main([*flags, "--metrics=confidence", "--n=3"])
+    with pytest.raises(UserError, match="there are fid, kid, is, confidence"):
+        fid.main([*flags, "--metrics=confident"])
 
 
 # ---------------------------------------------------------------- of a run, and during training
@@ -530,41 +547,37 @@ def test_other_commands_hand_their_flags_on(command, room, words, monkeypatch, c
 FLAGS = ["--n=7", "--batch=4", "--steps=2", "--dtype=float32", "--threads=1", "--prompt=a red ring; a blue square"]
 
 
-def test_a_run_is_measured_on_the_pictures_that_sample_draws(tmp_path, few, capsys):
+def test_a_run_is_measured_on_the_images_that_sample_generates(tmp_path, few, capsys):
     out, ref = run_folder(tmp_path / "run", about={"ema": "0.07"}), reference(tmp_path / "ref.npz", few)
-    array, path = drawn(out, *FLAGS)
-    before = sorted(p.name for p in out.rglob("*"))
-    values = []
+    path = drawn(out, *FLAGS)[1]
+    before, values = sorted(p.name for p in out.rglob("*")), []
     capsys.readouterr()
-    for source in ([f"--out={out}", *FLAGS], [f"--images={path}", "--threads=1"],
-                   [f"--out={out}", *FLAGS, f"--save_npz={tmp_path / 'adm.npz'}"]):
+    for source in ([f"--out={out}", *FLAGS], [f"--images={path}", "--threads=1"]):
         fid.main(["fid", f"--ref={ref}", *source])
         values.append(last_json(capsys))
-    assert values[0]["metrics"] == values[2]["metrics"]
     name = "fid7/inception-2015-12-05/tf1"
     assert values[0]["metrics"][name]["value"] == pytest.approx(values[1]["metrics"][name]["value"], rel=1e-9)
-    assert (values[0]["train_step"], values[0]["lambda"], values[0]["steps"], values[0]["ema"]) == (12, 1.5, 2, 0.07)
-    assert values[0]["weights_sha256"] == checkpoint.read_header(out / "weights.safetensors")["sha256"]
-    assert values[0]["samples"] == (out / "weights.safetensors").as_posix()
-    assert values[0]["resolution"] == [16, 16] and values[0]["dtype"] == "float32" and values[0]["sampler"] == "ddim"
+    line = values[0]
+    assert (line["train_step"], line["guidance"], line["eta"], line["steps"]) == (12, 1.5, 0.25, 2)     # the run's own
+    assert (line["sampler"], line["dtype"], line["ema_std"]) == ("ddim", "float32", "0.07")
+    assert line["weights_sha256"] == checkpoint.read_header(out / "weights.safetensors")["sha256"]
+    assert line["prompt"] == "a red ring; a blue square" and line["prompts_sha256"] == ""
     assert before == sorted(p.name for p in out.rglob("*"))                 # nothing is left on the disk
-    assert sorted(p.name for p in tmp_path.glob("adm*")) == ["adm.npz"]
-    assert np.array_equal(np.load(tmp_path / "adm.npz")["arr_0"], array)
 
 
-def test_a_run_that_draws_latents_or_nothing_finite_is_refused(tmp_path, few, monkeypatch):
+def test_a_run_that_generates_latents_or_nothing_finite_is_refused(tmp_path, few, monkeypatch):
     ref = reference(tmp_path / "ref.npz", few)
     latents = run_folder(tmp_path / "latents", "none", channels=4)
     with pytest.raises(UserError, match="latents of 4 channels"):
         fid.main(["fid", f"--out={latents}", f"--ref={ref}", "--threads=1"])
     monkeypatch.setattr(sample, "generate", lambda *a: torch.full((4, 3, 16, 16), math.nan))
-    with pytest.raises(UserError, match="images 0 to 3 are not finite"):
+    with pytest.raises(UserError, match="7 of 7 images are not finite; try --dtype=float32"):
         fid.main(["fid", f"--out={run_folder(tmp_path / 'run')}", f"--ref={ref}", *FLAGS])
 
 
 def test_during_training_a_line_is_logged_and_nothing_else_changes(tmp_path, few, capsys):
     monitor, net, out = monitored(tmp_path, few)
-    o, cfg, about = monitor.o, monitor.images.cfg, checkpoint.read_header(out / "weights.safetensors")
+    o, cfg, about = monitor.o, monitor.run.cfg, checkpoint.read_header(out / "weights.safetensors")
     state = torch.get_rng_state()
     first, second = monitor(net, 100), monitor(net, 200)
     assert first == second and torch.equal(state, torch.get_rng_state())
@@ -581,26 +594,11 @@ def test_during_training_a_line_is_logged_and_nothing_else_changes(tmp_path, few
         fid.Monitor(replace(o, ref=""), cfg, about, ALONE)
 
 
-def test_what_is_said_of_a_run_is_said_of_its_file_its_data_and_its_pictures(tmp_path, few, monkeypatch):
-    run = run_folder(tmp_path / "run", run=dict(data="data/mine"), about={"ema": "0.07"})
-    (run / "weights.safetensors").rename(run / "wide.safetensors")
-    monkeypatch.setattr(sample.SampleConditions.__init__.__globals__["data"], "open_source", lambda cfg, split: None)
-    monkeypatch.setattr(fid, "decoder_of", lambda *args: (lambda x: x.repeat(1, 1, 3, 3), 3))
-    about = fid.run_pictures(fid.Options(out=str(run), ema_file="wide.safetensors", n=2), ALONE)[1]
-    assert about["samples"] == (run / "wide.safetensors").as_posix()
-    assert about["asked"] == "captions of data/mine" and about["resolution"] == [48, 48] and about["ema"] == 0.07
-    shapes = fid.run_pictures(fid.Options(out=str(run_folder(tmp_path / "shapes")), n=2), ALONE)[1]
-    assert shapes["asked"] == "captions of the test split" and shapes["ema"] is None        # nobody has said
-    (tmp_path / "p.txt").write_text("a red ring\n", encoding="utf-8")
-    o = fid.Options(out=str(tmp_path / "shapes"), n=2, prompts=str(tmp_path / "p.txt"))
-    asked = fid.run_pictures(o, ALONE)[1]
-    assert asked["asked"] == o.prompts and len(asked["prompts_sha256"]) == 64
-
-
 @pytest.mark.parametrize("flags, says", [
-    (["--images=x.npz", "--save_npz=y.npz"], "--save_npz=y.npz"), (["--images=x.npz", "--file=e.safetensors"], "--file=e"),
-    (["--images=x.npz", "--weights=dit.pt"], "--weights=dit.pt"), (["--out=run", "--center_crop=64"], "--center_crop=64")])
-def test_an_option_that_would_have_no_use_is_an_error(flags, says):
+    (["--images=x.npz", "--ema_file=e.safetensors"], "--ema_file=e.safetensors has no effect with --images"),
+    (["--images=x.npz", "--pretrained=dit.pt"], "--pretrained=dit.pt has no effect with --images"),
+    (["--out=run", "--center_crop=64"], "--center_crop=64 has no effect without --images")])
+def test_an_option_without_effect_is_an_error(flags, says):
     with pytest.raises(UserError, match=says):
         fid.main(["fid", *flags])
 
@@ -617,26 +615,26 @@ def monitored(tmp_path, few):
 
 def test_a_measurement_that_fails_during_training_is_a_line_in_the_log(tmp_path, few, monkeypatch, capsys):
     monitor, net, out = monitored(tmp_path, few)
-    draw = sample.generate
+    generate = sample.generate
 
     def broken(net, cfg, cond, indices, o, device):
-        x = draw(net, cfg, cond, indices, o, device).clone()
+        x = generate(net, cfg, cond, indices, o, device).clone()
         x[np.isin(indices, (2, 6, 7)), 1, 3] = math.nan     # number 7 is generated too, but not counted: n is 7
         return x
     monkeypatch.setattr(sample, "generate", broken)
     assert monitor(net, 100) == {} and "step 100" in (said := capsys.readouterr().err) and "continues" in said
     monkeypatch.setattr(sample, "generate", lambda *args: torch.zeros(4, 3, 16, 16))
     assert monitor(net, 200) == {}
-    monkeypatch.setattr(sample, "generate", draw)
+    monkeypatch.setattr(sample, "generate", generate)
     assert monitor(net, 300)
     first, second, third = log.read(out)
-    assert first["step"] == 100 and first["evaluation_failed"] == "2 of 7 images are not finite"
+    assert first["step"] == 100 and first["evaluation_failed"].startswith("2 of 7 images are not finite")
     assert "all 7 images are uniform" in second["evaluation_failed"]
     assert all("evaluation_s" in line and not any(key.startswith("fid") for key in line) for line in (first, second))
     assert "evaluation_failed" not in third and any(key.startswith("fid") for key in third)
 
 
-def test_processes_without_broken_pictures_stop_with_those_that_have_some(few, monkeypatch):
+def test_processes_without_broken_images_stop_with_those_that_have_some(few, monkeypatch):
     meet, given = Barrier(3), {}
 
     def add_up(x, dist):
@@ -647,12 +645,108 @@ def test_processes_without_broken_pictures_stop_with_those_that_have_some(few, m
         return total
 
     def one(rank):
-        pictures = counted(lambda indices: torch.from_numpy(images(20)).permute(0, 3, 1, 2)[indices])
-        pictures.broken = (0, 2, 1)[rank]
+        loaded = counted(lambda indices: torch.from_numpy(images(20)).permute(0, 3, 1, 2)[indices])
+        loaded.broken = (0, 2, 1)[rank]
         with pytest.raises(fid.Failed, match="3 of 20 images are not finite"):
-            fid.collect(pictures, 20, 5, Few(), {"fid"}, distributed.Dist(torch.device("cpu"), rank, 3))
+            fid.collect(loaded, 20, 5, Few(), set(), distributed.Dist(CPU, rank, 3))
         return rank
 
     monkeypatch.setattr(distributed, "all_reduce_sum", add_up)
     with ThreadPoolExecutor(3) as pool:
         assert list(pool.map(one, range(3))) == [0, 1, 2]
+
+
+# ---------------------------------------------------------------- means of other metrics
+
+def test_mean_and_standard_error_are_those_of_the_values():
+    x = torch.randn(50, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 1e6
+    got = mean_over(x.tolist(), ALONE)
+    assert got.value == pytest.approx(x.mean().item(), rel=1e-15) and got.n == 50
+    assert got.error == pytest.approx((x.std() / math.sqrt(50)).item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("values", [[], [1.0]])
+def test_fewer_than_two_values_are_no_mean(values):
+    with pytest.raises(UserError, match=f"at least 2 images or prompts, got {len(values)}"):
+        mean_over(values, ALONE)
+
+
+def test_three_processes_one_of_them_without_values_give_what_one_does(monkeypatch):
+    meet, given = Barrier(3), {}
+
+    def add_up(x, dist):
+        given[dist.rank] = x
+        meet.wait(20)
+        total = sum(given.values())
+        meet.wait(20)
+        return total
+
+    monkeypatch.setattr(distributed, "all_reduce_sum", add_up)
+    parts = [1.0, 2.0, 4.0, 8.0], [], [16.0, 32.0, 64.5]
+    with ThreadPoolExecutor(3) as pool:
+        got = list(pool.map(lambda rank: mean_over(parts[rank], distributed.Dist(CPU, rank, 3)), range(3)))
+    monkeypatch.undo()
+    want = mean_over([v for part in parts for v in part], ALONE)
+    assert got[0] == got[1] == got[2] and got[0].n == 7
+    assert (got[0].value, got[0].error) == pytest.approx((want.value, want.error), rel=1e-14)
+
+
+def test_the_variance_form_is_the_mean_over_pairs_for_any_vectors():
+    g = torch.Generator().manual_seed(2)
+    for K in (2, 3, 7):
+        parts = [torch.randn(4, K, 6, 5, generator=g).double() + 3, torch.randn(4, K, 9, generator=g).double()]
+        flat = torch.cat([p.flatten(2) for p in parts], 2)
+        want = torch.stack([(flat[:, i] - flat[:, j]).square().sum(1) for i in range(K) for j in range(i)]).mean(0)
+        assert torch.allclose(mean_pair_distance(parts), want, rtol=1e-12)
+    near = 1 + 1e-4 * torch.randn(1, 5, 1000, generator=g)      # fp32: differences far below the vectors' length
+    far = near.double()
+    want = torch.stack([(far[:, i] - far[:, j]).square().sum(1) for i in range(5) for j in range(i)])
+    assert torch.allclose(mean_pair_distance([near]), want.mean(0), rtol=1e-4)
+    with pytest.raises(ValueError, match="at least two"):
+        mean_pair_distance([torch.zeros(3, 1, 5)])
+
+
+# ---------------------------------------------------------------- sizes of one prompt
+
+def groups_of(o, sizes=(16, 48, 96)):
+    """All groups of one process. (P, K, 3, H, W)"""
+    return torch.cat(list(fid.size_groups(sample.load_run(o, CPU), sizes, ALONE)))
+
+
+def test_groups_of_latents_are_decoded_and_of_the_file_that_is_named(tmp_path, monkeypatch):
+    out = run_folder(tmp_path / "run", "class", channels=4, controls="size", control_weight="uniform")
+    o, seen = sample.Options(out=str(out), n=2, steps=2, dtype="float32"), []
+    with pytest.raises(UserError, match="latents of 4 channels"):
+        groups_of(o)
+
+    def decoder_of(about, path, channels, device):
+        seen.append((about["file"], path, channels))
+        return lambda z: z[:, :3].repeat(1, 1, 2, 2), 2
+    monkeypatch.setattr(sample, "decoder_of", decoder_of)
+    tensors, header = checkpoint.read_weights(out / "weights.safetensors")
+    header = {k: v for k, v in header.items() if k != "sha256"}
+    for file, scale in (("weights.safetensors", 1), ("wide.safetensors", 0.5)):
+        checkpoint.write_weights(out / file, {k: scale * v for k, v in tensors.items()}, {**header, "file": file})
+    requested = [replace(o, ema_file=file, autoencoder="vae") for file in ("weights.safetensors", "wide.safetensors")]
+    first, other = (groups_of(a) for a in requested)
+    assert seen == [(a.ema_file, "vae", 4) for a in requested]
+    assert first.shape == (2, 3, 3, 32, 32) and torch.equal(first[..., :16, :16], first[..., 16:, 16:])
+    assert not torch.equal(first, other) and (first[:, 0] != first[:, 2]).flatten(1).any(1).all()
+
+
+def test_groups_differ_in_size_alone_and_do_not_know_the_processes(tmp_path):
+    run_folder(tmp_path / "run", controls="size", control_weight="uniform")
+    o = sample.Options(out=f"{tmp_path}/run", n=5, steps=2, batch=8, dtype="float32")
+    alone = groups_of(o)
+    assert alone.shape == (5, 3, 3, 16, 16) and alone.dtype == torch.uint8
+    assert (alone[:, 0] != alone[:, 2]).flatten(1).any(1).all()
+    run = sample.load_run(o, CPU)
+    shared = [list(fid.size_groups(run, (16, 48, 96), distributed.Dist(CPU, r, 2))) for r in range(2)]
+    assert sum(len(part) for parts in shared for part in parts) == 5
+    apart = (torch.cat([part for parts in zip(*shared) for part in parts]
+                       + [p for parts in shared for p in parts[min(map(len, shared)):]]).int() - alone.int()).abs()
+    assert apart.max() <= 1                                     # a batch of another size rounds differently
+    turned = groups_of(o, (96, 16, 48))
+    assert (turned[:, [1, 2, 0]].int() - alone.int()).abs().max() <= 1
+    with pytest.raises(UserError, match="no --size of their own"):
+        groups_of(replace(o, size="16,16"))

@@ -98,7 +98,7 @@ def extract(weights):
     return Extractor(str(weights), "tf1", ALONE)
 
 
-def pictures(*shape, seed=0):
+def random_images(*shape, seed=0):
     return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
 
 
@@ -154,7 +154,7 @@ def test_pytorch_fid_has_the_same_graph(net, monkeypatch):
     with torch.device("meta"):
         other = theirs.InceptionV3(resize_input=False, normalize_input=False).eval()
     other.load_state_dict(renamed(other, net.state_dict()), assign=True)
-    x = pictures(1, 3, 79, 107).double()
+    x = random_images(1, 3, 79, 107).double()
     with torch.no_grad():
         a, b = net(x)[0], other((x - 128) / 128)[0][:, :, 0, 0]
     assert a.std() > 0.3 and relative_norm(a, b) < 1e-15
@@ -179,7 +179,7 @@ def test_torch_fidelity_has_the_same_network_resize_and_logits(net, tmp_path, mo
     monkeypatch.setattr(inception, "SHA256", hashlib.sha256(weights.read_bytes()).hexdigest())
     other = theirs.FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"],
                                                feature_extractor_weights_path=weights)
-    x = pictures(1, 3, 300, 64)
+    x = random_images(1, 3, 300, 64)
     with torch.no_grad():
         a, b, c = other(x), plain(tf1_resize(x.float())), Extractor(str(weights), "tf1", ALONE)(x)
     for k in range(2):
@@ -207,7 +207,7 @@ def test_folding_moves_normalization_into_the_convolutions_and_changes_nothing()
 @pytest.mark.parametrize("n", [28, 64, 299, 512])
 def test_tf1_resize_reads_pixel_k_at_k_n_over_side(n):
     """Row by row with numpy's interpolation; beyond the last pixel it is that pixel. At 299 nothing changes."""
-    x = pictures(1, 3, n, 299, seed=n).float()
+    x = random_images(1, 3, n, 299, seed=n).float()
     want = np.stack([[np.interp(np.arange(299) * n / 299, np.arange(n), column) for column in plane.T.numpy()]
                      for plane in x[0]])                    # (3, W, 299)
     assert np.abs(tf1_resize(x)[0].transpose(1, 2).numpy() - want).max() < 255 * n * 2.0 ** -23     # of a coordinate
@@ -219,7 +219,7 @@ def test_tf1_resize_reads_pixel_k_at_k_n_over_side(n):
 @pytest.mark.parametrize("side", [28, 64, 299, 512])
 def test_torch_fidelity_resizes_alike(side):
     theirs = pytest.importorskip("torch_fidelity.interpolate_compat_tensorflow")
-    x = pictures(2, 3, side, side + 5).float()
+    x = random_images(2, 3, side, side + 5).float()
     other = theirs.interpolate_bilinear_2d_like_tensorflow1x(x, size=(299, 299), align_corners=False)
     assert (tf1_resize(x) - other).abs().max() < 1e-4       # of 255
     assert side == 299 or (tf1_resize(x) - half_pixel(x)).abs().max() > 10
@@ -227,14 +227,14 @@ def test_torch_fidelity_resizes_alike(side):
 
 def test_clean_resize_is_pil_s():
     from PIL import Image
-    x = pictures(1, 3, 64, 331)
+    x = random_images(1, 3, 64, 331)
     planes = [Image.fromarray(plane.numpy().astype(np.float32)) for plane in x[0]]
     want = np.stack([np.asarray(p.resize((299, 299), Image.Resampling.BICUBIC)).clip(0, 255) for p in planes])
     assert np.abs(inception.clean_resize(x.float())[0].numpy() - want).max() < 0.01
 
 
 def test_each_resize_gives_other_features(extract, monkeypatch):
-    x, seen = pictures(1, 3, 48, 40), []
+    x, seen = random_images(1, 3, 48, 40), []
     monkeypatch.setattr(extract, "net", lambda x: seen.append(x) or (x[:, 0, 0], x[:, 0, 1]))
     for resize in ("tf1", "clean"):
         monkeypatch.setattr(extract, "resize", resize)
@@ -247,25 +247,26 @@ def test_each_resize_gives_other_features(extract, monkeypatch):
 
 # ---------------------------------------------------------------- what surrounds a call
 
-def test_only_rgb_bytes_are_pictures(extract):
-    for x in (pictures(2, 3, 8, 9).float(), pictures(2, 1, 8, 9), pictures(3, 8, 9), pictures(2, 8, 9, 3)):
+def test_only_rgb_bytes_are_images(extract):
+    wrong = (2, 1, 8, 9), (3, 8, 9), (2, 8, 9, 3)
+    for x in (random_images(2, 3, 8, 9).float(), *(random_images(*shape) for shape in wrong)):
         with pytest.raises(ValueError, match="wanted .B, 3, H, W. uint8"):
             extract(x)
 
 
-def test_what_was_set_for_training_comes_back_and_no_random_number_is_drawn(extract, monkeypatch):
+def test_the_settings_of_training_come_back_and_no_random_state_changes(extract, monkeypatch):
     weight, state = torch.randn(5, 3, 3, 3, generator=torch.Generator().manual_seed(0)), torch.get_rng_state()
     monkeypatch.setattr(extract, "net", lambda x: (F.conv2d(x, weight).mean((2, 3)),) * 2)
     torch.set_float32_matmul_precision("medium")
     flags = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
     with torch.autocast("cpu", torch.bfloat16):
-        features, _ = extract(pictures(1, 3, 20, 24))
+        features, _ = extract(random_images(1, 3, 20, 24))
         assert torch.is_autocast_enabled("cpu") and features.dtype == torch.float32
     assert torch.get_float32_matmul_precision() == "medium" and torch.equal(state, torch.get_rng_state())
     assert flags == (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark,
                      torch.backends.cudnn.deterministic)
     torch.set_float32_matmul_precision("highest")
-    assert torch.equal(features, extract(pictures(1, 3, 20, 24))[0])
+    assert torch.equal(features, extract(random_images(1, 3, 20, 24))[0])
 
 
 def test_tf32_is_off_inside():
@@ -279,7 +280,7 @@ def test_any_other_byte_is_refused(content, weights, tmp_path):
     damaged, path = bytearray(content), tmp_path / "weights.pth"
     damaged[len(damaged) // 2] ^= 1
     path.write_bytes(damaged)
-    with pytest.raises(UserError, match="which is not that of the Inception of FID"):
+    with pytest.raises(UserError, match="has sha256 .*, that of the Inception of FID"):
         Extractor(str(path), "tf1", ALONE)
 
 
@@ -312,43 +313,41 @@ def offline(monkeypatch, tmp_path):
 def test_missing_weights_say_what_to_fetch_from_where_and_where_to_put_it(offline, tmp_path):
     with pytest.raises(UserError) as e:
         Extractor("", "tf1", ALONE)
-    for text in (*inception.URLS, PUBLISHED, str(tmp_path / "hub"), "--inception=FILE", "INCEPTION_WEIGHTS",
-                 "95.6 MB", "there is no FID"):
+    for text in (*inception.URLS, inception.SHA256, str(tmp_path / "hub"), "--inception=FILE", "INCEPTION_WEIGHTS",
+                 "95.6 MB", "FID, KID and IS need"):
         assert text in str(e.value)
     assert offline == list(inception.URLS)                  # both mirrors, in turn
 
 
-def test_flag_then_variable_then_cache_then_network(offline, content, tmp_path, monkeypatch):
-    monkeypatch.setattr(inception, "SHA256", hashlib.sha256(content).hexdigest())
-    for k, path in enumerate(inception.cached()):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-        assert inception.find_weights("", ALONE) == path
-        path.unlink()
-    (tmp_path / "b.pth").touch()
+def test_flag_then_variable_then_cache_then_network(offline, tmp_path, monkeypatch):
+    cache = tmp_path / "hub" / "checkpoints" / inception.URLS[0].rsplit("/", 1)[1]
+    cache.parent.mkdir(parents=True)
+    for file in (cache, tmp_path / "a.pth", tmp_path / "b.pth"):
+        file.touch()
+    assert inception.find_weights("", ALONE) == cache
     monkeypatch.setenv(inception.VARIABLE, str(tmp_path / "b.pth"))
     assert inception.find_weights("", ALONE) == tmp_path / "b.pth"
-    (tmp_path / "a.pth").touch()
     assert inception.find_weights(str(tmp_path / "a.pth"), ALONE) == tmp_path / "a.pth"
-    with pytest.raises(UserError, match="no file '.*c.pth', given by --inception"):
+    with pytest.raises(UserError, match="no file '.*c.pth'"):
         inception.find_weights(str(tmp_path / "c.pth"), ALONE)
     monkeypatch.setenv(inception.VARIABLE, "nowhere.pth")
-    with pytest.raises(UserError, match="no file 'nowhere.pth', given by INCEPTION_WEIGHTS"):
+    with pytest.raises(UserError, match="no file 'nowhere.pth'"):
         inception.find_weights("", ALONE)
     assert not offline
 
 
-def test_a_download_is_checked_against_the_whole_hash(offline, monkeypatch):
+def test_a_download_is_checked_against_the_whole_hash(offline, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path, hash_prefix, progress: seen.append(
         (url, path, hash_prefix)))
-    assert inception.find_weights("", ALONE) == inception.cached()[0]
-    assert seen == [(inception.URLS[0], str(inception.cached()[0]), inception.SHA256)] and len(inception.SHA256) == 64
+    file = inception.find_weights("", ALONE)
+    assert file.parent == tmp_path / "hub" / "checkpoints"
+    assert seen == [(inception.URLS[0], str(file), inception.SHA256)] and len(inception.SHA256) == 64
 
 
 def test_a_process_whose_neighbour_has_no_weights_stops_too(offline, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(distributed, "all_reduce_sum", lambda x, dist: x + 1)
-    with pytest.raises(UserError, match="another process has no Inception weights"):
+    with pytest.raises(UserError, match="another process has none; FID, KID and IS need the Inception weights"):
         inception.find_weights("", distributed.Dist(CPU, 1, 2))
-    assert not offline                                      # it asks nobody itself
+    assert not offline                                      # it downloads nothing itself
