@@ -20,10 +20,14 @@ from torch import nn
 
 import data
 import latents
+import text
 from config import Config, ModelConfig, UserError
-from runtime import checkpoint, log
+from runtime import log
 from sources import cached_latents
 from sources.cached_latents import Latents, header, latent_scaling, open_latents, read_meta
+from sources.folders import ImageFolder
+from sources.images import CROPS
+from sources.shapes import Shapes
 from test_stored_text import Encoder
 
 ROOT = Path(__file__).parent.parent
@@ -69,7 +73,7 @@ VAES = {"vae": Autoencoder(), "moved": Autoencoder(), "other": Autoencoder(1), "
 def stand_in(patch):
     """VAES in place of diffusers' autoencoders, and Encoder in place of CLIP."""
     patch.setattr(latents, "open_autoencoder", lambda path, device: VAES[path])
-    patch.setattr(data, "open_clip_text", lambda path, device: Encoder(f"clip:{path}"))
+    patch.setattr(text, "CLIPText", lambda path, device: Encoder(f"clip:{path}"))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -129,7 +133,7 @@ def moments(source):
 
 def test_what_is_stored_is_the_posterior_of_the_images_and_of_their_mirror_images(place):
     source = Latents(place / "out")
-    images = data.ImageFolder(place / "images", R, side=data.CROPS["mix"], flip=False)
+    images = ImageFolder(place / "images", R, side=CROPS["mix"], flip=False)
     mean, std = moments(source)
     assert mean.shape == (N, 2, 2, C, SIDE, SIDE)
     for k in range(N):
@@ -170,7 +174,7 @@ def test_the_scaling_of_the_autoencoder_is_there_on_request(place, tmp_path):
 def test_captions_and_controls_of_any_source_go_with_the_latents(place, tmp_path):
     latents.encode(options(place, data="shapes", count=7, out=tmp_path, semantics="text", augment="size",
                            crop="global", variants=1, shard=3))
-    source, shapes = Latents(tmp_path), data.Shapes(R, objects=(1, 2), crop=False, flip=False)
+    source, shapes = Latents(tmp_path), Shapes(R, objects=(1, 2), crop=False, flip=False)
     batch, theirs = source.records([6, 0, 3], [1, 4, 9]), shapes.records([6, 0, 3])
     assert batch["caption"] == theirs["caption"] and source.classes == shapes.classes
     for key in ("label", "size", "crop"):
@@ -191,7 +195,6 @@ def encode_and_die(command, monkeypatch, die_at):
         count[0] += 1
         write(path, content)
     with monkeypatch.context() as m:
-        m.setattr(checkpoint, "write_bytes", dying)
         m.setattr(log, "write_bytes", dying)                 # write_text calls this one
         try:
             latents.encode(command)
@@ -229,7 +232,7 @@ def test_a_missing_file_is_made_again_and_a_finished_folder_is_left_alone(copy, 
 
 
 STAND_IN = "import pytest, test_latents as t; t.stand_in(pytest.MonkeyPatch()); t.latents.main(t.sys.argv[1:]); " \
-    "t.latents.machine.leave()"
+    "t.latents.distributed.cleanup()"
 
 
 def start(command, rank=0, world=1, port=0):
@@ -282,7 +285,7 @@ def test_tokens_are_encoded_with_the_images_or_added_afterwards(place, tmp_path,
 
 def test_a_finished_folder_runs_no_text_tower(place, with_tokens, monkeypatch):
     encoder = Encoder("clip:here")
-    monkeypatch.setattr(data, "open_clip_text", lambda path, device: encoder)
+    monkeypatch.setattr(text, "CLIPText", lambda path, device: encoder)
     latents.encode(captioned(place, out=with_tokens))
     assert encoder.count == 0
 
@@ -294,7 +297,7 @@ def test_a_finished_folder_runs_no_text_tower(place, with_tokens, monkeypatch):
     (dict(encoder="clip:other"), "holds other latents: encoder: {.* -> {")])
 def test_tokens_are_never_mixed_with_others(place, with_tokens, monkeypatch, change, named):
     before = hashes(with_tokens)
-    monkeypatch.setattr(data, "open_clip_text", lambda path, device: Encoder(f"clip:{path}", weights=path))
+    monkeypatch.setattr(text, "CLIPText", lambda path, device: Encoder(f"clip:{path}", weights=path))
     with pytest.raises(UserError, match=named):
         latents.encode(captioned(place, out=with_tokens, **change))
     assert hashes(with_tokens) == before
@@ -405,7 +408,7 @@ def test_half_are_mirrored_and_those_are_the_stored_mirror_images(place):
 
 def test_the_source_is_what_training_opens(place):
     source = data.open_source(config(place))
-    assert isinstance(source, data.Latents) and (source.channels, len(source)) == (C, N)
+    assert isinstance(source, Latents) and (source.channels, len(source)) == (C, N)
     assert source.fingerprint == Latents(place / "out").fingerprint
     batch = data.load_microbatch(source, None, 0, 6, 6, 5, 0)
     assert batch["image"].shape == (6, C, SIDE, SIDE) and batch["image"].dtype == torch.float32
@@ -569,7 +572,7 @@ def test_a_decoder_is_that_of_the_latents_or_is_refused(place):
 def test_the_page_shows_the_data_above_what_is_decoded(place, tmp_path):
     """With a decoder that gives the images back the difference is the rounding to bytes; with another it is not."""
     source = Latents(place / "out")
-    images = data.ImageFolder(place / "images", R, side=data.CROPS["mix"], flip=False)
+    images = ImageFolder(place / "images", R, side=CROPS["mix"], flip=False)
     pixels = data.records(images, range(latents.SHOWN), [0] * latents.SHOWN)["image"]
     seen = []
 

@@ -72,7 +72,7 @@ def test_across_resolution_every_weight_is_kept(arch, semantics, tmp_path):
     small = dataclasses.replace(CLASS, arch=arch, semantics=semantics)
     report, kept, fresh, there = transfer(tmp_path, small, dataclasses.replace(small, **LARGE))
     assert {*kept} == {*there} and not fresh
-    assert "changed           resolution: 18 -> 36, rescale: 1.0 -> 2.0" in report and "note: " not in report
+    assert "changed           resolution: 18 -> 36, sigma_scale: 1.0 -> 2.0" in report and "note: " not in report
 
 
 def test_a_started_network_computes_what_the_old_run_does(tmp_path):
@@ -217,7 +217,7 @@ def test_a_last_layer_that_states_something_else_is_fresh(tmp_path):
 def test_what_no_weight_shows_is_reported(tmp_path):
     new = dataclasses.replace(TEXT, timesteps=500, schedule="linear")
     report = transfer(tmp_path, TEXT, new)[0]
-    assert "changed           noise_steps: 1000 -> 500, schedule: 'scaled_linear' -> 'linear'" in report
+    assert "changed           timesteps: 1000 -> 500, schedule: 'scaled_linear' -> 'linear'" in report
 
 
 def test_a_finer_resolution_with_the_old_noise_is_noted(tmp_path):
