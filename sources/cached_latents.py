@@ -122,7 +122,7 @@ def pack(captions: Sequence[str], encoder: Any) -> tuple[np.ndarray, np.ndarray]
 
     Every caption is encoded alone, so no result depends on another. UserError for tokens beyond float16."""
     different = list(dict.fromkeys(captions))
-    found = [tokens.half().numpy() for tokens in encoder.each(different)]
+    found = [tokens.half().numpy() for tokens in encoder.encode_each(different)]
     tokens = np.concatenate([np.zeros((0, encoder.dim), np.float16), *found])
     if not np.isfinite(tokens).all():
         raise UserError(f"tokens of {encoder.name} are not finite in float16; store none, with --encoder=")

@@ -31,7 +31,7 @@ class Encoder:
     def __init__(self, name="clip:here", weights="w", scale=1.0):
         self.name, self.dim, self.length, self.weights, self.scale, self.count = name, E, L, weights, scale, 0
 
-    def each(self, captions):
+    def encode_each(self, captions):
         for caption in captions:
             self.count += 1
             words = caption.split()
@@ -40,7 +40,7 @@ class Encoder:
             yield torch.stack(rows) * self.scale if rows else torch.zeros(0, E)
 
     def encode(self, captions):
-        return text.pad_tokens(list(self.each(captions)), L, E)
+        return text.pad_tokens(list(self.encode_each(captions)), L, E)
 
     def describe(self):
         return {"name": self.name, "layer": "last", "dim": E, "length": L,
@@ -115,7 +115,7 @@ def test_only_real_tokens_take_room_and_equal_captions_share_theirs(place):
 
 def test_a_caption_is_encoded_once_a_file_and_whatever_was_encoded_before(tmp_path):
     encoder = Encoder()
-    list(encoder.each(["a cat"]))
+    list(encoder.encode_each(["a cat"]))
     first = write(tmp_path / "a", encoder)
     assert encoder.count == 1 + 4 + 4
     assert {p.name: p.read_bytes() for p in first.iterdir() if "tok" in p.name or "spans" in p.name} == \
@@ -159,13 +159,13 @@ def test_training_with_the_same_encoder_loads_no_tower(place, tower):
 
 def test_another_encoder_is_refused_by_name(place, monkeypatch):
     cfg, stored = config(place), open_latents(config(place)).encoder
-    with pytest.raises(UserError, match="encoder='words'.*of 'clip:here'; say --encoder=clip:here"):
+    with pytest.raises(UserError, match="encoder='words'.*of 'clip:here'; use --encoder=clip:here"):
         text.make_encoder(replace(cfg, encoder="words"), stored)
     for weights, error in (("w", False), ("other", True)):
         monkeypatch.setattr(text, "CLIPText", lambda path, device: Encoder(f"clip:{path}", weights))
         moved = replace(cfg, encoder="clip:moved")
         if not error:
-            assert text.make_encoder(moved, stored).name == "clip:moved"
+            assert text.make_encoder(moved, stored).loaded.name == "clip:moved"
             continue
         with pytest.raises(UserError, match="encoder='clip:moved' has sha256 .*of 'clip:here'.*--encoder=clip:here"):
             text.make_encoder(moved, stored)

@@ -118,7 +118,7 @@ def test_a_config_beside_the_weights_decides_the_activation_and_it_is_said(clip,
 
 def test_openai_before_a_path_asks_for_quickgelu(plain, capsys):
     assert activation(CLIPText(f"openai:{plain}")) == "QuickGELU"
-    assert "QuickGELU (as openai:PATH asks)" in capsys.readouterr().err
+    assert "QuickGELU (by openai:PATH)" in capsys.readouterr().err
 
 
 def test_weights_without_a_config_are_vit_l_14_with_gelu_and_the_other_way_is_named(plain, tmp_path):
@@ -183,7 +183,7 @@ def test_other_kinds_of_file_give_the_same_tokens(plain, tmp_path, name, wrap):
 
 def test_the_empty_caption_is_the_null_condition_and_needs_no_tower(plain, monkeypatch):
     encoder = CLIPText(str(plain))
-    monkeypatch.setattr(encoder, "run", None)
+    monkeypatch.setattr(encoder, "run_tower", None)
     for blank in ("", "  \n"):
         tokens, lengths = encoder.encode([blank, blank])
         assert not tokens.any() and lengths.tolist() == [0, 0]
@@ -194,8 +194,8 @@ def test_the_empty_caption_is_the_null_condition_and_needs_no_tower(plain, monke
 def test_lengths_count_both_marks_and_every_piece_of_a_word(plain):
     encoder = CLIPText(str(plain))
     captions = ["dog", "a dog", "dog " * 75, "unfathomableness", "9 lives!"]
-    assert encoder.encode(captions)[1].tolist() == [3, 4, 77, 2 + len(encoder.words.encode(captions[3])), 5]
-    assert len(encoder.words.encode("unfathomableness")) > 1
+    assert encoder.encode(captions)[1].tolist() == [3, 4, 77, 2 + len(encoder.tokenizer.encode(captions[3])), 5]
+    assert len(encoder.tokenizer.encode("unfathomableness")) > 1
 
 
 def test_what_a_caption_says_of_the_marks_is_no_mark(plain):
@@ -227,23 +227,21 @@ def test_a_long_caption_is_cut_at_77_with_one_warning(clip, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_warnings_stop_after_some(plain, capsys, monkeypatch):
-    monkeypatch.setattr(text, "CUTS", 3)
+def test_only_the_first_cut_caption_is_reported(plain, capsys):
     encoder = CLIPText(str(plain))
     capsys.readouterr()
     for k in range(5):
         encoder.tokenize(f"{k} " + "dog " * 80)
-    err = capsys.readouterr().err
-    assert err.count("warning") == 3 and err.count("no more of these") == 1
+    assert capsys.readouterr().err.count("warning: ") == 1
 
 
 # ---------------------------------------------------------------- to be stored
 
 def test_each_is_a_function_of_its_captions_and_agrees_with_encode(plain):
     encoder = CLIPText(str(plain))
-    first = list(encoder.each(CAPTIONS))
+    first = list(encoder.encode_each(CAPTIONS))
     encoder.encode(["cat", "dog"])
-    assert all(torch.equal(tokens, again) for tokens, again in zip(first, encoder.each(CAPTIONS), strict=True))
+    assert all(torch.equal(tokens, again) for tokens, again in zip(first, encoder.encode_each(CAPTIONS), strict=True))
     tokens, lengths = encoder.encode(CAPTIONS)
     assert lengths.tolist() == [len(t) for t in first] and first[3].shape == (0, 64)
     assert all(torch.allclose(row[:len(t)], t, atol=1e-5) for row, t in zip(tokens, first))
@@ -257,11 +255,11 @@ def test_an_encoder_is_described_by_all_that_decides_its_tokens(plain, tmp_path)
     other.ln_final.bias[3] += 1e-3
     copy, changed = write(tmp_path / "copy", make(False), False), write(tmp_path / "changed", other, False)
     vocabulary = CLIPText(str(plain))
-    vocabulary.words = shallow(vocabulary.words)
-    vocabulary.words.encoder = {**vocabulary.words.encoder, "dog": 7}
+    vocabulary.tokenizer = shallow(vocabulary.tokenizer)
+    vocabulary.tokenizer.encoder = {**vocabulary.tokenizer.encoder, "dog": 7}
     differ = [CLIPText(f"openai:{plain}"), CLIPText(str(changed)), vocabulary]
     again = CLIPText(str(copy))
-    digest = hashlib.sha256(f"GELU last {json.dumps(again.words.encoder)}".encode())     # as in files of stored tokens
+    digest = hashlib.sha256(f"GELU last {json.dumps(again.tokenizer.encoder)}".encode())     # as in files of stored tokens
     for name, v in sorted(make(False).state_dict().items()):
         if not name.startswith(("visual.", "logit_scale")):
             digest.update(f"{name} {tuple(v.shape)}".encode() + v.numpy().tobytes())
@@ -273,8 +271,8 @@ def test_an_encoder_is_described_by_all_that_decides_its_tokens(plain, tmp_path)
 
 def counted(encoder, monkeypatch):
     """The captions that the tower runs on, a list a pass."""
-    passes, run = [], encoder.run
-    monkeypatch.setattr(encoder, "run", lambda rows: passes.append(len(rows)) or run(rows))
+    passes, run = [], encoder.run_tower
+    monkeypatch.setattr(encoder, "run_tower", lambda rows: passes.append(len(rows)) or run(rows))
     return passes
 
 
@@ -299,15 +297,14 @@ def test_large_batches_go_in_parts_and_give_the_same(plain, monkeypatch):
     assert torch.allclose(encoder.encode(captions)[0], whole, atol=1e-5) and passes == [4, 4, 3]
 
 
-def test_the_cache_is_bounded_and_drops_what_was_asked_for_longest_ago(plain, monkeypatch):
+def test_a_full_cache_is_forgotten(plain, monkeypatch):
     monkeypatch.setattr(text, "CACHE", 3)
     encoder = CLIPText(str(plain))
-    encoder.encode(["one", "two", "three"])
-    encoder.encode(["one"])
-    encoder.encode(["four"])
-    assert list(encoder.cache) == ["three", "one", "four"]
-    tokens, lengths = encoder.encode([f"{k} dogs" for k in range(1, 6)])        # more than fit
-    assert len(encoder.cache) == 3 and (lengths == 4).all() and CACHE > 1000
+    encoder.encode(["one", "two"])
+    encoder.encode(["two", "three"])
+    assert list(encoder.cache) == ["one", "two", "three"]
+    tokens, lengths = encoder.encode([f"{k} dogs" for k in range(1, 6)])
+    assert list(encoder.cache) == [f"{k} dogs" for k in range(1, 6)] and (lengths == 4).all() and CACHE > 1000
 
 
 def test_a_caller_cannot_write_into_the_cache(plain):
@@ -326,7 +323,7 @@ def test_the_option_names_the_encoder(plain):
     for length, L in ((0, WordVectors().length), (7, 7)):
         words = make_encoder(Config(model=replace(model, text_length=length)))
         assert isinstance(words, WordVectors) and words.length == L
-        with pytest.raises(UserError, match="'words', but the stored tokens are of 'clip:a'; say --encoder=clip:a"):
+        with pytest.raises(UserError, match="'words', but the stored tokens are of 'clip:a'; use --encoder=clip:a"):
             make_encoder(Config(model=replace(model, text_length=length)), {"name": "clip:a"})
     for length in (0, 77):
         cfg = Config(encoder=f"clip:{plain}", model=replace(model, text_length=length))
@@ -347,23 +344,23 @@ def test_without_open_clip_the_pip_line_is_named(monkeypatch):
         CLIPText("openai")
 
 
-def test_a_path_that_is_nothing_is_named_with_the_tags(tmp_path):
+def test_a_missing_path_is_an_error_with_the_tags(tmp_path):
     for path in (str(tmp_path / "none"), f"openai:{tmp_path / 'none'}"):
-        with pytest.raises(UserError, match="none.*neither a file or folder nor.*openai, laion400m_e31"):
+        with pytest.raises(UserError, match="none.*neither a file, nor a folder, nor a tag.*openai, laion400m_e31"):
             CLIPText(path)
 
 
-def test_without_network_it_says_how_to_get_the_weights(monkeypatch):
+def test_without_network_the_error_says_why(monkeypatch):
     def offline(**_):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(open_clip.pretrained, "hf_hub_download", offline)
-    with pytest.raises(UserError, match="'openai'.*no route.*hf download timm/vit_large_patch14_clip_224.openai"):
+    with pytest.raises(UserError, match="'openai'.*no route.*docs/control.md has the download"):
         CLIPText("openai")
 
 
-def test_a_folder_without_weights_says_which_files(tmp_path):
-    with pytest.raises(UserError, match="no CLIP weights in the folder.*open_clip_model.safetensors"):
+def test_a_folder_without_weights_is_an_error_with_the_file_names(tmp_path):
+    with pytest.raises(UserError, match="cannot load CLIP.*a folder with open_clip_model.safetensors"):
         CLIPText(str(tmp_path))
 
 
@@ -399,7 +396,7 @@ def test_files_that_are_not_weights_are_refused_and_run_no_code(tmp_path):
     (trap.parent / "empty.bin").write_bytes(b"")
     torch.save(torch.ones(3), trap.parent / "tensor.pt")
     for name in ("trap.pt", "zip.bin", "garbage.safetensors", "garbage.pt", "empty.bin", "tensor.pt"):
-        with pytest.raises(UserError, match=f"{name} is not the state dict of an open_clip model and nothing else"):
+        with pytest.raises(UserError, match=f"cannot load CLIP from .*{name}"):
             text.load_clip(str(trap.parent / name))
     assert not mark.exists()
 
@@ -408,7 +405,7 @@ def test_a_config_that_is_none_is_named(tmp_path):
     folder = write(tmp_path / "odd", make(False), False)
     for content in ("", "[]", "{}", '{"model_cfg": {"embed_dim": 4}}'):
         (folder / text.CONFIG).write_text(content)
-        with pytest.raises(UserError, match="open_clip_config.json is not a config that open_clip wrote"):
+        with pytest.raises(UserError, match="cannot load CLIP from .*odd"):
             CLIPText(str(folder))
 
 
@@ -417,5 +414,5 @@ def test_a_tower_that_is_not_plain_is_refused(plain, tmp_path):
     cfg = json.loads((folder / text.CONFIG).read_text())
     cfg["model_cfg"]["text_cfg"]["no_causal_mask"] = True
     (folder / text.CONFIG).write_text(json.dumps(cfg))
-    with pytest.raises(UserError, match="differs in no_causal_mask"):
+    with pytest.raises(UserError, match="plain text tower in no_causal_mask"):
         CLIPText(str(folder))
