@@ -14,7 +14,7 @@ import difflib
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -28,6 +28,7 @@ from config import Config, UserError
 from rng import seed64
 from runtime import log
 from runtime.optional import optional_import
+from sources.cached_latents import pad_tokens
 from sources.shapes_grammar import WORDS, split
 
 MODEL, LENGTH = "ViT-L-14", 77          # [COND] sec. 2.1: the text encoder, and its number of token positions
@@ -70,14 +71,6 @@ def make_encoder(cfg: Config, stored: dict | None = None, device: str | torch.de
 # What --encoder takes, and what makes it of PATH, L and device. To add an encoder, add a row.
 ENCODERS = {"words": lambda path, length, device: WordVectors(length or 20),
             "clip:PATH": lambda path, length, device: CLIPText(path, device=device)}
-
-
-def pad_tokens(rows: Sequence[Tensor], length: int, dim: int) -> tuple[Tensor, Tensor]:
-    """Pad captions of n tokens (n, E) with zeros to one tensor (B, L, E) float32; also return n (B,)."""
-    out = torch.zeros(len(rows), length, dim)
-    for padded, row in zip(out, rows):
-        padded[:len(row)] = row
-    return out, torch.tensor([len(row) for row in rows], dtype=torch.long)
 
 
 class LazyTextEncoder:

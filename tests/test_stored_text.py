@@ -19,7 +19,7 @@ import train
 from config import Config, ModelConfig, UserError
 from sample import Options, SampleConditions
 from sources import cached_latents
-from sources.cached_latents import Latents, open_latents, pack
+from sources.cached_latents import Latents, open_latents, pack_tokens, pad_tokens
 
 L, E, SHARD, N, C, SIDE = 77, 6, 4, 7, 5, 8
 TEXTS = ["a red ring", "", "a cat on a mat", "a red ring", "a blue square", "cat", ""]
@@ -40,7 +40,7 @@ class Encoder:
             yield torch.stack(rows) * self.scale if rows else torch.zeros(0, E)
 
     def encode(self, captions):
-        return text.pad_tokens(list(self.encode_each(captions)), L, E)
+        return pad_tokens(list(self.encode_each(captions)), L, E)
 
     def describe(self):
         return {"name": self.name, "layer": "last", "dim": E, "length": L,
@@ -123,10 +123,10 @@ def test_a_caption_is_encoded_once_a_file_and_whatever_was_encoded_before(tmp_pa
 
 
 def test_captions_that_are_all_empty_and_tokens_beyond_float16():
-    found, spans = pack(["", ""], Encoder())
+    found, spans = pack_tokens(["", ""], Encoder())
     assert found.shape == (0, E) and spans.tolist() == [[0, 0], [0, 0]]
     with pytest.raises(UserError, match="tokens of clip:here are not finite in float16"):
-        pack(["a cat"], Encoder(scale=1e6))
+        pack_tokens(["a cat"], Encoder(scale=1e6))
 
 
 def test_a_missing_file_of_tokens_is_made_again_from_the_captions(place, tmp_path):
@@ -135,7 +135,7 @@ def test_a_missing_file_of_tokens_is_made_again_from_the_captions(place, tmp_pat
     for name in ("tokens-00001.npy", "spans-00000.npy"):
         (root / name).unlink()
     images = {k: v for k, v in meta.items() if k != "encoder"}
-    assert all(latents.missing(root, meta, s) and not latents.missing(root, images, s) for s in range(2))
+    assert latents.missing(root, meta) == [0, 1] and latents.missing(root, images) == []
     for s in (0, 1):
         latents.write_tokens(root, s, meta, encoder)
     assert all((root / name).read_bytes() == (place / name).read_bytes() for name in meta["sha256"])
@@ -209,7 +209,7 @@ def test_drawing_reads_what_is_stored_and_checks_the_tower_for_what_is_not(place
     cfg = replace(config(place), model=replace(MODEL, text_dim=E, text_length=L), padding="zero")
     about = train.weights_metadata(cfg, data.open_source(cfg))
     condition, titles = SampleConditions(Options(), cfg, about)(np.arange(5, 9))
-    assert titles == data.captions(data.open_source(cfg), [5, 6, 0, 1]) and not tower
+    assert titles == data.open_source(cfg).records([5, 6, 0, 1], [0] * 4)["caption"] and not tower
     assert torch.equal(condition.text, Encoder().encode(titles)[0].half().float())
     condition, titles = SampleConditions(Options(prompt="a dog; cat"), cfg, about)(np.arange(2))
     assert torch.equal(condition.text, Encoder().encode(["a dog", "cat"])[0]) and len(tower) == 1
@@ -234,17 +234,16 @@ def test_damaged_tokens_are_refused_or_counted(tmp_path):
         (root / f"{name}.npy").write_bytes(keep)
     for wrong in ([0, len(wide) + 1], [-2, 1], [3, 2]):
         np.save(root / "spans-00000.npy", np.where(True, wrong, spans))
-        with pytest.raises(UserError, match="tokens of shard 0 .* damaged"):
+        with pytest.raises(UserError, match="damaged: tokens .* of shard 0 cannot be"):
             Latents(root).record(0, 0)
     np.save(root / "spans-00000.npy", spans)
     wide[0] = np.nan                                        # the first token of "a red ring"
     np.save(root / "tokens-00000.npy", wide)
-    source = Latents(root, max_bad=1.0)
-    batch = source.records(range(N), [0] * N)
-    assert source.bad and batch["text"].isfinite().all() and (batch["index"] != torch.arange(N)).any()
+    with pytest.raises(UserError, match="damaged: a number is not finite"):
+        Latents(root).records(range(N), [0] * N)
     for wrong in (7, {**meta["encoder"], "dim": "6"}, {}):
         (root / "meta.json").write_text(json.dumps({**meta, "encoder": wrong}))
-        with pytest.raises(UserError, match="damaged in encoder"):
+        with pytest.raises(UserError, match="cannot use .*meta.json: .*encode the data again"):
             Latents(root)
 
 
