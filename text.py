@@ -258,6 +258,8 @@ def find_clip(path: str, name: str, open_clip: ModuleType) -> tuple[Path, dict, 
         return (Path(open_clip.download_pretrained(known)), cfg | {"quick_gelu": known.get("quick_gelu", False)},
                 f"tag {path}")
     file = next((local / w for w in WEIGHTS if (local / w).is_file()), local)
+    if not file.is_file():
+        raise ValueError("the folder has no weights")
     why = f"no {CONFIG}; if these weights are OpenAI's, write openai:{path}"
     if (file.parent / CONFIG).is_file():
         cfg, why = json.loads((file.parent / CONFIG).read_text(encoding="utf-8"))["model_cfg"], f"by {CONFIG}"

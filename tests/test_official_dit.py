@@ -1,4 +1,4 @@
-"""Published DiT weights: read by name, equal to the official formulation and to diffusers', or refused by name."""
+"""Published DiT weights: loaded by name, equal to the official formulation and to diffusers', or an error."""
 import argparse
 import io
 import json
@@ -155,7 +155,7 @@ def test_the_published_sizes_need_no_heads():
         assert official_dit.infer(state, 0, 0, "DiT") == net.cfg
 
 
-# ---------------------------------------------------------------- refusals
+# ---------------------------------------------------------------- errors
 
 def broken(change):
     state = weights()
@@ -178,14 +178,14 @@ def without(*names):
     ({"ema": weights(), "opt": {}}, "`ema` alone"),
     ({"ema": weights(), "args": argparse.Namespace(model="DiT-XL/2")}, "`ema` alone"),
     ([torch.zeros(2)], "cannot read .* as a state dict")])
-def test_what_is_no_dit_is_refused_by_name(state, words, tmp_path):
+def test_another_architecture_is_an_error(state, words, tmp_path):
     torch.save(state, tmp_path / "file.pt")
     with pytest.raises(UserError, match=words):
         load_official_dit(tmp_path / "file.pt", heads=H)
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>404</html>", b"\x80\x02}q\x00."])
-def test_a_file_that_is_no_checkpoint_is_refused(content, tmp_path):
+def test_a_file_that_is_no_checkpoint_is_an_error(content, tmp_path):
     for name in ("a.pt", "a.safetensors"):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=name):
@@ -199,14 +199,14 @@ class Bomb:
         return print, ("this ran",)
 
 
-def test_nothing_in_a_file_is_run(tmp_path, capsys):
+def test_loading_runs_no_code(tmp_path, capsys):
     torch.save({"x_embedder.proj.weight": Bomb()}, tmp_path / "bad.pt")
     with pytest.raises(UserError):
         load_official_dit(tmp_path / "bad.pt")
     assert "this ran" not in capsys.readouterr().out
 
 
-def test_heads_that_no_shape_shows_are_asked_for(tmp_path):
+def test_unknown_heads_are_an_error(tmp_path):
     torch.save(weights(), tmp_path / "small.pt")
     for heads in (0, 5):
         with pytest.raises(UserError, match="width 48 and depth 2.*pass heads"):
@@ -219,13 +219,13 @@ def test_heads_that_no_shape_shows_are_asked_for(tmp_path):
      "layer_norm"),
     ('{"_class_name": "DiTTransformer2DModel", "num_attention_heads": null, "sample_size": 10}', "config.json"),
     ('{"_class_name": "DiTTransformer2DModel", "num_attention_heads": 3, "sample_size": 10}', "cannot read")])
-def test_a_folder_of_another_kind_is_refused(about, words, tmp_path):
+def test_a_folder_of_another_kind_is_an_error(about, words, tmp_path):
     (tmp_path / "config.json").write_text(about, encoding="utf-8")
     with pytest.raises(UserError, match=words):
         load_official_dit(tmp_path)
 
 
-def test_embeddings_of_blocks_that_differ_are_another_model(tmp_path):
+def test_embeddings_that_differ_between_blocks_are_an_error(tmp_path):
     """Every block of diffusers' has a copy of the class table; ours has one."""
     names = [f"transformer_blocks.{k}.norm1.emb.class_embedder.embedding_table.weight" for k in range(2)]
     about = {"_class_name": "DiTTransformer2DModel", "num_attention_heads": 3, "sample_size": 10}

@@ -74,7 +74,7 @@ def write(root, encoder, meta=None):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def folder(tmp_path_factory):
     return write(tmp_path_factory.mktemp("tokens") / "set", Encoder())
 
 
@@ -84,17 +84,17 @@ def config(root, **other):
 
 @pytest.fixture
 def tower(monkeypatch):
-    """What is loaded in place of CLIP's tower, once it is."""
+    """The loaded towers, a list; Encoder in place of CLIP."""
     loaded = []
     monkeypatch.setattr(text, "CLIPText", lambda path, device: loaded.append(Encoder(f"clip:{path}"))
                         or loaded[-1])
     return loaded
 
 
-# ---------------------------------------------------------------- what is stored
+# ---------------------------------------------------------------- files
 
-def test_what_is_read_is_the_float16_of_what_was_encoded(place):
-    source, encoder = Latents(place), Encoder()
+def test_stored_tokens_are_the_float16_of_the_encoded_ones(folder):
+    source, encoder = Latents(folder), Encoder()
     batch = source.records(np.arange(N).repeat(30), np.tile(np.arange(30), N))
     assert {k: len(set(np.array(batch["caption"])[batch["index"] == k])) for k in (1, 2, 4)} == {1: 2, 2: 2, 4: 2}
     want, lengths = encoder.encode(batch["caption"])
@@ -105,15 +105,15 @@ def test_what_is_read_is_the_float16_of_what_was_encoded(place):
     assert not batch["text"][empty].any() and empty.sum() > 20
 
 
-def test_only_real_tokens_take_room_and_equal_captions_share_theirs(place):
+def test_padding_is_not_stored_and_equal_captions_share_tokens(folder):
     for s, part in enumerate(([0, 1, 2, 3, 4], [4, 5, 6, 0])):
         wanted = {TEXTS[k]: len(TEXTS[k].split()) for k in part}
-        stored = np.load(place / f"tokens-{s:05}.npy")
+        stored = np.load(folder / f"tokens-{s:05}.npy")
         assert stored.dtype == np.float16 and stored.shape == (sum(wanted.values()), E)
-    assert np.load(place / "spans-00001.npy").shape == (3, 2, 2)
+    assert np.load(folder / "spans-00001.npy").shape == (3, 2, 2)
 
 
-def test_a_caption_is_encoded_once_a_file_and_whatever_was_encoded_before(tmp_path):
+def test_a_caption_is_encoded_once_a_file_independent_of_others(tmp_path):
     encoder = Encoder()
     list(encoder.encode_each(["a cat"]))
     first = write(tmp_path / "a", encoder)
@@ -129,7 +129,7 @@ def test_captions_that_are_all_empty_and_tokens_beyond_float16():
         pack_tokens(["a cat"], Encoder(scale=1e6))
 
 
-def test_a_missing_file_of_tokens_is_made_again_from_the_captions(place, tmp_path):
+def test_a_missing_file_of_tokens_is_made_again_from_the_captions(folder, tmp_path):
     root, encoder = write(tmp_path / "set", Encoder()), Encoder()
     meta = cached_latents.read_meta(root)
     for name in ("tokens-00001.npy", "spans-00000.npy"):
@@ -138,13 +138,13 @@ def test_a_missing_file_of_tokens_is_made_again_from_the_captions(place, tmp_pat
     assert latents.missing(root, meta) == [0, 1] and latents.missing(root, images) == []
     for s in (0, 1):
         latents.write_tokens(root, s, meta, encoder)
-    assert all((root / name).read_bytes() == (place / name).read_bytes() for name in meta["sha256"])
+    assert all((root / name).read_bytes() == (folder / name).read_bytes() for name in meta["sha256"])
 
 
-# ---------------------------------------------------------------- whose they are
+# ---------------------------------------------------------------- the encoder of stored tokens
 
-def test_training_with_the_same_encoder_loads_no_tower(place, tower):
-    cfg = config(place)
+def test_training_with_the_same_encoder_loads_no_tower(folder, tower):
+    cfg = config(folder)
     source = data.open_source(cfg)
     encoder = text.make_encoder(cfg, source.encoder)
     assert (encoder.dim, encoder.length) == (E, L)
@@ -157,8 +157,8 @@ def test_training_with_the_same_encoder_loads_no_tower(place, tower):
     assert len(tower) == 1
 
 
-def test_another_encoder_is_refused_by_name(place, monkeypatch):
-    cfg, stored = config(place), open_latents(config(place)).encoder
+def test_another_encoder_is_an_error(folder, monkeypatch):
+    cfg, stored = config(folder), open_latents(config(folder)).encoder
     with pytest.raises(UserError, match="encoder='words'.*of 'clip:here'; use --encoder=clip:here"):
         text.make_encoder(replace(cfg, encoder="words"), stored)
     for weights, error in (("w", False), ("other", True)):
@@ -170,16 +170,16 @@ def test_another_encoder_is_refused_by_name(place, monkeypatch):
         with pytest.raises(UserError, match="encoder='clip:moved' has sha256 .*of 'clip:here'.*--encoder=clip:here"):
             text.make_encoder(moved, stored)
         with pytest.raises(UserError, match="encoder='clip:here' has sha256 .*of 'clip:here'"):
-            text.make_encoder(cfg, stored).encode(["a dog"])         # the same path, and something else is there now
+            text.make_encoder(cfg, stored).encode(["a dog"])         # other weights at the same path
 
 
-def test_without_text_no_tokens_are_read(place):
+def test_a_run_without_text_reads_no_tokens(folder):
     for semantics in ("none", "text"):
-        source = open_latents(config(place, model=replace(MODEL, semantics=semantics), encoder="clip:here"))
+        source = open_latents(config(folder, model=replace(MODEL, semantics=semantics), encoder="clip:here"))
         assert bool(source.encoder) == ("text" in source.record(0, 0)) == (semantics == "text")
 
 
-def test_latents_without_tokens_are_as_they_were(tmp_path, tower):
+def test_latents_without_tokens_load_the_tower(tmp_path, tower):
     cfg = config(write(tmp_path / "set", None))
     source = data.open_source(cfg)
     assert source.encoder is None and "text" not in source.record(0, 0) and "encoder" not in source.meta
@@ -187,15 +187,15 @@ def test_latents_without_tokens_are_as_they_were(tmp_path, tower):
     assert data.load_microbatch(source, encoder, 0, 6, 6, 0, 0)["text"].shape == (6, L, E) and len(tower) == 1
 
 
-def test_the_tower_runs_where_the_run_does_if_that_is_cuda(monkeypatch):
-    asked = []
-    monkeypatch.setattr(text, "CLIPText", lambda path, device: asked.append((path, device)) or Encoder())
+def test_the_tower_runs_on_cuda_or_the_cpu(monkeypatch):
+    loaded = []
+    monkeypatch.setattr(text, "CLIPText", lambda path, device: loaded.append((path, device)) or Encoder())
     for device in ("cpu", "mps", torch.device("cuda", 3)):
         text.make_encoder(Config(encoder="clip:x", model=MODEL), None, device)
-    assert asked == [("x", "cpu"), ("x", "cpu"), ("x", torch.device("cuda", 3))]
+    assert loaded == [("x", "cpu"), ("x", "cpu"), ("x", torch.device("cuda", 3))]
 
 
-def test_the_fingerprint_knows_the_tokens_and_not_where_their_encoder_lay(tmp_path):
+def test_the_fingerprint_covers_tokens_and_not_the_path_of_their_encoder(tmp_path):
     seen = {}
     for name, encoder in (("none", None), ("here", Encoder()), ("there", Encoder("clip:there")),
                           ("other", Encoder(weights="other"))):
@@ -203,10 +203,10 @@ def test_the_fingerprint_knows_the_tokens_and_not_where_their_encoder_lay(tmp_pa
     assert seen["here"] == seen["there"] and len(set(seen.values())) == 3
 
 
-# ---------------------------------------------------------------- drawing
+# ---------------------------------------------------------------- sampling
 
-def test_drawing_reads_what_is_stored_and_checks_the_tower_for_what_is_not(place, tower, monkeypatch):
-    cfg = replace(config(place), model=replace(MODEL, text_dim=E, text_length=L), padding="zero")
+def test_sampling_uses_stored_tokens_and_checks_the_tower_for_new_prompts(folder, tower, monkeypatch):
+    cfg = replace(config(folder), model=replace(MODEL, text_dim=E, text_length=L), padding="zero")
     about = train.weights_metadata(cfg, data.open_source(cfg))
     condition, titles = SampleConditions(Options(), cfg, about)(np.arange(5, 9))
     assert titles == data.open_source(cfg).records([5, 6, 0, 1], [0] * 4)["caption"] and not tower
@@ -220,7 +220,7 @@ def test_drawing_reads_what_is_stored_and_checks_the_tower_for_what_is_not(place
 
 # ---------------------------------------------------------------- damage
 
-def test_damaged_tokens_are_refused_or_counted(tmp_path):
+def test_damaged_tokens_are_an_error(tmp_path):
     root = write(tmp_path / "set", Encoder())
     meta = json.loads((root / "meta.json").read_text())
     wide, spans = np.load(root / "tokens-00000.npy"), np.load(root / "spans-00000.npy")
@@ -257,7 +257,8 @@ def test_as_many_files_may_be_open_as_the_system_allows():
     resource.setrlimit(resource.RLIMIT_NOFILE, (300, before[1]))
     try:
         distributed.raise_file_limit()
-        wanted = max(distributed.FILES) if before[1] == resource.RLIM_INFINITY else min(max(distributed.FILES), before[1])
+        most = max(distributed.FILES)
+        wanted = most if before[1] == resource.RLIM_INFINITY else min(most, before[1])
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] in (wanted, min(wanted, min(distributed.FILES)))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
