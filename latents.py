@@ -5,11 +5,11 @@ torchrun --nproc_per_node=8 -- latents.py encode --data=path/to/folder --out=lat
 python latents.py check --data=latents/mine                 (hashes of all files, and a page of reconstructions)
 python train.py --config=configs/imagenet256.py --data=latents/mine
 
-A shard of --shard images appears whole or not at all, and a run resumes with the first missing one. The same --batch
-on the same machine gives the same bytes, however often the run was killed and with any number of processes.
---autoencoder is a folder or a hub name of diffusers' AutoencoderKL, in safetensors; it runs frozen and in fp32.
---encoder=clip:PATH also stores the text tokens of captions, and adds them to latents that have none, so that training
-with the same --encoder runs no text tower. sources/cached_latents.py describes the files.
+A shard of --shard images appears whole or not at all, and a run resumes with the missing ones. The same --batch on the
+same machine gives the same bytes, however often the run was killed and with any number of processes. --autoencoder is
+a folder or a hub name of diffusers' AutoencoderKL, in safetensors; it runs frozen and in fp32. --encoder=clip:PATH also
+stores the text tokens of captions, and adds them to latents that have none, so that training with the same --encoder
+runs no text tower. sources/cached_latents.py describes the files.
 Dimensions: B batch, C channels, h x w latent, f h x f w image, R resolution, n images of a file with K crops and F
 mirror images each, T tokens of a file, E width of a token.
 """
@@ -302,6 +302,7 @@ def encode(o: Encode) -> None:
     text = Config(encoder=o.encoder, model=ModelConfig(semantics="text"))
     encoder = make_encoder(text, device=dist.device) if o.encoder else None
     meta = make_meta(o, source, vae, encoder)
+    mine = lambda meta: [s for s in missing(out, meta) if s % dist.world == dist.rank]
     with ExitStack() as stack:
         if dist.rank == 0:
             try:
@@ -312,17 +313,13 @@ def encode(o: Encode) -> None:
         if distributed.broadcast_from_rank0(-1 if error else 0, dist) < 0:
             raise error or UserError("rank 0 cannot start; see its message")
         log.follow(source, out)
-        parts, no_images = shards(meta), set(missing(out, {k: v for k, v in meta.items() if k != "encoder"}))
-        todo = [s for s in missing(out, meta) if s % dist.world == dist.rank]
-        with tqdm(total=meta["variants"] * sum(len(parts[s]) for s in todo), desc="encoding", unit="image",
+        images, K = {key: value for key, value in meta.items() if key != "encoder"}, meta["variants"]
+        with tqdm(total=K * sum(len(shards(meta)[s]) for s in mine(images)), desc="encoding", unit="image",
                   disable=dist.rank > 0 or None) as bar:
-            for s in todo:
-                if s in no_images:
-                    write_shard(o, s, meta, source, vae, bar)
-                else:
-                    bar.update(meta["variants"] * len(parts[s]))
-                if encoder:
-                    write_tokens(out, s, meta, encoder)
+            for s in mine(images):
+                write_shard(o, s, meta, source, vae, bar)
+        for s in tqdm(mine(meta), desc="tokens", unit="file", disable=dist.rank > 0 or not encoder or None):
+            write_tokens(out, s, meta, encoder)
         distributed.all_reduce_sum(torch.zeros(1, device=dist.device), dist).item()         # wait for every process
         if dist.rank == 0:
             if not read_meta(out, finished=False).keys() >= set(RESULTS):
