@@ -11,14 +11,12 @@ Dimensions: C channels, P patch, D width, N image tokens, O = C or 2C output cha
 import hashlib
 import json
 import math
-import pickle
 import re
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -69,7 +67,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     try:
         found = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
         return {str(k): v.float() for k, v in found.items()}
-    except (OSError, EOFError, RuntimeError, ValueError, AttributeError, SafetensorError, pickle.UnpicklingError) as e:
+    except Exception as e:              # torch and safetensors raise anything for a foreign file
         raise UserError(f"cannot read {file} as a state dict: {next(iter(str(e).splitlines()), 'empty')}. Give a file "
                         "like DiT-XL-2-256x256.pt, or a folder of diffusers; of a training checkpoint, save the state "
                         "dict of its `ema` alone") from e
