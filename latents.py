@@ -5,15 +5,14 @@ torchrun --nproc_per_node=8 -- latents.py encode --data=path/to/folder --out=lat
 python latents.py check --data=latents/mine                 (hashes of all files, and a page of reconstructions)
 python train.py --config=configs/imagenet256.py --data=latents/mine
 
-A shard of --shard images appears whole or not at all, and a run resumes with the first missing one. The same --batch
-on the same machine gives the same bytes, however often the run was killed and with any number of processes.
---autoencoder is a folder or a hub name of diffusers' AutoencoderKL, in safetensors; it runs frozen and in fp32.
---encoder=clip:PATH also stores the text tokens of captions, and adds them to latents that have none, so that training
-with the same --encoder runs no text tower. sources/cached_latents.py describes the files.
+A shard of --shard images appears whole or not at all, and a run resumes with the missing ones. The same --batch on the
+same machine gives the same bytes, however often the run was killed and with any number of processes. --autoencoder is
+a folder or a hub name of diffusers' AutoencoderKL, in safetensors; it runs frozen and in fp32. --encoder=clip:PATH also
+stores the text tokens of captions, and adds them to latents that have none, so that training with the same --encoder
+runs no text tower. sources/cached_latents.py describes the files.
 Dimensions: B batch, C channels, h x w latent, f h x f w image, R resolution, n images of a file with K crops and F
 mirror images each, T tokens of a file, E width of a token.
 """
-import hashlib
 import io
 import json
 import shutil
@@ -21,6 +20,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
+from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
-from config import Config, ModelConfig, UserError, help_text, parse, run
+from config import Config, ModelConfig, UserError, check_name, help_text, parse, run
 from runtime import checkpoint, distributed, log
 from runtime.optional import optional_import
-from sources.cached_latents import (FORMAT, META, ORIGINALS, RECORD, RESULT, SCALINGS, Latents, content, file_names,
-                                    header, is_latents, latent_scaling, latent_shape, pack, read_meta, shards)
-from text import make_encoder
+from runtime.plot import grid
+from sources.cached_latents import (FORMAT, META, ORIGINALS, RECORD, RESULTS, SCALINGS, Latents, content, file_names,
+                                    header, is_latents, latent_scaling, latent_shape, pack_tokens, read_meta, shards)
+from text import make_encoder, weights_sha256
 
 SHOWN = 8                               # images on the page of reconstructions
 CHUNK = 8                               # images decoded at a time
@@ -45,7 +46,7 @@ BLOCK = 64                              # images summed up at a time
 # ---------------------------------------------------------------- the autoencoder
 
 def open_autoencoder(path: str, device: torch.device | str = "cpu") -> nn.Module:
-    """The frozen fp32 autoencoder of a folder (or its vae/) or a hub name. UserError if it cannot be loaded."""
+    """Load the frozen fp32 autoencoder of a folder (or its vae/) or a hub name. UserError if it cannot be loaded."""
     kind, folder = optional_import("diffusers", "the autoencoder", part="AutoencoderKL"), Path(path).expanduser()
     folder = folder / "vae" if (folder / "vae").is_dir() else folder
     try:
@@ -59,13 +60,10 @@ def open_autoencoder(path: str, device: torch.device | str = "cpu") -> nn.Module
 
 
 def describe(vae: nn.Module, path: str) -> dict[str, Any]:
-    """The hash of an autoencoder, and the scaling in its config: z = (latent - shift_factor) scaling_factor."""
+    """Identify an autoencoder, with the scaling in its config: z = (latent - shift_factor) scaling_factor."""
     scaling, shift = float(vae.config.scaling_factor), float(getattr(vae.config, "shift_factor", None) or 0)
-    digest = hashlib.sha256(f"{scaling} {shift}".encode())
-    for name, v in sorted(vae.state_dict().items()):
-        digest.update(f"{name} {tuple(v.shape)}".encode())
-        digest.update(v.float().cpu().contiguous().numpy())
-    return {"path": path, "sha256": digest.hexdigest(), "scaling_factor": scaling, "shift_factor": shift}
+    return {"path": path, "sha256": weights_sha256(vae, f"{scaling} {shift}"), "scaling_factor": scaling,
+            "shift_factor": shift}
 
 
 def downscale(vae: nn.Module) -> int:
@@ -82,26 +80,24 @@ def encode_batch(x: Tensor, vae: nn.Module) -> Tensor:
 
 @torch.inference_mode()
 def decode(z: Tensor, meta: dict, vae: nn.Module) -> Tensor:
-    """Latents, scaled as `meta` says, to images of about [-1, 1]. (B, C, h, w) -> (B, 3, f h, f w)
+    """Decode latents, scaled as `meta` says, to images of about [-1, 1]. (B, C, h, w) -> (B, 3, f h, f w)
 
     meta: of a folder of latents, or cached_latents.header of it from the weights of a run."""
-    if z.shape[1] != meta["channels"]:
-        raise UserError(f"an autoencoder of {meta['channels']} channels cannot decode {z.shape[1]}")
     shift, scale = (v.to(z.device) for v in latent_scaling(meta))
     return torch.cat([vae.decode(part * scale + shift).sample for part in z.float().split(CHUNK)])
 
 
 def decoder_of(about: dict[str, str], path: str, channels: int, device: torch.device) -> tuple[Callable, int]:
-    """The decoder (B, C, h, w) -> (B, 3, f h, f w) for weights with the header `about`, and f; 1 for a pixel network.
+    """Return the decoder (B, C, h, w) -> (B, 3, f h, f w) of a run, and f; for a pixel network the identity and 1.
 
-    path: the autoencoder, if it has moved; without latents in the header, as in official weights, it must be given
-    and its own factor scales. UserError for another autoencoder than the header's."""
-    meta = json.loads(about["latents"]) if "latents" in about else None
+    about: the header of the run's weights. path: the autoencoder, if it has moved or, as for official weights, the
+    header has no latents; then its own factor scales. UserError for another autoencoder than the header's."""
+    meta = json.loads(about.get("latents", "null"))
+    if not meta and not path and channels == 3:
+        return Tensor.float, 1
     if not meta and not path:
-        if channels != 3:
-            raise UserError(f"the model generates latents of {channels} channels; name their autoencoder, for example "
-                            "--autoencoder=stabilityai/sd-vae-ft-ema")
-        return torch.Tensor.float, 1
+        raise UserError(f"the model generates latents of {channels} channels; name their autoencoder, for example "
+                        "--autoencoder=stabilityai/sd-vae-ft-ema")
     path = path or meta["autoencoder"]["path"]
     vae = open_autoencoder(path, device)
     found = describe(vae, path)
@@ -126,10 +122,9 @@ def write_reconstruction(source: Latents, decoder: Callable, device: torch.devic
     except (OSError, ValueError, RuntimeError) as e:
         raise UserError(f"{file} does not match the latents ({e}); encode the data again") from e
     rms = (originals - decoded.clamp(-1, 1)).square().mean().sqrt().item()
-    png = io.BytesIO()
-    data.grid(both, len(originals), ["data"] * len(originals) + ["decoded"] * len(originals)).save(png, "png")
     path.parent.mkdir(parents=True, exist_ok=True)
-    log.write_bytes(path, png.getvalue())
+    with log.atomic_path(path) as tmp:
+        grid(both, len(originals), ["data"] * len(originals) + ["decoded"] * len(originals)).save(tmp, "png")
     log.info(f"reconstruction by the autoencoder: rms difference {rms:.3f} of a range of 2, see {path}")
     return rms
 
@@ -151,7 +146,7 @@ class Encode:
     scaling: str = "channel"        # channel: every channel to mean 0, variance 1; factor: the autoencoder's own
     count: int = 0                  # the first so many images; 0 = all
     seed: int = 0                   # keys the crops
-    max_bad: float = 0.01           # share of unreadable images that is replaced before it is an error
+    max_bad_fraction: float = 0.01  # share of unreadable images that is replaced before it is an error
     shard: int = 2048               # images a file, and the most that a kill can cost
     batch: int = 16                 # images encoded at a time
     workers: int = 4                # threads that load images ahead
@@ -159,13 +154,12 @@ class Encode:
 
 
 def open_images(o: Encode) -> data.Source:
-    """The source of the images, not mirrored. UserError for options that do not fit together or to the data."""
+    """Open the source of the images, not mirrored. UserError for options that do not fit together or to the data."""
     for key in ("resolution", "variants", "shard", "batch"):
         if getattr(o, key) < 1:
             raise UserError(f"{key}={getattr(o, key)} must be at least 1")
-    for key, known in (("scaling", SCALINGS), ("semantics", ("class", "text", "none"))):
-        if getattr(o, key) not in known:
-            raise UserError(f"unknown {key}={getattr(o, key)!r}; choose one of {', '.join(known)}")
+    check_name("scaling", o.scaling, SCALINGS)
+    check_name("semantics", o.semantics, ("class", "text", "none"))
     if not o.data or is_latents(Path(o.data).expanduser()):
         raise UserError(f"data={o.data!r} must be images: a folder, shards or shapes")
     augment = o.augment.split("+")
@@ -176,43 +170,45 @@ def open_images(o: Encode) -> data.Source:
                         "--encoder=clip:PATH with --semantics=text, or --encoder= for none")
     model = ModelConfig(semantics=o.semantics, resolution=o.resolution, channels=3)
     source = data.open_source(Config(data=o.data, augment="+".join(a for a in augment if a != "flip"), crop=o.crop,
-                                     seed=o.seed, max_bad_fraction=o.max_bad, model=model, encoder="clip:none"))
+                                     seed=o.seed, max_bad_fraction=o.max_bad_fraction, model=model,
+                                     encoder="clip:none"))
     if not 0 <= o.count <= len(source):
         raise UserError(f"count={o.count}, but {o.data} has {len(source):,} images")
     return source
 
 
 def make_meta(o: Encode, source: data.Source, vae: nn.Module, encoder: data.TextEncoder | None) -> dict[str, Any]:
-    """meta.json before anything is encoded."""
+    """Make meta.json as it is before anything is encoded."""
     f = downscale(vae)
     if o.resolution % f:
         raise UserError(f"resolution={o.resolution} must be a multiple of {f}, the autoencoder's downscaling")
-    row = data.records(source, [0], [0])
+    record = data.records(source, [0], [0])
     meta = {"format": FORMAT, "autoencoder": describe(vae, o.autoencoder),
             "data": {"path": o.data, "fingerprint": source.fingerprint},
             "n": o.count or len(source), "shard": o.shard, "variants": o.variants,
             "mirrored": "flip" in o.augment.split("+"), "resolution": o.resolution, "side": o.resolution // f,
             "channels": int(vae.config.latent_channels), "augment": o.augment, "crop": o.crop, "seed": o.seed,
-            "controls": [c for c in source.controls if c != "flip"], "labels": "label" in row,
-            "captions": "caption" in row, "classes": list(source.classes), "scaling": o.scaling}
+            "controls": [c for c in source.controls if c != "flip"], "labels": "label" in record,
+            "captions": "caption" in record, "classes": list(source.classes), "scaling": o.scaling}
     return meta | ({"encoder": encoder.describe()} if encoder else {})
 
 
-def missing(out: Path, meta: dict, s: int) -> bool:
-    """Whether a file of shard s does not exist."""
-    return not all((out / name).exists() for name in file_names(meta, s).values())
+def missing(out: Path, meta: dict) -> list[int]:
+    """List the shards of which a file does not exist."""
+    return [s for s in range(len(shards(meta)))
+            if not all((out / name).exists() for name in file_names(meta, s).values())]
 
 
 def start_or_resume(out: Path, meta: dict, source: data.Source) -> None:
     """Write meta.json without results, and the first images, unless the folder is finished.
 
-    Latents without tokens may get some. UserError if the folder holds other latents or the disk has no room."""
+    Latents without tokens may get some. UserError if the folder holds other latents or the disk is too small."""
     if is_latents(out):
         old, new = content(read_meta(out, finished=False)), content(meta)
-        keys = [key for key in old | new if key not in RESULT and (key != "encoder" or key in old)]
+        keys = [key for key in old | new if key not in RESULTS and (key != "encoder" or key in old)]
         if changed := [f"{key}: {old[key]!r} -> {new.get(key)!r}" for key in keys if old[key] != new.get(key)]:
             raise UserError(f"{out} holds other latents: {'; '.join(changed)[:2000]}. Choose another --out")
-        if not any(missing(out, meta, s) for s in range(len(shards(meta)))):
+        if not missing(out, meta):
             return
     else:
         if any(out.glob("latents-*.npy")):
@@ -221,7 +217,8 @@ def start_or_resume(out: Path, meta: dict, source: data.Source) -> None:
         if need > free:
             raise UserError(f"{meta['n']:,} images need {need / 1e9:.1f} GB, but {out} has {free / 1e9:.1f} GB free; "
                             "choose another --out or a smaller --count")
-        pixels = data.records(source, (rows := range(min(SHOWN, meta["n"]))), [0] * len(rows))["image"]
+        first = range(min(SHOWN, meta["n"]))
+        pixels = data.records(source, first, [0] * len(first))["image"]
         save(out / ORIGINALS, ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy())
     log.write_text(out / META, json.dumps(meta, indent=1))
 
@@ -256,7 +253,6 @@ def write_shard(o: Encode, s: int, meta: dict, source: data.Source, vae: nn.Modu
                 row["caption"] = len(captions), len(captions) + len(line)
                 captions += line + b"\n"
             bar.update(len(x))
-
     out, names = Path(o.out), file_names(meta, s)
     if meta["captions"]:
         log.write_bytes(out / names["captions"], bytes(captions))
@@ -269,7 +265,7 @@ def write_tokens(out: Path, s: int, meta: dict, encoder: data.TextEncoder) -> No
     names = file_names(meta, s)
     rows, lines = np.load(out / names["records"], allow_pickle=False), (out / names["captions"]).read_bytes()
     captions = [json.loads(lines[a:b]) for a, b in rows["caption"].reshape(-1, 2).tolist()]
-    tokens, spans = pack(captions, encoder)                                     # (T, E), (n K, 2)
+    tokens, spans = pack_tokens(captions, encoder)                              # (T, E), (n K, 2)
     save(out / names["spans"], spans.reshape(*rows.shape, 2))
     save(out / names["tokens"], tokens)
 
@@ -278,9 +274,9 @@ def write_statistics(out: Path, meta: dict) -> None:
     """Write the final meta.json: with hashes of all files, and in float64 mean and std of every channel.
 
     They are those of the mixture of all posteriors: E mean, and E (mean^2 + std^2) - (E mean)^2."""
-    total, count, digests = 0.0, 0, {ORIGINALS: digest(out / ORIGINALS)}
+    total, count, hashes = 0.0, 0, {ORIGINALS: sha256(out / ORIGINALS)}
     for s in tqdm(range(len(shards(meta))), desc="statistics", unit="file", disable=None):
-        digests |= {name: digest(out / name) for name in file_names(meta, s).values()}
+        hashes |= {name: sha256(out / name) for name in file_names(meta, s).values()}
         moments = np.load(out / file_names(meta, s)["latents"], mmap_mode="r", allow_pickle=False)
         for k in range(0, len(moments), BLOCK):
             mean, std = np.split(moments[k:k + BLOCK].astype(np.float64), 2, axis=3)    # (B, K, F, C, h, w)
@@ -288,51 +284,48 @@ def write_statistics(out: Path, meta: dict) -> None:
             count += mean.size // meta["channels"]
     mean, square = total / count                                                # (C,) each
     std = np.sqrt(square - mean ** 2)
-    meta = meta | {"statistics": {"mean": mean.tolist(), "std": std.tolist()}, "sha256": digests}
+    meta = meta | {"statistics": {"mean": mean.tolist(), "std": std.tolist()}, "sha256": hashes}
     latent_scaling(meta)                                    # an error now rather than in training
     log.write_text(out / META, json.dumps(meta, indent=1))
 
 
-def digest(path: Path) -> str:
-    """sha256 of a file."""
+def sha256(path: Path) -> str:
+    """Hash a file."""
     with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+        return file_digest(f, "sha256").hexdigest()
 
 
 def encode(o: Encode) -> None:
     """Encode all images of a source into a folder of latents; the processes take shards in turn."""
-    place, out, error = distributed.setup(o.threads), Path(o.out), None
-    source, vae = open_images(o), open_autoencoder(o.autoencoder, place.device)
+    dist, out, error = distributed.setup(o.threads), Path(o.out), None
+    source, vae = open_images(o), open_autoencoder(o.autoencoder, dist.device)
     text = Config(encoder=o.encoder, model=ModelConfig(semantics="text"))
-    encoder = make_encoder(text, device=place.device) if o.encoder else None
+    encoder = make_encoder(text, device=dist.device) if o.encoder else None
     meta = make_meta(o, source, vae, encoder)
+    mine = lambda meta: [s for s in missing(out, meta) if s % dist.world == dist.rank]
     with ExitStack() as stack:
-        if place.rank == 0:
+        if dist.rank == 0:
             try:
                 stack.enter_context(checkpoint.lock(out))
                 start_or_resume(out, meta, source)
             except UserError as e:
                 error = e
-        if distributed.broadcast_from_rank0(-1 if error else 0, place) < 0:
+        if distributed.broadcast_from_rank0(-1 if error else 0, dist) < 0:
             raise error or UserError("rank 0 cannot start; see its message")
         log.follow(source, out)
-        parts, images = shards(meta), {key: value for key, value in meta.items() if key != "encoder"}
-        todo = [s for s in range(place.rank, len(parts), place.world) if missing(out, meta, s)]
-        with tqdm(total=meta["variants"] * sum(len(parts[s]) for s in todo), desc="encoding", unit="image",
-                  disable=place.rank > 0 or None) as bar:
-            for s in todo:
-                if missing(out, images, s):
-                    write_shard(o, s, meta, source, vae, bar)
-                else:
-                    bar.update(meta["variants"] * len(parts[s]))
-                if encoder:
-                    write_tokens(out, s, meta, encoder)
-        distributed.all_reduce_sum(torch.zeros(1, device=place.device), place).item()       # wait for every process
-        if place.rank == 0:
-            if not read_meta(out, finished=False).keys() >= set(RESULT):
+        images, K = {key: value for key, value in meta.items() if key != "encoder"}, meta["variants"]
+        with tqdm(total=K * sum(len(shards(meta)[s]) for s in mine(images)), desc="encoding", unit="image",
+                  disable=dist.rank > 0 or None) as bar:
+            for s in mine(images):
+                write_shard(o, s, meta, source, vae, bar)
+        for s in tqdm(mine(meta), desc="tokens", unit="file", disable=dist.rank > 0 or not encoder or None):
+            write_tokens(out, s, meta, encoder)
+        distributed.all_reduce_sum(torch.zeros(1, device=dist.device), dist).item()         # wait for every process
+        if dist.rank == 0:
+            if not read_meta(out, finished=False).keys() >= set(RESULTS):
                 write_statistics(out, meta)
             latents = Latents(out)
-            write_reconstruction(latents, partial(decode, meta=latents.meta, vae=vae), place.device, out / "panel.png")
+            write_reconstruction(latents, partial(decode, meta=latents.meta, vae=vae), dist.device, out / "panel.png")
             log.info(f"{len(latents):,} images in {out}; latents.py check --data={out} shows their statistics")
 
 
@@ -349,8 +342,8 @@ def check(o: Check) -> None:
     """Compare the hashes of all files, print meta.json, and write the page of reconstructions."""
     source, cpu = Latents(o.data), torch.device("cpu")
     meta = source.meta
-    bad = [name for name, sha256 in tqdm(meta["sha256"].items(), desc="hashing", unit="file", disable=None)
-           if not (source.path / name).is_file() or digest(source.path / name) != sha256]
+    bad = [name for name, digest in tqdm(meta["sha256"].items(), desc="hashing", unit="file", disable=None)
+           if not (source.path / name).is_file() or sha256(source.path / name) != digest]
     if bad:
         raise UserError(f"{len(bad)} files of {source.path} are damaged or missing: {', '.join(bad[:10])}; remove "
                         "these, and encode with the same options again")
@@ -362,12 +355,12 @@ def check(o: Check) -> None:
 
 
 def main(argv: list[str]) -> None:
-    if argv[:1] == ["encode"]:
+    if argv[:1] in (["-h"], ["--help"]):
+        print(f"latents.py encode: {help_text(Encode())}\n\nlatents.py check: {help_text(Check())}")
+    elif argv[:1] == ["encode"]:
         encode(parse(argv[1:], Encode()))
     elif argv[:1] == ["check"]:
         check(parse(argv[1:], Check()))
-    elif argv[:1] in (["-h"], ["--help"]):
-        print(f"latents.py encode: {help_text(Encode())}\n\nlatents.py check: {help_text(Check())}")
     else:
         raise UserError(f"latents.py wants encode or check, got {' '.join(argv[:1]) or 'nothing'}; see --help")
 

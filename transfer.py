@@ -19,7 +19,6 @@ from config import Config, ModelConfig, UserError, differences, from_json
 from runtime import checkpoint
 
 WEIGHTS = "weights.safetensors"
-MEANT = ("arch", "semantics", "resolution", "patch", "width", "depth")      # what the report calls a model by
 
 
 def init_from(path: str, net: model.Denoiser, cfg: Config, source: Any = None) -> str:
@@ -28,29 +27,27 @@ def init_from(path: str, net: model.Denoiser, cfg: Config, source: Any = None) -
     path: a run folder or a weights file; no code in it is run. source: the data of this run, to compare class names
     and latents; None skips that. UserError, before any weight changes, if the path is not a run, the file is damaged
     or not finite, or no block fits."""
-    where = Path(path).expanduser()
-    file = where / WEIGHTS if where.is_dir() else where
+    file = Path(path).expanduser()
+    file = file / WEIGHTS if file.is_dir() else file
     if not file.is_file():
-        beside = sorted(p.parent.as_posix() for p in where.parent.glob(f"*/{WEIGHTS}"))
-        raise UserError(f"--init_from={path} is no run: there is no file {file}; give a run folder with {WEIGHTS}, or "
-                        f"a file; runs beside it: {', '.join(beside) or 'none'}")
+        raise UserError(f"--init_from={path} is no run: {file} does not exist; give a run folder with {WEIGHTS}, or a "
+                        "file of weights")
     tensors, header = checkpoint.read_weights(file)
     if bad := checkpoint.not_finite(tensors):
         raise UserError(f"--init_from={path} holds inf or nan in {', '.join(bad[:5])}")
     run, own = from_json(header["config"]), net.state_dict()
-    old, m = run.model, cfg.model
-    model.check(old)
-    kept = matching_keys(tensors, own, old, m)
+    model.check(run.model)
+    kept = matching_keys(tensors, own, run.model, cfg.model)
     if not any(name.startswith("blocks.") and own[name].ndim == 2 for name in kept):
-        raise UserError(f"no block of --init_from={path} fits: it has {about(old)}, this run {about(m)}; the "
-                        "architecture and --model.width must be the same")
+        raise UserError(f"no block of --init_from={path} fits: it has {summary(run.model)}, this run "
+                        f"{summary(cfg.model)}; the architecture and --model.width must be the same")
     with torch.no_grad():
         for name in kept:
             own[name].copy_(tensors[name])
-    changed = ", ".join(differences(old, m))
-    return "\n".join([f"starting from the averaged weights of {path}: {about(old)}", *table(tensors, own, kept),
-                      *([f"  {'changed':16}  {changed}"] if changed else []),
-                      *(f"note: {hint}" for hint in hints(run, cfg, header, source, kept))])
+    lines = [f"starting from the averaged weights of {path}: {summary(run.model)}", *table(tensors, own, kept)]
+    if changed := differences(run.model, cfg.model):
+        lines.append(f"  {'changed':16}  {', '.join(changed)}")
+    return "\n".join([*lines, *(f"note: {hint}" for hint in hints(run, cfg, header, source, kept))])
 
 
 # ---------------------------------------------------------------- what fits
@@ -74,23 +71,21 @@ def matching_keys(found: dict[str, Tensor], own: dict[str, Tensor], old: ModelCo
 
 # ---------------------------------------------------------------- the report
 
-def about(m: ModelConfig) -> str:
+def summary(m: ModelConfig) -> str:
     """Describe a model in a few words."""
-    return ", ".join(f"{key} {getattr(m, key)}" for key in MEANT)
+    keys = ("arch", "semantics", "resolution", "patch", "width", "depth")
+    return ", ".join(f"{key} {getattr(m, key)}" for key in keys)
 
 
 def table(found: dict[str, Tensor], own: dict[str, Tensor], kept: list[str]) -> list[str]:
     """Count what of each part was kept, is fresh or was left out; one line for each weight of another shape."""
-    fresh, left = [n for n in own if n not in kept], [n for n in found if n not in own]
-    lines = []
+    groups = {"kept": kept, "fresh": [n for n in own if n not in kept], "left out": [n for n in found if n not in own]}
+    lines, both = [], found | own
     for part in dict.fromkeys(n.partition(".")[0] for n in (*own, *found)):
-        for word, names, sizes in (("kept", kept, own), ("fresh", fresh, own), ("left out", left, found)):
-            if names := [n for n in names if n.partition(".")[0] == part]:
-                blocks = sorted({int(n.split(".")[1]) for n in names if part == "blocks" and word != "kept"})
-                lines.append(f"  {part:16}  {word:8}  {len(names):,} tensor{'s' * (len(names) != 1)}, "
-                             f"{sum(sizes[n].numel() for n in names):,} parameters"
-                             + (f", of block {', '.join(map(str, blocks))}" if blocks else ""))
-    return lines + [f"    {n} {tuple(found[n].shape)} -> {tuple(own[n].shape)}" for n in fresh
+        for word, names in groups.items():
+            if sizes := [both[n].numel() for n in names if n.partition(".")[0] == part]:
+                lines.append(f"  {part:16}  {word:8}  {len(sizes):,} tensor{'s' * (len(sizes) != 1)}, {sum(sizes):,} parameters")
+    return lines + [f"    {n} {tuple(found[n].shape)} -> {tuple(own[n].shape)}" for n in groups["fresh"]
                     if n in found and own[n].shape != found[n].shape]
 
 
@@ -110,19 +105,17 @@ def hints(run: Config, cfg: Config, header: dict, source: Any, kept: list[str]) 
     if extent(old) != extent(m):
         found.append(f"positions reached to {extent(old)} and reach to {extent(m)} now; to keep the old extent: "
                      f"--model.positions=resample --model.pos_base={extent(old)}")
-    if old.prediction != m.prediction:
-        found.append(f"the last layer is fresh: it predicted {old.prediction} and predicts {m.prediction} now")
     if m.semantics == old.semantics == "text" and run.encoder != cfg.encoder:
         found.append(f"captions were encoded by {run.encoder} and are encoded by {cfg.encoder} now")
     if source is None:
         return found
-    was, now = json.loads(header.get("classes", "[]")), list(source.classes)
-    other = [k for k, names in enumerate(zip(was, now)) if names[0] != names[1]]
-    if old.semantics == m.semantics == "class" and other and any(n.startswith("y_embedder.") for n in kept):
-        some = ", ".join(f"{k} was {was[k]!r} and is {now[k]!r}" for k in other[:3])
-        found.append(f"classes are kept by number, and {len(other)} of {len(now)} have other names: {some}")
-    was = describe_latents(json.loads(header.get("latents", "null")))
-    now = describe_latents(getattr(source, "meta", None))
+    renamed = [f"{k} was {a!r} and is {b!r}" for k, (a, b) in
+               enumerate(zip(json.loads(header.get("classes", "[]")), source.classes)) if a != b]
+    if old.semantics == m.semantics == "class" and renamed and any(n.startswith("y_embedder.") for n in kept):
+        found.append(f"classes are kept by number, and {len(renamed)} of {len(source.classes)} have other names: "
+                     f"{', '.join(renamed[:3])}")
+    was, now = (describe_latents(meta) for meta in (json.loads(header.get("latents", "null")),
+                                                    getattr(source, "meta", None)))
     if was != now and ("latents" in header or old.channels == 3):               # published weights say nothing
         found.append(f"the network saw {was} and sees {now} now: the same numbers are other images")
     return found
@@ -132,7 +125,6 @@ def describe_latents(meta: dict | None) -> str:
     """Describe what a network sees: pixels, or latents by their autoencoder and scaling."""
     if not meta:
         return "pixels"
-    scale = ""
-    if meta["scaling"] == "channel":
-        scale = "".join(f", {key} {[round(v, 3) for v in meta['statistics'][key]]}" for key in ("mean", "std"))
+    numbers = [round(v, 3) for key in ("mean", "std") for v in meta["statistics"][key]]
+    scale = f", mean and std {numbers}" if meta["scaling"] == "channel" else ""
     return f"latents of {meta['autoencoder']['sha256'][:12]} scaled by {meta['scaling']}{scale}"

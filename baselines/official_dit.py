@@ -1,7 +1,7 @@
 """Load pretrained DiT checkpoints: the .pt files of the [DiT] authors, or folders in the format of diffusers.
 
 net, cfg = load_official_dit("DiT-XL-2-256x256.pt")
-python -m baselines.official_dit --weights=DiT-XL-2-256x256.pt --out=out/dit-xl      for sample.py, train.py --init_from
+python -m baselines.official_dit --pretrained=DiT-XL-2-256x256.pt --out=out/dit-xl   for sample.py, train.py --init_from
 
 Names are strict, and sizes follow from the shapes. The published last layer also predicts a variance; its rows are
 dropped, which leaves eps as it is. Positions are compared with ours and dropped. The published networks were trained
@@ -11,14 +11,12 @@ Dimensions: C channels, P patch, D width, N image tokens, O = C or 2C output cha
 import hashlib
 import json
 import math
-import pickle
 import re
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -27,9 +25,8 @@ from conditioning import sincos_2d
 from config import SIZES, Config, ModelConfig, UserError, parse, run, to_json
 from runtime import checkpoint
 
-LAM = 4.0                               # guidance scale of the official sampler
+GUIDANCE = 4.0                          # scale of the official sampler
 FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")  # in a folder of diffusers
-CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")                       # how its config.json may name a DiT
 # our names for diffusers' layers, as regular expressions; every block there has a copy of the embeddings
 OURS = {r"pos_embed\.proj": "x_embedder.proj", r"proj_out_1": "final_layer.adaLN_modulation.1",
         r"proj_out_2": "final_layer.linear", r"pos_embed\.pos_embed": "pos_embed",
@@ -43,86 +40,68 @@ OURS = {r"pos_embed\.proj": "x_embedder.proj", r"proj_out_1": "final_layer.adaLN
         r"transformer_blocks\.(\d+)\.ff\.net\.2": r"blocks.\1.mlp.fc2"}
 
 
-def read_official(path: str | Path, heads: int = 0) -> tuple[dict[str, Tensor], ModelConfig]:
-    """Read our state dict, fp32, and the config of a DiT from a .pt file, or from a folder of diffusers or its parent.
-
-    heads: H, which no shape shows; 0 = by config.json or, for the published sizes, by width and depth. UserError for
-    another kind of file or another architecture; load_official_dit compares every name and shape."""
-    path = Path(path).expanduser()
-    if path.is_dir():
-        folder = path / "transformer" if (path / "transformer").is_dir() else path
-        tensors, about = read_folder(folder)
-        tensors, heads = from_diffusers(tensors, folder), heads or about["num_attention_heads"]
-    else:
-        tensors, about = read_tensors(path), {}
-    cfg = infer(tensors, about, heads, path)
-    if (table := tensors.pop("pos_embed", None)) is not None:
-        grid = cfg.resolution // cfg.patch
-        ours = sincos_2d(grid, grid, cfg.width)[None]                           # (1, N, D)
-        if table.shape != ours.shape or not torch.allclose(table, ours, atol=1e-4):
-            raise UserError(f"{path} has positions {tuple(table.shape)} other than the sines and cosines of {grid} x "
-                            f"{grid} patches; it is another architecture")
-    return drop_sigma(tensors, cfg), cfg
-
-
 def load_official_dit(path: str | Path, heads: int = 0) -> tuple[model.Denoiser, ModelConfig]:
-    """[DiT]: the network of published weights, loaded strictly by name, and its config. heads as in read_official."""
-    state, cfg = read_official(path, heads)
+    """[DiT]: the network of published weights, loaded strictly by name, and its config.
+
+    path: a .pt file, or a folder of diffusers or its parent. heads: H, which no shape shows; 0 = by config.json or, for
+    the published sizes, by width and depth. UserError for anything else."""
+    path = Path(path).expanduser()
+    about, tensors = read_folder(path) if path.is_dir() else ({}, read_tensors(path))
+    cfg = infer(tensors, about.get("sample_size", 0), heads or about.get("num_attention_heads", 0), path)
+    if "pos_embed" in tensors:
+        table, n = tensors.pop("pos_embed"), cfg.resolution // cfg.patch
+        ours = sincos_2d(n, n, cfg.width)[None]                                 # (1, N, D)
+        if table.shape != ours.shape or not torch.allclose(table, ours, atol=1e-4):
+            raise UserError(f"{path} has other positions than the sines and cosines of {n} x {n} patches")
+    C, P = cfg.channels, cfg.patch
+    for key in [k for k in tensors if k.startswith("final_layer.linear.") and len(tensors[k]) == P * P * 2 * C]:
+        rows = tensors[key].unflatten(0, (P, P, 2 * C))     # [DiT] sec. 3.1: the first C of O channels are eps
+        tensors[key] = rows[:, :, :C].flatten(0, 2).contiguous()
     net = model.build(cfg)
-    checkpoint.load_strictly(net, state, str(path))
+    checkpoint.load_strictly(net, tensors, str(path))
     return net.eval().requires_grad_(False), cfg
 
 
-# ---------------------------------------------------------------- files
-
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """Read name -> tensor, fp32, from a .pt, .bin or .safetensors file without running code. UserError otherwise."""
-    if not file.is_file():
-        raise UserError(f"no weights at {str(file)!r}; give a file like DiT-XL-2-256x256.pt, or a folder of diffusers")
     try:
         found = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
         return {str(k): v.float() for k, v in found.items()}
-    except (OSError, EOFError, RuntimeError, ValueError, AttributeError, SafetensorError, pickle.UnpicklingError) as e:
-        raise UserError(f"{file} is damaged or not a state dict: {next(iter(str(e).splitlines()), 'empty')}; of a "
-                        f"training checkpoint, save the state dict of its `ema` alone") from e
+    except Exception as e:              # torch and safetensors raise anything for a foreign file
+        raise UserError(f"cannot read {file} as a state dict: {next(iter(str(e).splitlines()), 'empty')}. Give a file "
+                        "like DiT-XL-2-256x256.pt, or a folder of diffusers; of a training checkpoint, save the state "
+                        "dict of its `ema` alone") from e
 
 
-def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict]:
-    """Read the tensors and config.json of a folder that diffusers wrote. UserError unless it holds a DiT."""
+def read_folder(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    """Read config.json and the tensors of a folder that diffusers wrote, by the names of the official code.
+
+    UserError unless it holds a DiT, or if the blocks' copies of an embedding differ."""
+    path = path / "transformer" if (path / "transformer").is_dir() else path
     try:
-        about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        name, norm = about["_class_name"], about.get("norm_type", "ada_norm_zero")
-        size = {k: int(about[k]) for k in ("num_attention_heads", "sample_size")}
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{folder / 'config.json'} is not that of a DiT in diffusers: {e!r}") from e
-    if name not in CLASSES or norm != "ada_norm_zero":
-        raise UserError(f"{folder} is a {name} with norm_type={norm!r}, another architecture; a DiT is a {CLASSES[0]} "
-                        f"with 'ada_norm_zero'")
-    file = next((folder / name for name in FILES if (folder / name).is_file()), folder / FILES[0])
-    return read_tensors(file), size
-
-
-def from_diffusers(theirs: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """Rename the tensors as the official code does. UserError if the blocks' copies of an embedding differ."""
+        about = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        if about.get("norm_type", "ada_norm_zero") != "ada_norm_zero":
+            raise ValueError(f"norm_type={about['norm_type']!r} is of another architecture than DiT")
+        about = {k: int(about[k]) for k in ("num_attention_heads", "sample_size")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{path / 'config.json'} is not that of a DiT in diffusers: {e!r}") from e
     found: dict[str, Tensor] = {}
-    for key, v in theirs.items():
+    for key, v in read_tensors(next((path / f for f in FILES if (path / f).is_file()), path / FILES[0])).items():
         name = next((re.sub(old, new, key) for old, new in OURS.items() if re.match(old + r"(\.|$)", key)), key)
         if name in found and not torch.equal(found[name], v):
-            raise UserError(f"{folder} is not a DiT of [DiT]: {key} differs from that of another block")
+            raise UserError(f"{path} is not a DiT of [DiT]: {key} differs from that of another block")
         found[name] = v
     for key in [k for k in found if ".attn.q." in k]:
         parts = [found.pop(name) for n in "qkv" if (name := key.replace(".q.", f".{n}.")) in found]
         found[key.replace(".q.", ".qkv.")] = torch.cat(parts)                   # (3D, D) or (3D,)
-    return found
+    return about, found
 
 
-# ---------------------------------------------------------------- sizes
-
-def infer(tensors: dict[str, Tensor], about: dict, heads: int, name: Path) -> ModelConfig:
+def infer(tensors: dict[str, Tensor], side: int, heads: int, name: object) -> ModelConfig:
     """Infer the sizes from x_embedder (D, C, P, P), the class table (classes + 1, D) and pos_embed (1, N, D)."""
     try:
         (D, C, P, _), rows = tensors["x_embedder.proj.weight"].shape, len(tensors["y_embedder.embedding_table.weight"])
-        side = about.get("sample_size") or math.isqrt(tensors["pos_embed"].shape[-2]) * P
+        side = side or math.isqrt(tensors["pos_embed"].shape[-2]) * P
     except (KeyError, ValueError) as e:
         raise UserError(f"{name} holds another architecture than DiT, or a part of one: no {e}") from e
     depth = sum(k.endswith(".attn.qkv.weight") for k in tensors)
@@ -135,27 +114,18 @@ def infer(tensors: dict[str, Tensor], about: dict, heads: int, name: Path) -> Mo
                        width=D, depth=depth, heads=heads, schedule="linear")
 
 
-def drop_sigma(tensors: dict[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
-    """[DiT] sec. 3.1: keep only the eps rows of the last layer: of P P O rows, ordered (P, P, O), the first C of O."""
-    C, P, out = cfg.channels, cfg.patch, dict(tensors)
-    for key in [k for k in out if k.startswith("final_layer.linear.") and len(out[k]) == P * P * 2 * C]:
-        out[key] = out[key].unflatten(0, (P, P, 2 * C))[:, :, :C].flatten(0, 2).contiguous()
-    return out
-
-
 # ---------------------------------------------------------------- as a run
 
 def as_run(path: str | Path, cfg: ModelConfig) -> tuple[Config, dict[str, str]]:
     """Return the config and header that a run's weights would have. Class names come from diffusers, or are numbers."""
     path, names = Path(path).expanduser(), [str(k) for k in range(cfg.classes)]
-    made = Config(data="", augment="", encoder="words", guidance=LAM, model=cfg)
+    made = Config(data="", augment="", encoder="words", guidance=GUIDANCE, model=cfg)
     for file in (path / "model_index.json", path.parent / "model_index.json"):
         with suppress(OSError, ValueError, KeyError, TypeError):
             labels = json.loads(file.read_text(encoding="utf-8"))["id2label"]
             names = [str(labels[str(k)]) for k in range(cfg.classes)]
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("diffusion_pytorch_model.*") if p.is_file())
     digest = hashlib.sha256()
-    for file in files:
+    for file in [path] if path.is_file() else sorted(p for p in path.rglob("diffusion_pytorch_model.*") if p.is_file()):
         with open(file, "rb") as f:
             digest.update(hashlib.file_digest(f, "sha256").digest())
     return made, {"config": to_json(made), "classes": json.dumps(names), "null_class": str(cfg.classes), "step": "0",
@@ -165,7 +135,7 @@ def as_run(path: str | Path, cfg: ModelConfig) -> tuple[Config, dict[str, str]]:
 @dataclass(frozen=True)
 class Options:
     """What to convert."""
-    weights: str = ""               # .pt file as published, or folder of diffusers
+    pretrained: str = ""            # .pt file as published, or folder of diffusers
     out: str = "out/dit"            # run folder to make, with weights.safetensors in it
     heads: int = 0                  # H; 0 = by width and depth, or config.json
 
@@ -175,8 +145,8 @@ def main(argv: list[str]) -> None:
     file = Path(o.out) / "weights.safetensors"
     if file.exists():
         raise UserError(f"{o.out} has weights already; choose another --out")
-    net, cfg = load_official_dit(o.weights, o.heads)
-    _, header = as_run(o.weights, cfg)
+    net, cfg = load_official_dit(o.pretrained, o.heads)
+    _, header = as_run(o.pretrained, cfg)
     file.parent.mkdir(parents=True, exist_ok=True)
     header = {k: v for k, v in header.items() if k != "sha256"}                 # the file gets its own
     checkpoint.write_weights(file, net.state_dict(), header)

@@ -19,7 +19,6 @@ positions, E width of a token, T tokens of a file.
 import hashlib
 import json
 import math
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,16 +32,15 @@ from rng import seed64
 
 META, ORIGINALS = "meta.json", "originals.npy"
 FORMAT = 1                              # of these folders; a newer one is an error
-ATTEMPTS = 20                           # to replace one damaged latent
 SCALINGS = ("channel", "factor")
 RECORD = np.dtype([("label", "<i8"), ("size", "<f4", 2), ("crop", "<f4", 2), ("caption", "<i8", 2)])
-# The fields of meta.json and of two of them, with their types; encoding adds RESULT at its end.
-PLAN = {"format": int, "autoencoder": dict, "data": dict, "n": int, "shard": int, "variants": int, "mirrored": bool,
-        "resolution": int, "side": int, "channels": int, "augment": str, "crop": str, "seed": int, "controls": list,
-        "labels": bool, "captions": bool, "classes": list, "scaling": str}
-RESULT = ("statistics", "sha256")
+# The fields of meta.json and of two of them, with their types; encoding adds RESULTS at its end.
+FIELDS = {"format": int, "autoencoder": dict, "data": dict, "n": int, "shard": int, "variants": int, "mirrored": bool,
+          "resolution": int, "side": int, "channels": int, "augment": str, "crop": str, "seed": int, "controls": list,
+          "labels": bool, "captions": bool, "classes": list, "scaling": str}
 AUTOENCODER = {"path": str, "sha256": str, "scaling_factor": float, "shift_factor": float}
 ENCODER = {"name": str, "layer": str, "dim": int, "length": int, "sha256": str}
+RESULTS = ("statistics", "sha256")
 
 
 # ---------------------------------------------------------------- the format
@@ -76,22 +74,21 @@ def read_meta(path: Path, finished: bool = True) -> dict:
         meta = json.loads(file.read_text(encoding="utf-8"))
         if meta["format"] > FORMAT:
             raise ValueError(f"it has format {meta['format']}, and this code reads up to {FORMAT}")
-        parts = [("", meta, PLAN), ("autoencoder.", meta.get("autoencoder"), AUTOENCODER)]
-        parts += [("encoder.", meta["encoder"], ENCODER)] if "encoder" in meta else []
-        wrong = [prefix + key for prefix, part, kinds in parts for key, kind in kinds.items()
-                 if not isinstance(part, dict) or type(part.get(key)) is not kind]
+        parts = [(meta, FIELDS), (meta["autoencoder"], AUTOENCODER), (meta.get("encoder"), ENCODER)]
+        wrong = [key for part, kinds in parts[:2 + ("encoder" in meta)] for key, kind in kinds.items()
+                 if type(part.get(key)) is not kind]
         wrong = wrong or [key for key in ("n", "shard", "variants", "side", "channels") if meta[key] < 1]
         if wrong or meta["scaling"] not in SCALINGS:
             raise ValueError(f"it is damaged in {', '.join(wrong) or 'scaling'}")
-    except (OSError, ValueError, RecursionError, TypeError, KeyError) as e:
+    except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError) as e:
         raise UserError(f"cannot use {file}: {e}; encode the data again") from e
-    if finished and not all(type(meta.get(key)) is dict for key in RESULT):
+    if finished and not all(type(meta.get(key)) is dict for key in RESULTS):
         raise UserError(f"{path} is not finished; run latents.py encode with the same options again")
     return meta
 
 
 def content(meta: dict) -> dict[str, Any]:
-    """meta.json without the places of the autoencoder, the data and the text encoder, which may move."""
+    """meta.json without the paths of the autoencoder, the data and the text encoder, which may move."""
     places = {"autoencoder": "path", "data": "path", "encoder": "name"}
     return meta | {key: meta[key] | {place: ""} for key, place in places.items() if key in meta}
 
@@ -117,18 +114,26 @@ def latent_scaling(meta: dict) -> tuple[Tensor, Tensor]:
     return torch.tensor(shift).view(C, 1, 1), torch.tensor(scale).view(C, 1, 1)
 
 
-def pack(captions: Sequence[str], encoder: Any) -> tuple[np.ndarray, np.ndarray]:
+def pack_tokens(captions: Sequence[str], encoder: Any) -> tuple[np.ndarray, np.ndarray]:
     """Tokens (T, E) float16 of these captions, and the span of each, (len(captions), 2) int64.
 
     Every caption is encoded alone, so no result depends on another. UserError for tokens beyond float16."""
     different = list(dict.fromkeys(captions))
-    found = [tokens.half().numpy() for tokens in encoder.each(different)]
-    tokens = np.concatenate([np.zeros((0, encoder.dim), np.float16), *found])
+    rows = [tokens.half().numpy() for tokens in encoder.encode_each(different)]
+    tokens = np.concatenate([np.zeros((0, encoder.dim), np.float16), *rows])
     if not np.isfinite(tokens).all():
         raise UserError(f"tokens of {encoder.name} are not finite in float16; store none, with --encoder=")
-    ends = np.cumsum([0, *map(len, found)])
+    ends = np.cumsum([0, *map(len, rows)])
     spans = {caption: (ends[k], ends[k + 1]) for k, caption in enumerate(different)}
     return tokens, np.array([spans[caption] for caption in captions], np.int64).reshape(-1, 2)
+
+
+def pad_tokens(rows: Sequence[Tensor], length: int, dim: int) -> tuple[Tensor, Tensor]:
+    """Pad captions of n tokens (n, E) with zeros to one tensor (B, L, E) float32; also return n (B,)."""
+    out = torch.zeros(len(rows), length, dim)
+    for padded, row in zip(out, rows):
+        padded[:len(row)] = row
+    return out, torch.tensor([len(row) for row in rows], dtype=torch.long)
 
 
 # ---------------------------------------------------------------- the source
@@ -138,11 +143,12 @@ class Latents:
 
     image is z = (mean + std eps - shift) / scale, (C, h, w); crop, mirror image and eps are functions of (seed,
     sample, epoch). size and crop are in pixels of the image.
-    flip        take the mirror image half of the time if it is stored, else never
-    max_bad     replace latents that are not finite and count them in `bad`; UserError beyond max(1, max_bad n)
+    flip        use the mirror image half of the time if it is stored, else never
     text        give text and lengths of the captions if tokens are stored; `encoder` then describes their encoder"""
-    def __init__(self, path: str | Path, seed: int = 0, flip: bool = True, max_bad: float = 0.01, text: bool = True):
-        self.path, self.seed, self.max_bad = Path(path).expanduser(), seed, max_bad
+    bad: dict[str, str] = {}                                # a damaged latent is an error, so none is skipped
+
+    def __init__(self, path: str | Path, seed: int = 0, flip: bool = True, text: bool = True) -> None:
+        self.path, self.seed = Path(path).expanduser(), seed
         self.meta = meta = read_meta(self.path)
         self.flip = flip and meta["mirrored"]
         self.channels, self.classes = meta["channels"], meta["classes"] if meta["labels"] else []
@@ -160,17 +166,14 @@ class Latents:
                 self.tokens.append(self._map(names["tokens"], (-1, self.encoder["dim"]), "f"))
             if meta["captions"]:
                 self.captions.append(self._map(names["captions"]))
-        self.bad: dict[str, str] = {}
-        self.skipped: Any = None                            # optional log of skipped latents, skipped.Skipped
-        self.lock = threading.Lock()
 
     def _map(self, name: str, shape: tuple[int, ...] = (), kind: str = "u") -> np.ndarray:
-        """An .npy file of this shape, -1 for any length, and kind, or with no shape the bytes of any file."""
+        """Map an .npy file of this shape, -1 for any length, and kind, or without a shape the bytes of any file."""
         file = self.path / name
         try:
             array = np.lib.format.open_memmap(file, mode="r") if shape else np.memmap(file, np.uint8, "r")
-            if shape and (array.ndim != len(shape) or any(a != b for a, b in zip(array.shape, shape) if b != -1)
-                          or array.dtype.kind != kind or kind == "V" and array.dtype != RECORD):
+            want = (array.shape[:1] if shape[:1] == (-1,) else shape[:1]) + shape[1:]
+            if shape and (array.shape != want or array.dtype.kind != kind or kind == "V" and array.dtype != RECORD):
                 raise ValueError(f"it has {array.dtype} {array.shape}, but {META} says {shape}")
         except (OSError, ValueError, EOFError, OverflowError) as e:
             raise UserError(f"cannot read {file}: {e}; remove it and run latents.py encode again") from e
@@ -184,54 +187,42 @@ class Latents:
         return {key: value[0] for key, value in self.records([index], [epoch]).items()}
 
     def records(self, indices: Sequence[int], epochs: Sequence[int]) -> dict:
-        """The batch of these samples; another one, keyed by (seed, index, epoch, attempt), replaces a damaged one."""
-        use = [int(i) for i in indices]
-        for attempt in range(ATTEMPTS):
-            batch = self._read(use, [int(e) for e in epochs])
-            good = torch.stack([batch[key].flatten(1).sum(1).isfinite() for key in ("image", "text") if key in batch])
-            bad = (~good.all(0)).nonzero().flatten().tolist()
-            if not bad:
-                return batch
-            for b in bad:
-                self.note_bad(use[b])
-                use[b] = seed64(self.seed, "replace", int(indices[b]), int(epochs[b]), attempt) % len(self)
-        raise UserError(f"{ATTEMPTS} latents of {self.path} in a row are not finite; see latents.py check")
-
-    def _read(self, use: list[int], epochs: list[int]) -> dict:
-        """The batch of exactly these samples, finite or not."""
-        K, shard, side = self.meta["variants"], self.meta["shard"], self.meta["side"]
+        """The batch of these samples in these epochs. UserError, with the files to make again, if it is damaged."""
+        use, epochs = [int(i) for i in indices], [int(e) for e in epochs]
+        meta, shard, side = self.meta, self.meta["shard"], self.meta["side"]
         keys = [seed64(self.seed, "latent", i, e) for i, e in zip(use, epochs)]
         flip = [key & 1 if self.flip else 0 for key in keys]
-        places = [(i // shard, i % shard, (key >> 1) % K) for i, key in zip(use, keys)]
+        places = [(i // shard, i % shard, (key >> 1) % meta["variants"]) for i, key in zip(use, keys)]
         moments = np.stack([self.latents[s][r, v, f] for (s, r, v), f in zip(places, flip)])    # (B, 2C, h, w)
+        mean, std = torch.from_numpy(moments).float().chunk(2, dim=1)           # (B, C, h, w) each
         eps = torch.stack([torch.randn(self.channels, side, side, generator=torch.Generator().manual_seed(key))
                            for key in keys])
-        mean, std = torch.from_numpy(moments).float().chunk(2, dim=1)           # (B, C, h, w) each
         rows = np.array([self.rows[s][r, v] for s, r, v in places], RECORD)     # (B,)
         batch = dict(image=(mean + std * eps - self.shift) / self.scale, index=torch.tensor(use),
                      size=torch.from_numpy(rows["size"].copy()), crop=torch.from_numpy(rows["crop"].copy()),
                      flip=torch.tensor(flip, dtype=torch.float32))
-        if self.meta["labels"]:
+        if meta["labels"]:
             batch["label"] = torch.from_numpy(rows["label"].copy())
-        if self.meta["captions"]:
-            batch["caption"] = [self._caption(s, *span) for (s, _, _), span in zip(places, rows["caption"].tolist())]
-        if self.encoder:
-            batch["text"] = torch.zeros(len(use), self.encoder["length"], self.encoder["dim"])  # (B, L, E)
-            batch["lengths"] = torch.zeros(len(use), dtype=torch.long)
-            for b, (s, r, v) in enumerate(places):
-                start, stop = self.spans[s][r, v].tolist()
-                if not 0 <= start <= stop <= min(len(self.tokens[s]), start + self.encoder["length"]):
-                    raise UserError(f"the tokens of shard {s} in {self.path} are damaged; see latents.py check")
-                batch["text"][b, :stop - start] = torch.from_numpy(self.tokens[s][start:stop].astype(np.float16))
-                batch["lengths"][b] = stop - start
+        try:
+            if meta["captions"]:
+                batch["caption"] = [str(json.loads(self.captions[s][start:stop].tobytes()))
+                                    for (s, _, _), (start, stop) in zip(places, rows["caption"].tolist())]
+            if self.encoder:
+                batch["text"], batch["lengths"] = pad_tokens([self._tokens(*place) for place in places],
+                                                             self.encoder["length"], self.encoder["dim"])
+            if not all(batch[key].isfinite().all() for key in ("image", "text") if key in batch):
+                raise ValueError("a number is not finite")
+        except ValueError as e:
+            raise UserError(f"samples {use} of {self.path} are damaged: {e}. latents.py check finds the files; remove "
+                            "them, and encode with the same options again") from e
         return batch
 
-    def _caption(self, s: int, start: int, stop: int) -> str:
-        """The caption at these bytes of shard s."""
-        try:
-            return str(json.loads(self.captions[s][start:stop].tobytes()))
-        except ValueError as e:
-            raise UserError(f"the captions of shard {s} in {self.path} are damaged; see latents.py check") from e
+    def _tokens(self, s: int, r: int, v: int) -> Tensor:
+        """The tokens (n, E) of one caption. ValueError for a span outside of its file."""
+        start, stop = self.spans[s][r, v].tolist()
+        if not 0 <= start <= stop <= min(len(self.tokens[s]), start + self.encoder["length"]):
+            raise ValueError(f"tokens {start} to {stop} of shard {s} cannot be")
+        return torch.from_numpy(self.tokens[s][start:stop].astype(np.float16))
 
     def posterior_means(self, count: int) -> Tensor:
         """z of the first images: first crop, not mirrored, mean of the posterior. (B, C, h, w)"""
@@ -239,30 +230,19 @@ class Latents:
         mean = np.stack([self.latents[i // shard][i % shard, 0, 0] for i in range(count)])      # (B, 2C, h, w)
         return (torch.from_numpy(mean).float()[:, :self.channels] - self.shift) / self.scale
 
-    def note_bad(self, index: int) -> None:
-        """Count a latent that is not finite; UserError if there are now more than max_bad allows."""
-        with self.lock:
-            self.bad[f"latent {index}"] = "not finite"
-            if self.skipped:
-                self.skipped.note({f"latent {index}": "not finite"})
-            allowed = max(1, int(self.max_bad * len(self))) if self.max_bad > 0 else 0
-            if len(self.bad) > allowed:
-                raise UserError(f"{len(self.bad)} of {len(self):,} latents of {self.path} are not finite, e.g. "
-                                f"number {index}; encode them again, or raise --max_bad_fraction={self.max_bad}")
-
 
 def open_latents(cfg: Config) -> Latents:
-    """The source of `cfg.data`, a folder of latents. UserError if they cannot give what the config wants.
+    """The source of `cfg.data`, a folder of latents. UserError if they cannot give what the config requests.
 
     Mirror images are used if they are stored and --augment names flip. The crops are the stored ones."""
-    varied = [a for a in cfg.augment.split("+") if a]
-    source = Latents(cfg.data, cfg.seed, "flip" in varied, cfg.max_bad_fraction, cfg.model.semantics == "text")
-    meta, stored = source.meta, source.meta["augment"].split("+")
+    augment = [a for a in cfg.augment.split("+") if a]
+    source = Latents(cfg.data, cfg.seed, "flip" in augment, cfg.model.semantics == "text")
+    meta, cropped = source.meta, "crop" in source.meta["augment"].split("+")
     if cfg.model.resolution != meta["side"]:
         raise UserError(f"model.resolution={cfg.model.resolution}, but the latents in {cfg.data} have {meta['side']}, "
                         f"of images with {meta['resolution']}; use --model.resolution={meta['side']}")
-    lacking = [a for a in varied if a not in stored and (a == "crop" or a not in source.controls)]
-    if lacking or "crop" in stored and ("crop" not in varied or cfg.crop != meta["crop"]):
+    if ("crop" in augment) != cropped or cropped and cfg.crop != meta["crop"] or \
+            not set(augment) - {"crop"} <= {*source.controls, *meta["augment"].split("+")}:
         raise UserError(f"augment={cfg.augment!r} and crop={cfg.crop!r}, but {cfg.data} was encoded with "
                         f"augment={meta['augment']!r} and crop={meta['crop']!r}; use those, or encode the data again")
     for semantics, key in (("class", "labels"), ("text", "captions")):

@@ -15,7 +15,6 @@ import data
 from config import Config, UserError
 from runtime import distributed, log, plot
 from runtime.log import SKIPPED, SkippedFiles, follow
-from sources import cached_latents
 
 CPU = torch.device("cpu")
 ALONE = distributed.Dist(CPU, 0, 1)
@@ -285,14 +284,6 @@ def test_the_messages_lead_to_the_file(tmp_path, capsys):
             source.note_bad(source.name(k), "x")
     assert capsys.readouterr().err.splitlines()[-1].endswith(f"all are in {tmp_path / SKIPPED}")
     assert len(skipped(tmp_path)) == 28
-
-
-def test_latents_that_are_not_finite_are_named_too(tmp_path):
-    source = cached_latents.Latents.__new__(cached_latents.Latents)
-    source.bad, source.lock, source.max_bad, source.meta = {}, threading.Lock(), 1.0, {"n": 9}
-    follow(source, tmp_path)
-    source.note_bad(5), source.note_bad(5)
-    assert skipped(tmp_path) == [("latent 5", "not finite")]
 
 
 # ---------------------------------------------------------------- loss.png

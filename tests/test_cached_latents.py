@@ -19,7 +19,7 @@ import train
 from config import Config, ModelConfig, UserError
 from sample import Options, SampleConditions
 from sources import cached_latents
-from sources.cached_latents import Latents, open_latents, pack
+from sources.cached_latents import Latents, open_latents, pack_tokens, pad_tokens
 
 L, E, SHARD, N, C, SIDE = 77, 6, 4, 7, 5, 8
 TEXTS = ["a red ring", "", "a cat on a mat", "a red ring", "a blue square", "cat", ""]
@@ -31,7 +31,7 @@ class Encoder:
     def __init__(self, name="clip:here", weights="w", scale=1.0):
         self.name, self.dim, self.length, self.weights, self.scale, self.count = name, E, L, weights, scale, 0
 
-    def each(self, captions):
+    def encode_each(self, captions):
         for caption in captions:
             self.count += 1
             words = caption.split()
@@ -40,7 +40,7 @@ class Encoder:
             yield torch.stack(rows) * self.scale if rows else torch.zeros(0, E)
 
     def encode(self, captions):
-        return text.pad_tokens(list(self.each(captions)), L, E)
+        return pad_tokens(list(self.encode_each(captions)), L, E)
 
     def describe(self):
         return {"name": self.name, "layer": "last", "dim": E, "length": L,
@@ -74,7 +74,7 @@ def write(root, encoder, meta=None):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def folder(tmp_path_factory):
     return write(tmp_path_factory.mktemp("tokens") / "set", Encoder())
 
 
@@ -84,17 +84,17 @@ def config(root, **other):
 
 @pytest.fixture
 def tower(monkeypatch):
-    """What is loaded in place of CLIP's tower, once it is."""
+    """The loaded towers, a list; Encoder in place of CLIP."""
     loaded = []
     monkeypatch.setattr(text, "CLIPText", lambda path, device: loaded.append(Encoder(f"clip:{path}"))
                         or loaded[-1])
     return loaded
 
 
-# ---------------------------------------------------------------- what is stored
+# ---------------------------------------------------------------- files
 
-def test_what_is_read_is_the_float16_of_what_was_encoded(place):
-    source, encoder = Latents(place), Encoder()
+def test_stored_tokens_are_the_float16_of_the_encoded_ones(folder):
+    source, encoder = Latents(folder), Encoder()
     batch = source.records(np.arange(N).repeat(30), np.tile(np.arange(30), N))
     assert {k: len(set(np.array(batch["caption"])[batch["index"] == k])) for k in (1, 2, 4)} == {1: 2, 2: 2, 4: 2}
     want, lengths = encoder.encode(batch["caption"])
@@ -105,17 +105,17 @@ def test_what_is_read_is_the_float16_of_what_was_encoded(place):
     assert not batch["text"][empty].any() and empty.sum() > 20
 
 
-def test_only_real_tokens_take_room_and_equal_captions_share_theirs(place):
+def test_padding_is_not_stored_and_equal_captions_share_tokens(folder):
     for s, part in enumerate(([0, 1, 2, 3, 4], [4, 5, 6, 0])):
         wanted = {TEXTS[k]: len(TEXTS[k].split()) for k in part}
-        stored = np.load(place / f"tokens-{s:05}.npy")
+        stored = np.load(folder / f"tokens-{s:05}.npy")
         assert stored.dtype == np.float16 and stored.shape == (sum(wanted.values()), E)
-    assert np.load(place / "spans-00001.npy").shape == (3, 2, 2)
+    assert np.load(folder / "spans-00001.npy").shape == (3, 2, 2)
 
 
-def test_a_caption_is_encoded_once_a_file_and_whatever_was_encoded_before(tmp_path):
+def test_a_caption_is_encoded_once_a_file_independent_of_others(tmp_path):
     encoder = Encoder()
-    list(encoder.each(["a cat"]))
+    list(encoder.encode_each(["a cat"]))
     first = write(tmp_path / "a", encoder)
     assert encoder.count == 1 + 4 + 4
     assert {p.name: p.read_bytes() for p in first.iterdir() if "tok" in p.name or "spans" in p.name} == \
@@ -123,28 +123,28 @@ def test_a_caption_is_encoded_once_a_file_and_whatever_was_encoded_before(tmp_pa
 
 
 def test_captions_that_are_all_empty_and_tokens_beyond_float16():
-    found, spans = pack(["", ""], Encoder())
+    found, spans = pack_tokens(["", ""], Encoder())
     assert found.shape == (0, E) and spans.tolist() == [[0, 0], [0, 0]]
     with pytest.raises(UserError, match="tokens of clip:here are not finite in float16"):
-        pack(["a cat"], Encoder(scale=1e6))
+        pack_tokens(["a cat"], Encoder(scale=1e6))
 
 
-def test_a_missing_file_of_tokens_is_made_again_from_the_captions(place, tmp_path):
+def test_a_missing_file_of_tokens_is_made_again_from_the_captions(folder, tmp_path):
     root, encoder = write(tmp_path / "set", Encoder()), Encoder()
     meta = cached_latents.read_meta(root)
     for name in ("tokens-00001.npy", "spans-00000.npy"):
         (root / name).unlink()
     images = {k: v for k, v in meta.items() if k != "encoder"}
-    assert all(latents.missing(root, meta, s) and not latents.missing(root, images, s) for s in range(2))
+    assert latents.missing(root, meta) == [0, 1] and latents.missing(root, images) == []
     for s in (0, 1):
         latents.write_tokens(root, s, meta, encoder)
-    assert all((root / name).read_bytes() == (place / name).read_bytes() for name in meta["sha256"])
+    assert all((root / name).read_bytes() == (folder / name).read_bytes() for name in meta["sha256"])
 
 
-# ---------------------------------------------------------------- whose they are
+# ---------------------------------------------------------------- the encoder of stored tokens
 
-def test_training_with_the_same_encoder_loads_no_tower(place, tower):
-    cfg = config(place)
+def test_training_with_the_same_encoder_loads_no_tower(folder, tower):
+    cfg = config(folder)
     source = data.open_source(cfg)
     encoder = text.make_encoder(cfg, source.encoder)
     assert (encoder.dim, encoder.length) == (E, L)
@@ -157,29 +157,29 @@ def test_training_with_the_same_encoder_loads_no_tower(place, tower):
     assert len(tower) == 1
 
 
-def test_another_encoder_is_refused_by_name(place, monkeypatch):
-    cfg, stored = config(place), open_latents(config(place)).encoder
-    with pytest.raises(UserError, match="encoder='words'.*of 'clip:here'; say --encoder=clip:here"):
+def test_another_encoder_is_an_error(folder, monkeypatch):
+    cfg, stored = config(folder), open_latents(config(folder)).encoder
+    with pytest.raises(UserError, match="encoder='words'.*of 'clip:here'; use --encoder=clip:here"):
         text.make_encoder(replace(cfg, encoder="words"), stored)
     for weights, error in (("w", False), ("other", True)):
         monkeypatch.setattr(text, "CLIPText", lambda path, device: Encoder(f"clip:{path}", weights))
         moved = replace(cfg, encoder="clip:moved")
         if not error:
-            assert text.make_encoder(moved, stored).name == "clip:moved"
+            assert text.make_encoder(moved, stored).loaded.name == "clip:moved"
             continue
         with pytest.raises(UserError, match="encoder='clip:moved' has sha256 .*of 'clip:here'.*--encoder=clip:here"):
             text.make_encoder(moved, stored)
         with pytest.raises(UserError, match="encoder='clip:here' has sha256 .*of 'clip:here'"):
-            text.make_encoder(cfg, stored).encode(["a dog"])         # the same path, and something else is there now
+            text.make_encoder(cfg, stored).encode(["a dog"])         # other weights at the same path
 
 
-def test_without_text_no_tokens_are_read(place):
+def test_a_run_without_text_reads_no_tokens(folder):
     for semantics in ("none", "text"):
-        source = open_latents(config(place, model=replace(MODEL, semantics=semantics), encoder="clip:here"))
+        source = open_latents(config(folder, model=replace(MODEL, semantics=semantics), encoder="clip:here"))
         assert bool(source.encoder) == ("text" in source.record(0, 0)) == (semantics == "text")
 
 
-def test_latents_without_tokens_are_as_they_were(tmp_path, tower):
+def test_latents_without_tokens_load_the_tower(tmp_path, tower):
     cfg = config(write(tmp_path / "set", None))
     source = data.open_source(cfg)
     assert source.encoder is None and "text" not in source.record(0, 0) and "encoder" not in source.meta
@@ -187,15 +187,15 @@ def test_latents_without_tokens_are_as_they_were(tmp_path, tower):
     assert data.load_microbatch(source, encoder, 0, 6, 6, 0, 0)["text"].shape == (6, L, E) and len(tower) == 1
 
 
-def test_the_tower_runs_where_the_run_does_if_that_is_cuda(monkeypatch):
-    asked = []
-    monkeypatch.setattr(text, "CLIPText", lambda path, device: asked.append((path, device)) or Encoder())
+def test_the_tower_runs_on_cuda_or_the_cpu(monkeypatch):
+    loaded = []
+    monkeypatch.setattr(text, "CLIPText", lambda path, device: loaded.append((path, device)) or Encoder())
     for device in ("cpu", "mps", torch.device("cuda", 3)):
         text.make_encoder(Config(encoder="clip:x", model=MODEL), None, device)
-    assert asked == [("x", "cpu"), ("x", "cpu"), ("x", torch.device("cuda", 3))]
+    assert loaded == [("x", "cpu"), ("x", "cpu"), ("x", torch.device("cuda", 3))]
 
 
-def test_the_fingerprint_knows_the_tokens_and_not_where_their_encoder_lay(tmp_path):
+def test_the_fingerprint_covers_tokens_and_not_the_path_of_their_encoder(tmp_path):
     seen = {}
     for name, encoder in (("none", None), ("here", Encoder()), ("there", Encoder("clip:there")),
                           ("other", Encoder(weights="other"))):
@@ -203,13 +203,13 @@ def test_the_fingerprint_knows_the_tokens_and_not_where_their_encoder_lay(tmp_pa
     assert seen["here"] == seen["there"] and len(set(seen.values())) == 3
 
 
-# ---------------------------------------------------------------- drawing
+# ---------------------------------------------------------------- sampling
 
-def test_drawing_reads_what_is_stored_and_checks_the_tower_for_what_is_not(place, tower, monkeypatch):
-    cfg = replace(config(place), model=replace(MODEL, text_dim=E, text_length=L), padding="zero")
+def test_sampling_uses_stored_tokens_and_checks_the_tower_for_new_prompts(folder, tower, monkeypatch):
+    cfg = replace(config(folder), model=replace(MODEL, text_dim=E, text_length=L), padding="zero")
     about = train.weights_metadata(cfg, data.open_source(cfg))
     condition, titles = SampleConditions(Options(), cfg, about)(np.arange(5, 9))
-    assert titles == data.captions(data.open_source(cfg), [5, 6, 0, 1]) and not tower
+    assert titles == data.open_source(cfg).records([5, 6, 0, 1], [0] * 4)["caption"] and not tower
     assert torch.equal(condition.text, Encoder().encode(titles)[0].half().float())
     condition, titles = SampleConditions(Options(prompt="a dog; cat"), cfg, about)(np.arange(2))
     assert torch.equal(condition.text, Encoder().encode(["a dog", "cat"])[0]) and len(tower) == 1
@@ -220,7 +220,7 @@ def test_drawing_reads_what_is_stored_and_checks_the_tower_for_what_is_not(place
 
 # ---------------------------------------------------------------- damage
 
-def test_damaged_tokens_are_refused_or_counted(tmp_path):
+def test_damaged_tokens_are_an_error(tmp_path):
     root = write(tmp_path / "set", Encoder())
     meta = json.loads((root / "meta.json").read_text())
     wide, spans = np.load(root / "tokens-00000.npy"), np.load(root / "spans-00000.npy")
@@ -234,17 +234,16 @@ def test_damaged_tokens_are_refused_or_counted(tmp_path):
         (root / f"{name}.npy").write_bytes(keep)
     for wrong in ([0, len(wide) + 1], [-2, 1], [3, 2]):
         np.save(root / "spans-00000.npy", np.where(True, wrong, spans))
-        with pytest.raises(UserError, match="tokens of shard 0 .* damaged"):
+        with pytest.raises(UserError, match="damaged: tokens .* of shard 0 cannot be"):
             Latents(root).record(0, 0)
     np.save(root / "spans-00000.npy", spans)
     wide[0] = np.nan                                        # the first token of "a red ring"
     np.save(root / "tokens-00000.npy", wide)
-    source = Latents(root, max_bad=1.0)
-    batch = source.records(range(N), [0] * N)
-    assert source.bad and batch["text"].isfinite().all() and (batch["index"] != torch.arange(N)).any()
+    with pytest.raises(UserError, match="damaged: a number is not finite"):
+        Latents(root).records(range(N), [0] * N)
     for wrong in (7, {**meta["encoder"], "dim": "6"}, {}):
         (root / "meta.json").write_text(json.dumps({**meta, "encoder": wrong}))
-        with pytest.raises(UserError, match="damaged in encoder"):
+        with pytest.raises(UserError, match="cannot use .*meta.json: .*encode the data again"):
             Latents(root)
 
 
@@ -258,7 +257,8 @@ def test_as_many_files_may_be_open_as_the_system_allows():
     resource.setrlimit(resource.RLIMIT_NOFILE, (300, before[1]))
     try:
         distributed.raise_file_limit()
-        wanted = max(distributed.FILES) if before[1] == resource.RLIM_INFINITY else min(max(distributed.FILES), before[1])
+        most = max(distributed.FILES)
+        wanted = most if before[1] == resource.RLIM_INFINITY else min(most, before[1])
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] in (wanted, min(wanted, min(distributed.FILES)))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
