@@ -12,7 +12,7 @@ import data
 import sample
 from experiments import demo
 from runtime import distributed
-from test_drawing import run_folder
+from test_generate import run_folder
 
 
 def trials(monkeypatch, rates: dict[str, float]) -> list[str]:
