@@ -33,13 +33,11 @@ import model
 from baselines import official_dit
 from conditioning import CONTROLS, Condition, concatenate, guide, make_condition
 from config import Config, UserError, parse, run
-from data import to_uint8
+from data import read_prompts, to_uint8
 from latents import decoder_of
 from rng import keyed_noise, seed64
 from runtime import checkpoint, distributed, log
 from schedule import alpha_bar_table, ddim_indices, to_sigma
-from sources import coco
-from sources.images import BadCaption, clean_caption, decode_utf8, pick_caption
 from text import WordVectors, make_encoder
 
 Denoise = Callable[[Tensor, Tensor], Tensor]        # (x (B, C, h, w), i (B,)) -> eps like x
@@ -225,23 +223,6 @@ def parse_numbers(key: str, text: str, count: int) -> list[float]:
 
 # ---------------------------------------------------------------- the condition of every image
 
-def read_prompts(file: str, seed: int = 0) -> list[str]:
-    """Read a caption for every image: the lines of a UTF-8 file; an empty line is the empty caption.
-
-    A COCO captions json gives one caption of each image, in the order of their numbers, chosen by seed as
-    coco.CocoCaptions does. UserError for a file that is missing, empty or in another encoding."""
-    if file.endswith(".json"):
-        names, captions = coco.read(file)
-        return [pick_caption(captions[k], seed64(seed, "coco", k)) for k in sorted(names) if k in captions]
-    try:
-        lines = decode_utf8(Path(file).read_bytes()).splitlines()
-    except (OSError, BadCaption) as e:
-        raise UserError(f"--prompts={file} cannot be read: {e}") from e
-    if not lines:
-        raise UserError(f"--prompts={file} is empty; wanted captions, one a line")
-    return [clean_caption(line) for line in lines]
-
-
 def padding_generators(indices: Sequence[int], seed: int) -> list[torch.Generator]:
     """[COND] sec. 2.1: make a generator for the padding noise of each image, keyed by its number."""
     return [torch.Generator().manual_seed(seed64(seed, "padding", int(k))) for k in indices]
@@ -264,8 +245,7 @@ class SampleConditions:
         self.prompts_sha256 = hashlib.sha256("\n".join(self.prompts).encode()).hexdigest() if o.prompts else ""
         self.labels = [self.class_index(name) for name in listed if o.label] or list(range(len(self.classes)))
         self.encoder = make_encoder(cfg, json.loads(header.get("encoder", "null")))
-        if self.semantics == "text":
-            self.source = None if self.prompts else data.open_source(cfg, split="test")
+        self.source = data.open_source(cfg, "test") if self.semantics == "text" and not self.prompts else None
         for caption in self.prompts if isinstance(self.encoder, WordVectors) else self.prompts[:1]:
             self.encoder.encode([caption])      # fails early for unknown words, or another encoder than in training
 
@@ -280,10 +260,9 @@ class SampleConditions:
 
     def class_index(self, label: str) -> int:
         """Return the number of a class given by name or number; UserError with the nearest names."""
-        if label in self.classes:
-            return self.classes.index(label)
-        if label.isdigit() and int(label) < len(self.classes):
-            return int(label)
+        known = [*self.classes, *map(str, range(len(self.classes)))]        # a name that is a number is a name
+        if label in known:
+            return known.index(label) % len(self.classes)
         near = difflib.get_close_matches(label, self.classes, n=5, cutoff=0.4) or self.classes[:5]
         raise UserError(f"unknown class {label!r} among {len(self.classes)}; near: {', '.join(near)}")
 
@@ -302,7 +281,7 @@ class SampleConditions:
             return {"label": torch.tensor([self.labels[k % len(self.labels)] for k in indices])}
         if self.prompts:
             return {"caption": [self.prompts[k % len(self.prompts)] for k in indices]}
-        return data.cyclic_batch(self.source, indices) if self.semantics == "text" else {}
+        return {} if self.source is None else data.cyclic_batch(self.source, indices)
 
     def titles(self, indices: np.ndarray, batch: data.Batch | None = None) -> list[str]:
         """Return a title for each of these images (B,): caption, name of the class, or nothing."""
@@ -353,12 +332,13 @@ class Run(NamedTuple):
 
 
 def load_run(o: Options, device: torch.device) -> Run:
-    """Load the run that the options name, or published weights, onto a device. UserError for options that do not fit."""
+    """Load the run that the options name, or published weights. UserError if the options do not fit it."""
     if o.pretrained:
         net, m = official_dit.load_official_dit(o.pretrained)
         cfg, header = official_dit.as_run(o.pretrained, m)
     else:
-        (net, cfg), header = model.load(Path(o.out) / o.ema_file), checkpoint.read_header(Path(o.out) / o.ema_file)
+        file = Path(o.out) / o.ema_file
+        (net, cfg), header = model.load(file), checkpoint.read_header(file)
     o = check(o, cfg)
     decoder = decoder_of(header, o.autoencoder, cfg.model.channels, device)
     net = net.to(device)

@@ -9,7 +9,8 @@ from experiments import claims
 
 
 def test_a_table_row_is_the_mean_and_the_sample_deviation_over_seeds():
-    rows = {"off": [{"left_right": 0.5, "color": 1.0}, {"left_right": 0.7, "color": 1.0}], "on": [{"left_right": 1.0, "color": 0.0}]}
+    rows = {"off": [{"left_right": 0.5, "color": 1.0}, {"left_right": 0.7, "color": 1.0}],
+            "on": [{"left_right": 1.0, "color": 0.0}]}
     head, side, color = claims.table(rows).splitlines()
     assert head.split() == ["off", "on"]
     assert re.split(r"\s{2,}", side) == ["left_right", "0.600 ± 0.141", "1.000 ± ?"]          # sqrt(2 * 0.1^2 / 1)
