@@ -389,10 +389,11 @@ def test_images_that_are_not_finite_are_an_error(tmp_path, monkeypatch):
         sample.main([f"--out={out}", "--n=2"])
 
 
-def test_options_are_told_apart_by_name(tmp_path, monkeypatch):
+def test_different_options_have_different_file_names(tmp_path, monkeypatch):
     """Every option that changes the images changes the name of the file, so no old images pass for new ones."""
     out = run_folder(tmp_path / "run")
     monkeypatch.setattr(sample, "generate", lambda *args: torch.zeros(len(args[3]), 3, 16, 16))
-    changes = ["--n=2", "--seed=3", "--steps=4", "--guidance=3", "--eta=1", "--sampler=heun", "--prompt=a red ring"]
+    changes = ["--n=2", "--seed=3", "--steps=4", "--guidance=3", "--eta=1", "--sampler=heun",
+               "--sampler=dpmpp", "--prompt=a red ring"]
     names = {generated(out, "--n=2", flag)[1].name for flag in changes}
-    assert len(names) == 7 and asdict(Options())["name"] == ""
+    assert len(names) == 8 and asdict(Options())["name"] == ""
