@@ -41,9 +41,10 @@ from config import Config, ModelConfig, UserError, parse, run
 from rng import permute, seed64
 from runtime.plot import grid
 from sources.cached_latents import Latents, is_latents, open_latents
-from sources.coco import CocoCaptions
+from sources.coco import CocoCaptions, read as read_coco
 from sources.folders import METADATA, CaptionFolder, ImageFolder, find_files
-from sources.images import CROPS, SUFFIXES, UNUSABLE, ImageSource
+from sources.images import (CROPS, SUFFIXES, UNUSABLE, BadCaption, ImageSource, clean_caption, decode_utf8,
+                            pick_caption)
 from sources.shapes import Shapes
 from sources.shards import TarShards, is_shards
 from text import WordVectors
@@ -216,6 +217,23 @@ def prefetch(fetch_fn: Callable, keys: Iterable[tuple], workers: int, depth: int
             yield ahead.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def read_prompts(file: str, seed: int = 0) -> list[str]:
+    """Read a caption for every image: the lines of a UTF-8 file; an empty line is the empty caption.
+
+    A COCO captions json gives one caption of each image, in the order of their numbers, chosen by seed as
+    CocoCaptions does. UserError for a file that is missing, empty or in another encoding."""
+    if file.endswith(".json"):
+        names, captions = read_coco(file)
+        return [pick_caption(captions[k], seed64(seed, "coco", k)) for k in sorted(names) if k in captions]
+    try:
+        lines = decode_utf8(Path(file).read_bytes()).splitlines()
+    except (OSError, BadCaption) as e:
+        raise UserError(f"--prompts={file} cannot be read: {e}") from e
+    if not lines:
+        raise UserError(f"--prompts={file} is empty; wanted captions, one a line")
+    return [clean_caption(line) for line in lines]
 
 
 # ---------------------------------------------------------------- looking

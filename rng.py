@@ -5,8 +5,8 @@
     uniform(key, index, draws)                      numbers in [0, 1), a row for every index
     keyed_noise(indices, shape, seed)               standard normal noise, a tensor for every index
 
-No generator lives from one step to the next, so a run that stops and resumes draws what it would have drawn. A key is
-hashed by its repr: neither the purpose strings in keys nor the types of their parts may ever change.
+No generator lives from one step to the next, so a resumed run has the random numbers of one that never stopped. A key
+is hashed by its repr: neither the purpose strings in keys nor the types of their parts may ever change.
 Dimensions: B batch.
 """
 import hashlib

@@ -225,7 +225,7 @@ def toy_leak(judge: ShapesClassifier, groups: Iterable[Tensor], dist: distribute
 
 def resized(source: Shapes, indices: Sequence[int]) -> Tensor:
     """Render the same scenes at every native size: the leak of a model that leaks nothing. uint8 (P, K, 3, R, R)"""
-    scene, zero, R = source.drawn(np.asarray(indices))[1], np.zeros(len(indices), int), source.resolution
+    scene, zero, R = source.random_scenes(np.asarray(indices))[1], np.zeros(len(indices), int), source.resolution
     return torch.stack([to_bytes(render(scene | {"native": zero + k}, zero + canvas_side(R), zero, zero, zero > 0, R))
                         for k in range(len(NATIVE))], 1)
 

@@ -140,7 +140,7 @@ def flip(o: Options) -> dict[str, list[Row]]:
 
     def measure(kind: str, seed: int, flag: dict[str, float]) -> Row:
         captions = test_captions(o, f"told-{seed}")
-        return accuracy(pictures(o, f"{kind}-{seed}", captions, LAM, controls=flag), captions, "side", "color")
+        return accuracy(pictures(o, f"{kind}-{seed}", captions, LAM, controls=flag), captions, "left_right", "color")
     return {arm: [measure(kind, seed, flag) for seed in range(o.seeds)] for arm, kind, flag in (
         ("before", start, {}), ("not told", "silent", {}), ("told 0", "told", {"flip": 0.0}),
         ("told 1", "told", {"flip": 1.0}))}
@@ -183,7 +183,7 @@ def transfer(o: Options) -> dict[str, list[Row]]:
     def measure(name: str) -> Row:
         captions = test_captions(o, name)
         drawn = pictures(o, name, captions, rescale_guidance(LAM, 2))
-        return accuracy(drawn, captions, "color", "count", "side", "size", "shape")
+        return accuracy(drawn, captions, "color", "count", "left_right", "size", "shape")
     return {arm: [measure(f"high{k}-{seed}") for seed in range(o.seeds)] for k, arm in enumerate(arms)}
 
 

@@ -31,8 +31,9 @@ PROMPTS = ("a red ring left of a blue square", "a green star", "a large yellow h
            "an orange triangle above a cyan circle", "a blue diamond right of a red circle", "a white ring on grey",
            "a large red square", "a yellow star below a purple heart", "a cyan cross on brown")
 MEASURED = 200                          # images behind every number of the scorecard
-ASKED = {"color": "named colours are there", "side": "left and right as asked", "level": "above and below as asked",
-         "size": "small or large as asked", "shape": "shape as asked, of eight", "count": "number of objects"}
+ASKED = {"color": "named colours are there", "left_right": "left and right as asked",
+         "above_below": "above and below as asked", "size": "small or large as asked",
+         "shape": "shape as asked, of eight", "count": "number of objects"}
 TRIAL = 40                              # steps that measure this machine's speed
 STEPPING = 0.88                         # share of the minutes for steps; starting and saving take the rest
 

@@ -9,10 +9,11 @@ from experiments import claims
 
 
 def test_a_table_row_is_the_mean_and_the_sample_deviation_over_seeds():
-    rows = {"off": [{"side": 0.5, "color": 1.0}, {"side": 0.7, "color": 1.0}], "on": [{"side": 1.0, "color": 0.0}]}
+    rows = {"off": [{"left_right": 0.5, "color": 1.0}, {"left_right": 0.7, "color": 1.0}],
+            "on": [{"left_right": 1.0, "color": 0.0}]}
     head, side, color = claims.table(rows).splitlines()
     assert head.split() == ["off", "on"]
-    assert re.split(r"\s{2,}", side) == ["side", "0.600 ± 0.141", "1.000 ± ?"]          # sqrt(2 * 0.1^2 / 1)
+    assert re.split(r"\s{2,}", side) == ["left_right", "0.600 ± 0.141", "1.000 ± ?"]          # sqrt(2 * 0.1^2 / 1)
     assert re.split(r"\s{2,}", color) == ["color", "1.000 ± 0.000", "0.000 ± ?"]
 
 
@@ -33,10 +34,10 @@ def test_a_run_that_fails_ends_the_claim_with_its_name_and_its_last_words(tmp_pa
 def test_the_right_answers_are_shares_and_what_is_not_asked_does_not_count():
     source = data.Shapes(resolution=32, split="test", flip=False)
     batch = data.records(source, list(range(40)), [0] * 40)
-    real = claims.accuracy(batch["image"], batch["caption"], "color", "side")
-    assert real == {"color": 1.0, "side": 1.0}
-    mirrored = claims.accuracy(batch["image"].flip(3), batch["caption"], "color", "side")
-    assert mirrored == {"color": 1.0, "side": 0.0}
+    real = claims.accuracy(batch["image"], batch["caption"], "color", "left_right")
+    assert real == {"color": 1.0, "left_right": 1.0}
+    mirrored = claims.accuracy(batch["image"].flip(3), batch["caption"], "color", "left_right")
+    assert mirrored == {"color": 1.0, "left_right": 0.0}
 
 
 def test_the_flip_claim_asks_each_run_for_its_flag_and_all_arms_for_the_same_captions(monkeypatch):
@@ -61,7 +62,7 @@ def test_a_claim_from_training_to_its_table_and_again_without_training(tmp_path,
     claims.main(["--claim=flip", f"--out={tmp_path}", "--seeds=1", "--pretrain_steps_flip=1", "--steps=1", "--n=3"])
     printed = capsys.readouterr().out
     assert printed.strip() == (tmp_path / "flip.txt").read_text(encoding="utf-8").strip()
-    assert [line.split()[0] for line in printed.splitlines()[1:]] == ["side", "color"]
+    assert [line.split()[0] for line in printed.splitlines()[1:]] == ["left_right", "color"]
     assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {"base1-0", "silent-0", "told-0"}
     before = (tmp_path / "base1-0" / "log.jsonl").read_bytes()         # a second training would change its times
     claims.pretrain(claims.Options(out=str(tmp_path), seeds=1), 1)

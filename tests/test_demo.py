@@ -12,7 +12,7 @@ import data
 import sample
 from experiments import demo
 from runtime import distributed
-from test_drawing import run_folder
+from test_generate import run_folder
 
 
 def trials(monkeypatch, rates: dict[str, float]) -> list[str]:
@@ -79,7 +79,7 @@ def test_chance_is_measured_against_captions_of_others(monkeypatch, tmp_path):
 
 
 def test_every_prompt_of_the_demo_is_in_the_grammar():
-    from sources.shapes import Shapes
+    from sources.shapes_grammar import parse_caption
     from text import WordVectors
     tokens, lengths = WordVectors(config.load("configs/shapes.py").model.text_length).encode(list(demo.PROMPTS))
-    assert all(Shapes.describe(prompt).shapes for prompt in demo.PROMPTS) and lengths.min() > 0
+    assert all(parse_caption(prompt).shapes for prompt in demo.PROMPTS) and lengths.min() > 0

@@ -28,7 +28,7 @@ from fid import (FeatureStats, frechet_distance, inception_score, kid, mean_over
                  write_reference)
 from runtime import checkpoint, distributed, log
 from sources.folders import open_images
-from test_drawing import drawn, run_folder
+from test_generate import generated, run_folder
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -549,7 +549,7 @@ FLAGS = ["--n=7", "--batch=4", "--steps=2", "--dtype=float32", "--threads=1", "-
 
 def test_a_run_is_measured_on_the_images_that_sample_generates(tmp_path, few, capsys):
     out, ref = run_folder(tmp_path / "run", about={"ema": "0.07"}), reference(tmp_path / "ref.npz", few)
-    path = drawn(out, *FLAGS)[1]
+    path = generated(out, *FLAGS)[1]
     before, values = sorted(p.name for p in out.rglob("*")), []
     capsys.readouterr()
     for source in ([f"--out={out}", *FLAGS], [f"--images={path}", "--threads=1"]):

@@ -14,7 +14,7 @@ from evaluation import lpips
 from evaluation.lpips import lpips_diversity
 from runtime import distributed
 from runtime.optional import optional_import
-from test_drawing import run_folder
+from test_generate import run_folder
 
 CPU = torch.device("cpu")
 ALONE = distributed.Dist(CPU, 0, 1)

@@ -17,7 +17,7 @@ from fid import FeatureStats, frechet_distance
 from runtime import distributed
 from sources.shapes import LAYOUTS, Shapes
 from sources.shapes_grammar import SHAPES
-from test_drawing import drawn, run_folder
+from test_generate import generated, run_folder
 
 ALONE = distributed.Dist(torch.device("cpu"), 0, 1)
 
@@ -250,7 +250,7 @@ def test_what_cannot_be_measured_is_an_error(flags, says, tmp_path, monkeypatch)
 def test_images_of_a_run_are_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shapes_judge, "REFERENCE", 100)
     out = run_folder(tmp_path / "run", controls="size")
-    path = drawn(out, "--n=10", "--name=x")[1]
+    path = generated(out, "--n=10", "--name=x")[1]
     capsys.readouterr()
     shapes_judge.main([f"--images={path}", "--threads=1"])
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -273,7 +273,7 @@ def test_a_judge_is_made_by_the_command_and_examined(tmp_path, capsys):
 
 def test_images_of_classes_are_measured_by_the_judge(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shapes_judge, "REFERENCE", 80)
-    path = drawn(run_folder(tmp_path / "run", "class"), "--n=3", "--name=x")[1]
+    path = generated(run_folder(tmp_path / "run", "class"), "--n=3", "--name=x")[1]
     images = byte(Shapes(16, split="test", crop=False).records(range(3))["image"]).permute(0, 2, 3, 1).numpy()
     np.savez(path, arr_0=images)
     capsys.readouterr()
