@@ -60,7 +60,7 @@ def test_word_vectors_are_orthogonal_distinct_in_place_and_of_unit_variance():
     assert torch.equal(gram, torch.eye(len(coder.words)) * coder.table.shape[1])
     tokens, lengths = coder.encode(Shapes(8, **PLAIN).records(range(150))["caption"])
     power = (tokens ** 2).sum((1, 2)) / (lengths * coder.dim)
-    assert 0.85 < power.mean() < 1 and torch.pdist(coder.where).min() > 0.5
+    assert 0.85 < power.mean() < 1 and torch.pdist(coder.positions).min() > 0.5
     assert torch.equal(tokens, WordVectors().encode(Shapes(8, **PLAIN).records(range(150))["caption"])[0])
 
 
