@@ -227,7 +227,7 @@ def main(argv: list[str], stack: ExitStack, status: log.Status) -> None:
     m = cfg.model
     alpha_bar = alpha_bar_table(m.schedule, m.timesteps, m.sigma_scale).float().to(device)
     weight = loss_weights(alpha_bar, cfg.loss_sigma_power)
-    stop, window = stack.enter_context(distributed.Stop(loud=is_main)), LossWindow(device)
+    stop, window = stack.enter_context(distributed.Stop(verbose=is_main)), LossWindow(device)
 
     # net: the weights; average: their average; ddp: what is called. The order of these lines keeps every name in a
     # checkpoint free of prefixes: net, averages, optimizer, resume, compile, DDP.
@@ -295,7 +295,7 @@ def main(argv: list[str], stack: ExitStack, status: log.Status) -> None:
         if is_main and step > 0 and ema.snapshot_due(step, cfg.steps, cfg.ema_snapshots):
             ema.take_snapshot(out, step, emas, metadata)
         if stop_signal or last:
-            stop.deaf = True                                # torchrun signals the others as soon as the first has left
+            stop.ignore = True                              # torchrun signals the others as soon as the first has left
             saved = distributed.broadcast_from_rank0(checkpoints.saved, dist)  # wait until rank 0 has written
         if last:
             break

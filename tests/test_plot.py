@@ -1,4 +1,4 @@
-"""pictures: the page of images that a person looks at."""
+"""Grids of images on a page."""
 import numpy as np
 import pytest
 import torch
