@@ -186,14 +186,14 @@ def test_a_full_disk_is_a_warning_and_leaves_what_was_there(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("call, error", [("os.mkdir", errno.EROFS), ("os.fsync", errno.EIO),
-                                         ("os.rename", errno.EDQUOT), ("checkpoint.save_file", errno.ENOSPC)])
+                                         ("os.rename", errno.EDQUOT), ("runtime.checkpoint.save_file", errno.ENOSPC)])
 def test_any_call_that_fails_leaves_the_old_checkpoint_and_no_rubbish(call, error, tmp_path, monkeypatch, capfd):
     write(tmp_path, 7)
-    room, name = call.split(".")
+    module, _, name = call.rpartition(".")
     def fail(*args, **kwargs):
         raise OSError(error, os.strerror(error))
     with monkeypatch.context() as m:
-        m.setattr(sys.modules[room], name, fail)
+        m.setattr(sys.modules[module], name, fail)
         assert not checkpoint.save(tmp_path, 9, tensors(), META)
     assert os.strerror(error) in capfd.readouterr().err
     assert files(tmp_path) == ["step-00000007/meta.json", "step-00000007/state.safetensors"]
@@ -255,7 +255,7 @@ def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path):
 def test_a_disk_without_locks_is_a_note(tmp_path, monkeypatch, capfd):
     def fail(*args, **kwargs):
         raise OSError(errno.ENOLCK, "No locks available")
-    monkeypatch.setattr(log.FileLock, "acquire", fail)
+    monkeypatch.setattr(checkpoint.FileLock, "acquire", fail)
     with checkpoint.lock(tmp_path):
         assert "cannot be locked" in capfd.readouterr().err
 
