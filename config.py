@@ -125,8 +125,8 @@ class Config(metaclass=OldNames):
     padding: str = "zero"           # of short captions: zero, replicate (tokens again) or noisy (with noise on them)
     padding_noise: float = 0.02     # beta of noisy padding, in standard deviations of a caption's tokens
     steps: int = 2000               # optimizer steps of the whole run
-    batch: int = 64                 # global batch: images an optimizer step, whatever the number of processes
-    microbatch: int = 64            # images a forward pass; batch/micro microbatches are shared by the processes
+    batch: int = 64                 # global batch: images of an optimizer step, for any number of processes
+    microbatch: int = 64            # images of a forward pass; the processes share batch/microbatch of them
     lr: float = 1e-3                # peak learning rate
     warmup: int = 100               # steps of linear warm-up
     lr_decay_start: float = 0.0     # share of the run after which the rate falls as 1/sqrt(step); 0 = never
