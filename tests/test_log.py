@@ -1,8 +1,6 @@
-"""The log: the arithmetic of a window, the lines and statuses that survive, skipped files, and the plot of the loss."""
+"""The log: the arithmetic of a window, the lines and statuses that survive, and skipped files."""
 import errno
 import json
-import os
-import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -13,7 +11,7 @@ from PIL import Image
 
 import data
 from config import Config, UserError
-from runtime import distributed, log, plot
+from runtime import distributed, log
 from runtime.log import SKIPPED, SkippedFiles, follow
 from sources import cached_latents
 
@@ -290,24 +288,3 @@ def test_latents_that_are_not_finite_are_named_too(tmp_path):
     follow(source, tmp_path)
     source.note_bad(5), source.note_bad(5)
     assert skipped(tmp_path) == [("latent 5", "not finite")]
-
-
-# ---------------------------------------------------------------- loss.png
-
-def test_the_loss_becomes_a_plot(tmp_path):
-    pytest.importorskip("matplotlib")
-    assert "no lines yet" in plot.plot(tmp_path)
-    for step in range(10, 60, 10):
-        log.append(tmp_path, line(step, 5 / step))
-    assert plot.plot(tmp_path) == plot.plot(str(tmp_path)) == str(tmp_path / "loss.png")
-    with Image.open(tmp_path / "loss.png") as image:
-        assert image.size == (1050, 600) and len(image.convert("RGB").getcolors(10 ** 6)) > 50
-    assert sorted(os.listdir(tmp_path)) == ["log.jsonl", "loss.png"]
-
-
-def test_without_matplotlib_it_says_how_to_get_it(tmp_path, monkeypatch):
-    for name in [m for m in sys.modules if m.split(".")[0] == "matplotlib"] + ["matplotlib", "matplotlib.figure",
-                                                                               "matplotlib.backends.backend_agg"]:
-        monkeypatch.setitem(sys.modules, name, None)
-    log.append(tmp_path, line(10))
-    assert "pip install matplotlib" in plot.plot(tmp_path) and not (tmp_path / "loss.png").exists()

@@ -1,11 +1,87 @@
-"""Grids of images on a page."""
+"""Plots of loss and magnitudes, and grids of images."""
+import math
+import runpy
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from PIL import ImageFont
+from PIL import Image, ImageFont
 
-from runtime import plot
+from config import UserError
+from runtime import log, plot
 
+MEASURED = {"activations": {"x_embedder": 1.0, "blocks.0.attn": 7.0, "blocks.0": 2.0, "blocks.1": 1.5},
+            "weights": {"blocks.0.w.weight": 1.0, "blocks.1.w.weight": 1.1, "final.weight": 8.0}}
+
+
+def lines(out, measured, steps=(10, 20, 30)):
+    """A log.jsonl with measurements of magnitudes after step 10."""
+    for step in steps:
+        line = {"step": step, "loss": 1 / step, "loss_by_noise": [0.1, None, 0.3, 0.4]}
+        log.append(out, line | (measured if step > 10 else {}))
+
+
+# ---------------------------------------------------------------- loss.png, magnitudes.png
+
+def test_without_matplotlib_it_says_how_to_get_it(tmp_path, monkeypatch):
+    for name in [m for m in sys.modules if m.split(".")[0] == "matplotlib"] + ["matplotlib", "matplotlib.figure",
+                                                                               "matplotlib.backends.backend_agg"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    lines(tmp_path, {}, [10])
+    assert "pip install matplotlib" in plot.plot(tmp_path) and not (tmp_path / "loss.png").exists()
+
+
+def test_depth_is_read_from_the_names():
+    assert plot.trunk(MEASURED["activations"]) == ([0, 1, 2], [1.0, 2.0, 1.5])
+    assert plot.weights({"blocks.0.a.weight": 3.0, "blocks.0.b.weight": 4.0, "blocks.0.b.gain": 9.0,
+                         "final.weight": 8.0, "blocks.11.a.weight": 2.0}) == ([1, 12], [math.sqrt(12.5), 2.0])
+
+
+def test_loss_and_magnitudes_become_plots(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert "no lines yet" in plot.plot(str(tmp_path))
+    lines(tmp_path, MEASURED)
+    plot.main([f"--out={tmp_path}"])
+    assert capsys.readouterr().out.split() == ["loss:", str(tmp_path / "loss.png"), "magnitudes:",
+                                               str(tmp_path / "magnitudes.png")]
+    for name in ("loss.png", "magnitudes.png"):
+        with Image.open(tmp_path / name) as image:
+            assert image.size == (1050, 600) and len(image.convert("RGB").getcolors(10 ** 6)) > 50
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["log.jsonl", "loss.png", "magnitudes.png"]
+
+
+@pytest.mark.parametrize("count", [1, 12, 13, 40])
+def test_of_many_measurements_a_few_are_plotted_and_the_last_always(tmp_path, monkeypatch, count):
+    pytest.importorskip("matplotlib")
+    plotted = []
+    monkeypatch.setattr(plot, "_save", lambda figure, path: plotted.extend(
+        line.get_color() for line in figure.axes[0].lines))
+    steps = range(20, 20 + 10 * count, 10)
+    lines(tmp_path, MEASURED, steps)
+    plot.plot_magnitudes(tmp_path)
+    assert count / 4 <= len(plotted) <= min(count, 12) and len(set(plotted)) == len(plotted)
+    assert plotted[-1][:3] == pytest.approx((0.993248, 0.906157, 0.143936), abs=1e-5)         # viridis at its end
+
+
+def test_a_run_without_magnitudes_says_how_to_get_them(tmp_path):
+    pytest.importorskip("matplotlib")
+    lines(tmp_path, {})
+    assert "--magnitudes_every" in plot.plot_magnitudes(tmp_path)
+    assert not (tmp_path / "magnitudes.png").exists()
+
+
+def test_a_folder_that_is_no_run_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
+    with pytest.raises(UserError, match="no log.jsonl"):
+        plot.main([f"--out={tmp_path}"])
+    monkeypatch.setattr(sys, "argv", ["runtime/plot.py", f"--out={tmp_path}"])
+    with pytest.raises(SystemExit) as e:
+        runpy.run_path(str(Path(plot.__file__)), run_name="__main__")
+    assert e.value.code == 2 and capsys.readouterr().err.startswith("error: --out=")
+
+
+# ---------------------------------------------------------------- grids of images
 
 def test_grid_shows_each_image_in_its_place():
     colors = torch.tensor([[1.0, -1, -1], [-1, 1, -1], [-1, -1, 1], [0, 0, 0], [9, -9, 0.5]])
