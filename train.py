@@ -30,7 +30,6 @@ import model
 import sample
 from conditioning import PADDINGS, Condition, make_condition
 from config import Config, UserError, check_fields, check_name, fields, read_config, to_json
-from latents import decoder_of
 from optim import learning_rate, normalized_rows, optimizer, project_grad_, renormalize_, set_lr
 from rng import seed64
 from runtime import checkpoint, distributed, log, magnitudes
@@ -170,7 +169,7 @@ class Previewer:
                  dist: distributed.Dist) -> None:
         self.cfg, self.names, self.dist, self.monitor = cfg, source.classes, dist, None
         if cfg.sample_every and dist.rank == 0:
-            self.decode = decoder_of(about, "", cfg.model.channels, dist.device)[0]
+            self.decode = latents.decoder_of(about, "", cfg.model.channels, dist.device)[0]
             self.batch = data.load_microbatch(source, encoder, cfg.seed, PREVIEWS, PREVIEWS, 0, 0)
             if isinstance(source, data.Latents):
                 latents.write_reconstruction(source, self.decode, dist.device, Path(cfg.out) / "samples/round-trip.png")
@@ -207,12 +206,11 @@ class Previewer:
 # ---------------------------------------------------------------- the run
 
 def announce(cfg: Config, net: nn.Module, source: data.Source, dist: distributed.Dist, peak: float) -> None:
-    """Print the whole config, the size of the model and how the processes share the work."""
+    """Print the config, the size of the model and how the processes share the work."""
     info("\n".join(f"{key} = {value!r}" for key, _, value, _ in fields(cfg)))
     count, n = sum(p.numel() for p in net.parameters()), cfg.batch // cfg.microbatch
-    info(f"{count:,} parameters; {dist.world} x {dist.device} in {str(net.dtype)[6:]}, {peak / 1e12:.2f} TFLOP/s matmul "
-         f"peak; batch {cfg.batch} = {n} x {cfg.microbatch}, {n // dist.world} each; {len(source):,} images of "
-         f"{cfg.data}")
+    info(f"{count:,} parameters; {dist.world} x {dist.device} in {str(net.dtype)[6:]}, {peak / 1e12:.2f} TFLOP/s peak; "
+         f"batch {cfg.batch} = {n} x {cfg.microbatch}, {n // dist.world} each; {len(source):,} images of {cfg.data}")
 
 
 def main(argv: list[str], stack: ExitStack, status: log.Status) -> None:

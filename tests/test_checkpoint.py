@@ -45,7 +45,7 @@ def test_a_checkpoint_comes_back_bit_for_bit(tmp_path):
 
 
 def test_the_last_two_are_kept_and_nothing_else_is_left(tmp_path):
-    write(tmp_path, 7, 9, 100_000_000, 12)                  # 12 after 100,000,000: the later one was passed over
+    write(tmp_path, 7, 9, 100_000_000, 12)                  # 12 after 100,000,000: the later one was damaged
     assert checkpoint.steps(tmp_path) == [12, 9]
     assert files(tmp_path) == [f"step-{s:08d}/{f}" for s in (9, 12) for f in ("meta.json", "state.safetensors")]
 
