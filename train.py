@@ -250,8 +250,7 @@ def main(argv: list[str], stack: ExitStack, status: log.Status) -> None:
         batch = data.load_microbatch(source, encoder, cfg.seed, cfg.batch, cfg.microbatch, step, m)
         return distributed.pin_memory(batch, dist)
 
-    n = cfg.batch // cfg.microbatch                         # microbatches of a step, in rounds of one a process
-    rounds = n // dist.world
+    n, rounds = cfg.batch // cfg.microbatch, cfg.batch // cfg.microbatch // dist.world
     keys = ((step, m) for step in range(start, cfg.steps) for m in range(dist.rank, n, dist.world))
     batches = stack.enter_context(closing(data.prefetch(fetch, keys, cfg.workers)))
     peak = distributed.matmul_peak(device, net.dtype) * dist.world

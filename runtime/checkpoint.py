@@ -58,7 +58,7 @@ def lock(out: Path) -> Iterator[None]:
             stack.enter_context(FileLock(out / ".lock", timeout=0))
         except Timeout as e:
             raise UserError(f"another run is writing to {out}; wait for it or choose another --out") from e
-        except (OSError, NotImplementedError):              # some network disks have no locks
+        except (OSError, RuntimeError):                     # some network disks have no locks
             info(f"note: {out} cannot be locked; let one run at a time write to it.")
         for stale in (*out.glob(f"{TEMPORARY}*"), *out.glob(f"samples/{TEMPORARY}*")):
             remove(stale)
@@ -87,7 +87,7 @@ def need_space(out: Path, tensors: dict[str, Tensor]) -> None:
 
 def save(out: Path, step: int, tensors: dict[str, Tensor], meta: dict) -> bool:
     """Write one checkpoint, then drop old ones. A disk error is a warning and False."""
-    tmp, final = out / f"{TEMPORARY}-{step:08d}", folder(out, step)
+    tmp = out / f"{TEMPORARY}-{step:08d}"
     try:
         remove(tmp)
         need_space(out, tensors)
@@ -98,8 +98,8 @@ def save(out: Path, step: int, tensors: dict[str, Tensor], meta: dict) -> bool:
         (tmp / "meta.json").write_bytes(json.dumps({**meta, "sha256_meta": _sha256_of({}, meta)}, indent=1).encode())
         sync(tmp / "meta.json")
         sync(tmp)
-        remove(final)
-        os.rename(tmp, final)
+        remove(folder(out, step))
+        os.rename(tmp, folder(out, step))
         sync(out)
     except (OSError, SafetensorError) as e:
         remove(tmp)
@@ -119,9 +119,9 @@ def prune(out: Path, step: int) -> None:
 
 
 def latest(out: Path) -> dict | None:
-    """Return the meta of the newest undamaged checkpoint, with a warning for each damaged one; None if there is none.
+    """Return the meta of the newest undamaged checkpoint, with a warning for each damaged one; None without any.
 
-    UserError if all are damaged, or if only weights are left: a run never starts afresh over an old one."""
+    UserError if all are damaged, or if only weights are left: a run never starts over an old one."""
     damaged = []
     for step in steps(out):
         try:
@@ -250,11 +250,7 @@ def write_weights(path: Path, tensors: dict[str, Tensor], header: dict[str, str]
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read tensors and header of a file that write_weights wrote; UserError if it is missing, foreign or damaged."""
-    header = read_header(path)
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as e:
-        raise UserError(f"{path} is damaged: {e}") from e
+    header, tensors = read_header(path), load_file(path)
     if header.get("sha256") != _sha256_of(tensors, {k: v for k, v in header.items() if k != "sha256"}):
         raise UserError(f"{path} is damaged: its sha256 is not the one in its header")
     return tensors, header
