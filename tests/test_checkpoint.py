@@ -350,7 +350,7 @@ def test_weights_that_do_not_fit_are_named(change, parts):
 EVENTS = st.lists(st.sampled_from(["save", "full", "kill in save", "spoil newest", "restart"]), max_size=12)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(EVENTS)
 def test_whatever_happens_the_newest_good_one_is_found(tmp_path, events):
     """A model beside the real thing: what was saved and not spoilt since; only spoiling can lose more than one save."""

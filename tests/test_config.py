@@ -23,7 +23,7 @@ from runtime import checkpoint, distributed
 
 KEYS = [key for key, *_ in config.fields(Config())]
 NUMBERS = st.from_regex(r"[-+]?[0-9._]{1,6}(e[-+]?[0-9]{1,3})?", fullmatch=True)
-QUIET = settings(deadline=None, derandomize=True, database=None, max_examples=150)
+QUIET = settings(deadline=None, derandomize=True, database=None, max_examples=60)
 
 
 def get(options, key):
