@@ -32,8 +32,7 @@ SIZES = {
 }
 
 
-# Old names of options. Older config.json files and weight headers are read by this table; the command line and config
-# files still take the old names, with a note.
+# Old names of options. The command line and config files take them with a note, older config.json files without.
 RENAMED = {
     "lam": "guidance", "drop": "cond_dropout", "drop_controls": "control_dropout", "micro": "microbatch",
     "muon": "lr_muon", "decay": "lr_decay_start", "clip": "grad_clip", "ema": "ema_std", "snapshots": "ema_snapshots",
@@ -45,37 +44,36 @@ RENAMED = {
     "base": "pretrain_steps", "long": "pretrain_steps_flip", "fine": "finetune_steps", "tune": "tune_steps",  # claims
     "square": "center_crop", "to": "save",                                                                     # fid
     "most": "limit", "what": "parts", "vs": "against", "peer": "official_dit"}                             # data, bench
-# What people type out of habit: the option here, or a sentence.
-HABITS = {"cfg": "guidance", "cfg_scale": "guidance", "guidance_scale": "guidance", "batch_size": "batch",
-          "global_batch_size": "batch", "learning_rate": "lr", "output_dir": "out", "results_dir": "out",
-          "data_path": "data", "data_dir": "data", "num_steps": "steps", "num_inference_steps": "steps",
-          "num_sampling_steps": "steps", "image_size": "model.resolution", "depth": "model.depth",
-          "width": "model.width", "arch": "model.arch",
-          "resume": "is not needed: the same command again resumes the run in --out",
-          "wandb": "does not exist: <out>/log.jsonl has every line, and `python -m runtime.plot` draws it",
-          "epochs": "does not exist: a run has --steps, each of --batch images"}
+# Names from other projects: the option here, or a sentence.
+HABITS = {
+    "cfg": "guidance", "cfg_scale": "guidance", "guidance_scale": "guidance", "batch_size": "batch",
+    "global_batch_size": "batch", "learning_rate": "lr", "output_dir": "out", "results_dir": "out", "data_path": "data",
+    "data_dir": "data", "num_steps": "steps", "num_inference_steps": "steps", "num_sampling_steps": "steps",
+    "image_size": "model.resolution",
+    "resume": "is not needed: the same command again resumes the run in --out",
+    "wandb": "does not exist: <out>/log.jsonl has every line, and `python -m runtime.plot` draws it",
+    "epochs": "does not exist: a run has --steps, each of --batch images"}
+
+
+def note_renamed(old: str, new: str) -> None:
+    """Print the new name of an option on stderr."""
+    print(f"note: {old} is now {new}", file=sys.stderr)
 
 
 class OldNames(type):
     """A dataclass that takes the old names of its fields, with a note, so that older config files still run."""
     def __call__(cls, *args: Any, **given: Any) -> Any:     # the one place that passes keywords through
-        prefix = "model." if cls.__name__ == "ModelConfig" else ""
-        nested: dict[str, Any] = {}
-        for old in [key for key in given if key not in cls.__dataclass_fields__ and prefix + key in RENAMED]:
-            new = RENAMED[prefix + old]
-            note_renamed(prefix + old, new)
-            if new.startswith("shapes."):
-                nested[new.removeprefix("shapes.")] = given.pop(old)
-            else:
-                given[new.removeprefix(prefix)] = given.pop(old)
-        if nested:
-            given["shapes"] = dataclasses.replace(given.get("shapes", ShapesConfig()), **nested)
-        return super().__call__(*args, **given)
-
-
-def note_renamed(old: str, new: str) -> None:
-    """Say on stderr what an option is called now."""
-    print(f"note: {old} is now {new}", file=sys.stderr)
+        prefix, known = "model." if cls is ModelConfig else "", cls.__dataclass_fields__
+        old = {}                                            # new name: value
+        for key in [key for key in given if key not in known]:
+            new = RENAMED.get(prefix + key, "").removeprefix(prefix)
+            if new.split(".")[0] in known:
+                note_renamed(prefix + key, prefix + new)
+                old[new] = given.pop(key)
+        options = super().__call__(*args, **given)
+        for new, value in old.items():
+            options = put(options, new, value)
+        return options
 
 
 @dataclass(frozen=True)
@@ -127,8 +125,8 @@ class Config(metaclass=OldNames):
     padding: str = "zero"           # of short captions: zero, replicate (tokens again) or noisy (with noise on them)
     padding_noise: float = 0.02     # beta of noisy padding, in standard deviations of a caption's tokens
     steps: int = 2000               # optimizer steps of the whole run
-    batch: int = 64                 # global batch: images an optimizer step, whatever the number of processes
-    microbatch: int = 64            # images a forward pass; batch/micro microbatches are shared by the processes
+    batch: int = 64                 # global batch: images of an optimizer step, for any number of processes
+    microbatch: int = 64            # images of a forward pass; the processes share batch/microbatch of them
     lr: float = 1e-3                # peak learning rate
     warmup: int = 100               # steps of linear warm-up
     lr_decay_start: float = 0.0     # share of the run after which the rate falls as 1/sqrt(step); 0 = never
@@ -166,8 +164,8 @@ class Config(metaclass=OldNames):
 def run(main: Callable[[list[str]], int | None], cleanup: Callable[[], None] | None = None) -> NoReturn:
     """The main guard of every command: call `main` with the command line and exit with its code, 0 for None.
 
-    A UserError is one line on stderr and exit code 2; Ctrl-C is 130. cleanup ends the process group, and runs only
-    where every process came to the same end: a normal one or a stop by a signal."""
+    A UserError is one line on stderr and exit code 2; Ctrl-C is 130. cleanup leaves the process group; it runs only
+    when all processes end alike, normally or by a signal."""
     try:
         code = main(sys.argv[1:]) or 0
     except UserError as e:
@@ -197,8 +195,8 @@ def read_config(argv: list[str]) -> Config:
 def load(path: str) -> Config:
     """Run a config file and return its `config`. UserError if the file is missing or builds none."""
     if not Path(path).is_file():
-        here = ", ".join(sorted(p.as_posix() for p in Path("configs").glob("*.py"))) or "none"
-        raise UserError(f"no config file {path!r}; configs/ has: {here}")
+        found = ", ".join(sorted(p.as_posix() for p in Path("configs").glob("*.py"))) or "none"
+        raise UserError(f"no config file {path!r}; configs/ has: {found}")
     try:
         built = runpy.run_path(path).get("config")
     except TypeError as e:                                  # Config(dept=4): Python's own message has the name
@@ -218,11 +216,11 @@ def check_types(options: Any) -> Any:
         elif f.type is float and type(value) is int:
             fixed[f.name] = float(value)
         elif type(value) is not f.type:
-            raise UserError(f"{f.name} wants {_article(f.type)}, got {value!r}")
+            raise UserError(f"{f.name} must be {f.type.__name__}, got {value!r}")
     return dataclasses.replace(options, **fixed)
 
 
-# Least and most of every number that has bounds of its own; ModelConfig's are checked by model.check.
+# Lowest and highest value of every number; ModelConfig's are checked by model.check.
 MANY = 2 ** 31
 RANGES = {"batch": (1, 2 ** 20), "microbatch": (1, 2 ** 20), "steps": (1, MANY), "warmup": (0, MANY),
           "log_every": (1, MANY), "save_every": (1, MANY), "sample_every": (0, MANY), "shapes.objects": (1, MANY),
@@ -253,17 +251,14 @@ def check_fields(cfg: Config, world: int) -> None:
     check_ranges(cfg)
     check_name("compile", cfg.compile, ("auto", "on", "off"))
     if cfg.cond_dropout + cfg.control_dropout > 1:
-        raise UserError(f"cond_dropout={cfg.cond_dropout} and control_dropout={cfg.control_dropout} are shares of one "
-                        "whole; lower one")
+        raise UserError(f"cond_dropout={cfg.cond_dropout} and control_dropout={cfg.control_dropout} exceed 1 together")
     if bool(cfg.fid_every) != bool(cfg.fid_ref):
         raise UserError(f"fid_every={cfg.fid_every} and fid_ref={cfg.fid_ref!r} belong together: set both or neither")
     for key, default in (("encoder", "words"), ("padding", "zero")):
         if getattr(cfg, key) != default and cfg.model.semantics != "text":
-            raise UserError(f"{key}={getattr(cfg, key)!r} needs captions; model.semantics={cfg.model.semantics!r} has "
-                            "none")
+            raise UserError(f"{key}={getattr(cfg, key)!r} needs model.semantics='text', got {cfg.model.semantics!r}")
     if cfg.crop != "global" and "crop" not in cfg.augment.split("+"):
-        enough = "+".join(filter(None, (cfg.augment, "crop")))
-        raise UserError(f"crop={cfg.crop!r} needs random crops; set --augment={enough}")
+        raise UserError(f"crop={cfg.crop!r} needs random crops; set --augment={f'{cfg.augment}+crop'.lstrip('+')}")
     if cfg.batch % cfg.microbatch:
         near = max(d for d in range(1, min(cfg.microbatch, cfg.batch) + 1) if cfg.batch % d == 0)
         raise UserError(f"batch={cfg.batch} is not a multiple of microbatch={cfg.microbatch}; try --microbatch={near}")
@@ -271,7 +266,7 @@ def check_fields(cfg: Config, world: int) -> None:
     if n % world:
         fit = ", ".join(str(w) for w in range(1, n + 1) if n % w == 0)
         raise UserError(f"batch={cfg.batch} with microbatch={cfg.microbatch} is {n} microbatches, which {world} "
-                        f"processes cannot share; use {fit} processes, or another micro")
+                        f"processes cannot share; use {fit} processes, or another --microbatch")
 
 
 def parse(argv: list[str], options: Any) -> Any:
@@ -284,47 +279,35 @@ def parse(argv: list[str], options: Any) -> Any:
         if word in ("-h", "--help"):
             print(help_text(options))
             sys.exit(0)
+        if word.endswith(".py") and not word.startswith("--"):
+            raise UserError(f"a config file is given as --config={word}")
         if not word.startswith("--"):
-            if word.endswith(".py"):
-                raise UserError(f"a config file is given as --config={word}")
-            after = f" after {before}" if before else ""
-            raise UserError(f"expected --key=value, got {word!r}{after}; --help lists the keys")
-        key, equals, text = word[2:].partition("=")
-        key = current_name(options, key.replace("-", "_"))
-        kind = field_type(options, key)
-        if not equals and kind is bool:
-            text = "true"
-        elif not equals:
-            if not words:
-                raise UserError(f"--{key} wants {_article(kind)} after it; --help lists the keys")
-            text = words.pop(0)
+            got = f"{word!r} after {before}" if before else repr(word)
+            raise UserError(f"expected --key=value, got {got}; --help lists the keys")
+        name, equals, text = word[2:].partition("=")
+        key, kind = find_field(options, name.replace("-", "_"))
+        if not equals and kind is not bool and not words:
+            raise UserError(f"--{key} needs a value of type {kind.__name__}; --help lists the keys")
+        if not equals:
+            text = "true" if kind is bool else words.pop(0)
         options = put(options, key, read_as(kind, key, text))
     return options
 
 
-def current_name(options: Any, key: str) -> str:
-    """What the option `key` is called now: itself, or its new name, with a note. UserError for another project's."""
-    known = {name for name, _, _, _ in fields(options)}
-    if key in known:
-        return key
-    if RENAMED.get(key) in known:
+def find_field(options: Any, key: str) -> tuple[str, type]:
+    """Name today and type of the field `key` ("lr", "model.depth"). UserError with the nearest names if unknown."""
+    known = {name: kind for name, kind, _, _ in fields(options)}
+    if key not in known and RENAMED.get(key) in known:
         note_renamed(f"--{key}", f"--{RENAMED[key]}")
-        return RENAMED[key]
-    here = HABITS.get(key, "")
-    if here in known:
-        raise UserError(f"--{key} is --{here} here")
-    if " " in here:
-        raise UserError(f"--{key} {here}")
-    return key
-
-
-def field_type(options: Any, key: str) -> type:
-    """Type of the field `key` ("lr", "model.depth"); UserError with the nearest names for an unknown one."""
-    kinds = {name: kind for name, kind, _, _ in fields(options)}
-    if key in kinds:
-        return kinds[key]
-    known = list(kinds)
-    near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+        key = RENAMED[key]
+    if key in known:
+        return key, known[key]
+    habit = HABITS.get(key, "")
+    if habit in known:
+        raise UserError(f"--{key} is --{habit} here")
+    if " " in habit:
+        raise UserError(f"--{key} {habit}")
+    near = [k for k in known if k.endswith("." + key)] or difflib.get_close_matches(key, known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join('--' + k for k in near)}?" if near else f"it has: {', '.join(known)}"
     raise UserError(f"unknown field --{key} of {type(options).__name__}; {hint}")
 
@@ -334,13 +317,11 @@ def read_as(kind: type, key: str, text: str) -> Any:
     try:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        if kind is int and float(text) == int(float(text)):
-            return int(text) if re.fullmatch(r"[+-]?\d+", text) else int(float(text))
-        if kind in (float, str):
-            return kind(text)
-    except (ValueError, KeyError, OverflowError):
-        pass
-    raise UserError(f"--{key} wants {_article(kind)}, got {text!r}")
+        if kind is int and not re.fullmatch(r"[+-]?\d+", text) and float(text) == int(float(text)):
+            return int(float(text))
+        return kind(text)
+    except (ValueError, KeyError, OverflowError) as e:
+        raise UserError(f"--{key} must be {kind.__name__}, got {text!r}") from e
 
 
 def put(options: Any, key: str, value: Any) -> Any:
@@ -384,34 +365,19 @@ def to_json(options: Any) -> str:
 
 
 def from_json(text: str) -> Config:
-    """The inverse of to_json for a Config. Runs no code. UserError if the text is not a config of this version."""
+    """The inverse of to_json for a Config, by today's or older names. Runs no code. UserError for any other text."""
     try:
-        tree = renamed(json.loads(text))
-        nested = {"model": ModelConfig(**tree["model"]), "shapes": ShapesConfig(**tree.get("shapes", {}))}
-        return check_types(Config(**{**tree, **nested}))
-    except (json.JSONDecodeError, KeyError, TypeError) as e:
+        tree, cfg = json.loads(text), Config()
+        parts = {"model": tree.pop("model"), "shapes": tree.pop("shapes", {})}
+        flat = {f"{part}.{k}": v for part, inner in parts.items() for k, v in inner.items()}
+        for key, value in {**tree, **flat}.items():
+            cfg = put(cfg, RENAMED.get(key, key), value)
+        return check_types(cfg)
+    except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as e:
         raise UserError(f"not a config of this version of plaindit: {e}") from e
-
-
-def renamed(tree: dict) -> dict:
-    """The tree of a config.json with today's names of fields; one from before the names changed has old ones."""
-    flat = {**{k: v for k, v in tree.items() if not isinstance(v, dict)},
-            **{f"{head}.{k}": v for head, part in tree.items() if isinstance(part, dict) for k, v in part.items()}}
-    found: dict[str, Any] = {"model": {}}
-    for key, value in flat.items():
-        head, _, rest = RENAMED.get(key, key).partition(".")
-        if rest:
-            found.setdefault(head, {})[rest] = value
-        else:
-            found[head] = value
-    return found
 
 
 def differences(a: Any, b: Any) -> list[str]:
     """"key: old -> new" for every field in which two configs differ."""
     pairs = ((key, old, new) for (key, _, old, _), (_, _, new, _) in zip(fields(a), fields(b)))
     return [f"{key}: {old!r} -> {new!r}" for key, old, new in pairs if old != new]
-
-
-def _article(kind: type) -> str:
-    return f"an {kind.__name__}" if kind is int else f"a {kind.__name__}"

@@ -30,7 +30,6 @@ import model
 import sample
 from conditioning import PADDINGS, Condition, make_condition
 from config import Config, UserError, check_fields, check_name, fields, read_config, to_json
-from latents import decoder_of
 from optim import learning_rate, normalized_rows, optimizer, project_grad_, renormalize_, set_lr
 from rng import seed64
 from runtime import checkpoint, distributed, log, magnitudes
@@ -42,14 +41,14 @@ from sources import cached_latents
 from text import make_encoder
 from transfer import init_from
 
-PREVIEWS = 16                           # images on a page of previews
+PREVIEWS = 16                           # images of a preview
 PREVIEW_STEPS = 20                      # their sampling steps
-CONTROL_ROWS = 1000                     # control values kept with the weights, for sampling from their distribution
-READ = 50                               # images that are read at a time to find these
+CONTROL_ROWS = 1000                     # control values stored with the weights, for sampling from their distribution
+READ = 50                               # images read at a time to find these
 
 
 class Stopped(Exception):
-    """A signal has stopped the run: the signal, and what was saved."""
+    """A signal has stopped the run: its number, and what was saved."""
 
 
 # ---------------------------------------------------------------- before the first step
@@ -59,8 +58,8 @@ def check(cfg: Config, world: int) -> None:
     check_fields(cfg, world)
     check_name("dtype", cfg.dtype, distributed.DTYPES)
     check_name("padding", cfg.padding, PADDINGS)
-    m, open_ended = cfg.model, ("classes", "text_dim", "text_length")       # 0 = the data decide
-    model.check(replace(m, **{key: getattr(m, key) or 1 for key in open_ended}))
+    from_data = ("classes", "text_dim", "text_length")
+    model.check(replace(cfg.model, **{key: getattr(cfg.model, key) or 1 for key in from_data}))
 
 
 def complete(cfg: Config, source: data.Source, encoder: data.TextEncoder | None) -> Config:
@@ -82,7 +81,7 @@ def start_or_resume(cfg: Config, dist: distributed.Dist, source: data.Source, te
     """Return the step of the newest good checkpoint after copying its state into `tensors`, or 0.
 
     Rank 0 locks the folder and decides for all. UserError or Nonfinite on every rank if the run must not start."""
-    out, step, refused = Path(cfg.out), 0, None
+    out, step, error = Path(cfg.out), 0, None
     if dist.rank == 0:
         try:
             stack.enter_context(checkpoint.lock(out))
@@ -98,12 +97,12 @@ def start_or_resume(cfg: Config, dist: distributed.Dist, source: data.Source, te
             ema.drop_after(out, step)
             log.write_text(out / "config.json", to_json(cfg))
         except (UserError, Nonfinite) as e:
-            refused = e
+            error = e
         except OSError as e:
-            refused = UserError(f"cannot write to {out}: {e.strerror or e}")
-    step = distributed.broadcast_from_rank0(-1 if refused else step, dist)
+            error = UserError(f"cannot write to {out}: {e.strerror or e}")
+    step = distributed.broadcast_from_rank0(-1 if error else step, dist)
     if step < 0:
-        raise refused or UserError("rank 0 does not start; its message says why")
+        raise error or UserError("rank 0 cannot start; see its message")
     if step:
         checkpoint.read_state(checkpoint.folder(out, step), tensors)
     status.out, status.step = out, step
@@ -138,8 +137,8 @@ def denoising_loss(net: nn.Module, x0: Tensor, cond: Condition, g: torch.Generat
                    cfg: Config) -> tuple[Tensor, Tensor]:
     """[DDPM] eq. 14: |eps_hat(x_t, i, cond) - eps|^2 of every image with i uniform, and i. (B,), (B,)
 
-    Equal to the denoising error |x0_hat - x0|^2 weighted by 1/sigma^2 ([COND] app. A). For guidance a share cfg.drop
-    has neither semantics nor controls, a share cfg.drop_controls no controls ([COND] sec. 2.4). g draws all numbers."""
+    Equal to the denoising error |x0_hat - x0|^2 weighted by 1/sigma^2 ([COND] app. A). For guidance a share
+    cond_dropout has neither semantics nor controls, a share control_dropout no controls ([COND] sec. 2.4)."""
     B = len(x0)
     i = torch.randint(len(alpha_bar), (B,), generator=g, device=x0.device)
     eps = torch.randn(x0.shape, generator=g, device=x0.device)
@@ -164,36 +163,35 @@ def inputs(batch: data.Batch, step: int, m: int, cfg: Config,
 class Previewer:
     """Previews from fixed noise and FID during training: call it with the averaged network at every step.
 
-    Every process makes one before the first step, so that a missing decoder or metric stops the run there. Rank 0
-    generates the previews, all measure FID."""
+    Made before the first step, so that a missing decoder or metric stops the run there. Rank 0 generates the previews,
+    all processes measure FID."""
     def __init__(self, cfg: Config, source: data.Source, encoder: data.TextEncoder | None, about: dict[str, str],
                  dist: distributed.Dist) -> None:
         self.cfg, self.names, self.dist, self.monitor = cfg, source.classes, dist, None
         if cfg.sample_every and dist.rank == 0:
-            self.decode = decoder_of(about, "", cfg.model.channels, dist.device)[0]
+            self.decode = latents.decoder_of(about, "", cfg.model.channels, dist.device)[0]
             self.batch = data.load_microbatch(source, encoder, cfg.seed, PREVIEWS, PREVIEWS, 0, 0)
             if isinstance(source, data.Latents):
                 latents.write_reconstruction(source, self.decode, dist.device, Path(cfg.out) / "samples/round-trip.png")
         if cfg.fid_every:
-            import fid                                      # few runs need it and all that it imports
+            import fid                                      # imports much that few runs need
             options = fid.Options(out=cfg.out, ref=cfg.fid_ref, n=cfg.fid_n, batch=cfg.microbatch)
             self.monitor = fid.Monitor(options, cfg, about, dist)
-            measured = [line["step"] for line in log.read(Path(cfg.out)) if "evaluation_s" in line]
-            # a resumed run has these in its log
+            measured = [line["step"] for line in log.read(Path(cfg.out)) if "evaluation_s" in line]     # if resumed
             self.measured = distributed.broadcast_from_rank0(max(measured, default=0), dist)
 
     def __call__(self, net: nn.Module, step: int) -> None:
         cfg, last = self.cfg, step == self.cfg.steps
         if self.dist.rank == 0 and cfg.sample_every and (step % cfg.sample_every == 0 or last):
-            self.page(net, Path(cfg.out) / f"samples/step-{step:08d}.png")
+            self.save_preview(net, Path(cfg.out) / f"samples/step-{step:08d}.png")
         if self.monitor and step > self.measured and (step % cfg.fid_every == 0 or last):
             self.monitor(net, step)
 
-    def page(self, net: nn.Module, path: Path) -> None:
-        """Write one PNG of the same prompts and noise as every time, unless it exists."""
+    def save_preview(self, net: nn.Module, path: Path) -> None:
+        """Write one PNG of the same prompts and noise every time, unless it exists."""
+        batch, cfg = self.batch, self.cfg
         if path.exists():
             return
-        batch, cfg = self.batch, self.cfg
         cond = make_condition(batch, cfg.model.semantics, model.control_names(cfg.model), cfg.padding,
                               cfg.padding_noise, sample.padding_generators(range(PREVIEWS), 0))
         options = sample.Options(steps=min(PREVIEW_STEPS, cfg.model.timesteps))
@@ -208,12 +206,11 @@ class Previewer:
 # ---------------------------------------------------------------- the run
 
 def announce(cfg: Config, net: nn.Module, source: data.Source, dist: distributed.Dist, peak: float) -> None:
-    """Print the whole config, the size of the model and how the processes share the work."""
+    """Print the config, the size of the model and how the processes share the work."""
     info("\n".join(f"{key} = {value!r}" for key, _, value, _ in fields(cfg)))
     count, n = sum(p.numel() for p in net.parameters()), cfg.batch // cfg.microbatch
-    info(f"{count:,} parameters; {dist.world} x {dist.device} in {str(net.dtype)[6:]}, {peak / 1e12:.2f} TFLOP/s matmul "
-         f"peak; batch {cfg.batch} = {n} x {cfg.microbatch}, {n // dist.world} each; {len(source):,} images of "
-         f"{cfg.data}")
+    info(f"{count:,} parameters; {dist.world} x {dist.device} in {str(net.dtype)[6:]}, {peak / 1e12:.2f} TFLOP/s peak; "
+         f"batch {cfg.batch} = {n} x {cfg.microbatch}, {n // dist.world} each; {len(source):,} images of {cfg.data}")
 
 
 def main(argv: list[str], stack: ExitStack, status: log.Status) -> None:
@@ -227,14 +224,14 @@ def main(argv: list[str], stack: ExitStack, status: log.Status) -> None:
     m = cfg.model
     alpha_bar = alpha_bar_table(m.schedule, m.timesteps, m.sigma_scale).float().to(device)
     weight = loss_weights(alpha_bar, cfg.loss_sigma_power)
-    stop, window = stack.enter_context(distributed.Stop(loud=is_main)), LossWindow(device)
+    stop, window = stack.enter_context(distributed.Stop(verbose=is_main)), LossWindow(device)
 
-    # net: the weights; average: their average; ddp: what is called. The order of these lines keeps every name in a
-    # checkpoint free of prefixes: net, averages, optimizer, resume, compile, DDP.
+    # The order of these lines keeps the names in a checkpoint free of prefixes: network, averages, optimizer, resume,
+    # compile, DDP.
     torch.manual_seed(seed64(cfg.seed, "weights"))
     net = model.build(m).to(device)
     net.dtype = distributed.compute_dtype(device, cfg.dtype)
-    if cfg.init_from and not any(out.glob("step-*")):            # a resumed run has weights of its own
+    if cfg.init_from and not any(out.glob("step-*")):       # a resumed run has weights of its own
         report = init_from(cfg.init_from, net, cfg, source)
         if is_main:
             info(report)
@@ -295,13 +292,12 @@ def main(argv: list[str], stack: ExitStack, status: log.Status) -> None:
         if is_main and step > 0 and ema.snapshot_due(step, cfg.steps, cfg.ema_snapshots):
             ema.take_snapshot(out, step, emas, metadata)
         if stop_signal or last:
-            stop.deaf = True                                # torchrun signals the others as soon as the first has left
+            stop.ignore = True                              # torchrun signals the others as soon as the first has left
             saved = distributed.broadcast_from_rank0(checkpoints.saved, dist)  # wait until rank 0 has written
         if last:
             break
         if stop_signal:
-            raise Stopped(stop_signal, f"at step {step:,}; checkpoint saved at step {saved:,}; the same command goes "
-                                       "on")
+            raise Stopped(stop_signal, f"at step {step:,}; saved at step {saved:,}; the same command resumes")
         if logging or step == start:
             run_log.restart_clock()
         # ---------------------------------------------------------------- one training step
@@ -323,14 +319,14 @@ def main(argv: list[str], stack: ExitStack, status: log.Status) -> None:
         run_log.bar.update()
     if is_main:
         if saved < cfg.steps:
-            raise UserError(f"all {cfg.steps:,} steps are done but {out} does not take the last checkpoint; make room, "
-                            f"and the same command goes on from step {saved:,}")
+            raise UserError(f"all {cfg.steps:,} steps are done but the disk of {out} is too full for the last "
+                            f"checkpoint; make room, and the same command resumes from step {saved:,}")
         status.write("done")
         info(f"done: {cfg.steps:,} steps in {out}; loss curve: {plot(out)}")
 
 
 def run(argv: list[str]) -> int:
-    """Call main; turn every expected ending into status.json, one line and an exit code."""
+    """Call main; turn every expected end into status.json, one line and an exit code."""
     status, rank = log.Status(), int(os.environ.get("RANK", 0))
     with ExitStack() as stack:
         try:

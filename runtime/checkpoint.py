@@ -4,8 +4,8 @@
 <out>/step-00012000/meta.json           step, config, versions, data fingerprint, sha256 of the state and of all this
 <out>/weights.safetensors               the averaged network for users, its config as JSON in the header
 
-Files are written under a temporary name, flushed to the disk and renamed. The last KEEP checkpoints stay; a damaged one
-falls back to the one before. Nothing here runs code from a file or unpickles.
+Files are written under a temporary name, flushed to the disk and renamed. A damaged checkpoint falls back to the one
+before. Nothing here runs code from a file or unpickles.
 """
 import errno
 import hashlib
@@ -18,20 +18,20 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
-from filelock import Timeout
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from config import Config, UserError, differences, from_json
 from runtime import distributed, log
-from runtime.log import TEMPORARY, atomic_path, info, remove, sync, warn_on_disk_error, write_bytes, write_text
+from runtime.log import TEMPORARY, atomic_path, info, remove, sync, warn_on_disk_error
 
 FORMAT = 1                              # of checkpoints; a newer one is refused
 KEEP = 2                                # checkpoints that stay
 MARGIN = 1.2                            # free disk space that a checkpoint needs, as a multiple of its size
 MAX_LISTED = 16                         # names in an error message
-# Options that can cure a loss that is not finite.
+# Options that can keep a run from diverging.
 RETRY_FIELDS = ("lr", "lr_mp", "warmup", "lr_decay_start", "cooldown", "grad_clip", "dtype")
 RETRY_HINT = f"change {' or '.join('--' + key for key in RETRY_FIELDS)}"
 # What a resumed run may change. `data` is a path: the data themselves are compared by fingerprint.
@@ -55,10 +55,11 @@ def lock(out: Path) -> Iterator[None]:
         raise UserError(f"cannot write to the run folder {out}: {e}; choose another --out") from e
     with ExitStack() as stack:
         try:
-            if not stack.enter_context(log.lock_file(out / ".lock")):
-                info(f"note: {out} cannot be locked; let one run at a time write to it.")
+            stack.enter_context(FileLock(out / ".lock", timeout=0))
         except Timeout as e:
             raise UserError(f"another run is writing to {out}; wait for it or choose another --out") from e
+        except (OSError, RuntimeError):                     # some network disks have no locks
+            info(f"note: {out} cannot be locked; let one run at a time write to it.")
         for stale in (*out.glob(f"{TEMPORARY}*"), *out.glob(f"samples/{TEMPORARY}*")):
             remove(stale)
         yield
@@ -85,8 +86,8 @@ def need_space(out: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def save(out: Path, step: int, tensors: dict[str, Tensor], meta: dict) -> bool:
-    """Write one checkpoint, then drop old ones. A disk error is a warning and False: training can continue."""
-    tmp, final = out / f"{TEMPORARY}-{step:08d}", folder(out, step)
+    """Write one checkpoint, then drop old ones. A disk error is a warning and False."""
+    tmp = out / f"{TEMPORARY}-{step:08d}"
     try:
         remove(tmp)
         need_space(out, tensors)
@@ -97,14 +98,13 @@ def save(out: Path, step: int, tensors: dict[str, Tensor], meta: dict) -> bool:
         (tmp / "meta.json").write_bytes(json.dumps({**meta, "sha256_meta": _sha256_of({}, meta)}, indent=1).encode())
         sync(tmp / "meta.json")
         sync(tmp)
-
-        remove(final)
-        os.rename(tmp, final)
+        remove(folder(out, step))
+        os.rename(tmp, folder(out, step))
         sync(out)
     except (OSError, SafetensorError) as e:
         remove(tmp)
-        info(f"warning: checkpoint at step {step:,} not written: {e}. Training goes on; last good checkpoint: "
-            f"{', '.join(f'step {s:,}' for s in steps(out)[:1]) or 'none'}.")
+        info(f"warning: checkpoint at step {step:,} not written: {e}. Training continues; last good checkpoint: "
+             f"step {max(steps(out), default=0):,}.")
         return False
     for newer in [s for s in steps(out) if s > step]:       # damaged, or the run would have resumed there
         remove(folder(out, newer))
@@ -119,9 +119,9 @@ def prune(out: Path, step: int) -> None:
 
 
 def latest(out: Path) -> dict | None:
-    """Return the meta of the newest undamaged checkpoint, with a warning for each damaged one; None if there is none.
+    """Return the meta of the newest undamaged checkpoint, with a warning for each damaged one; None without any.
 
-    UserError if all are damaged, or if only weights are left: a run never starts afresh over an old one."""
+    UserError if all are damaged, or if only weights are left: a run never starts over an old one."""
     damaged = []
     for step in steps(out):
         try:
@@ -132,10 +132,10 @@ def latest(out: Path) -> dict | None:
             damaged.append(f"{folder(out, step).name}: {e or type(e).__name__}")
             info(f"warning: checkpoint {damaged[-1]}; it is damaged, trying the one before.")
     if damaged:
-        raise UserError(f"none of the {len(damaged)} checkpoints in {out} can be read ({'; '.join(damaged)}). "
-                        f"Put a good copy back or choose another --out")
+        raise UserError(f"none of the {len(damaged)} checkpoints in {out} can be read ({'; '.join(damaged)}); choose "
+                        "another --out")
     if (out / "weights.safetensors").exists():
-        raise UserError(f"{out} has weights.safetensors but no checkpoint to go on from; choose another --out")
+        raise UserError(f"{out} has weights.safetensors but no checkpoint to resume from; choose another --out")
     return None
 
 
@@ -186,17 +186,17 @@ class Checkpointer:
                 write_weights(self.out / "weights.safetensors", net.state_dict(), {**header, "step": str(step)})
 
 
-# ---------------------------------------------------------------- may this run resume?
+# ---------------------------------------------------------------- conditions of resuming
 
 def check_retry(cfg: Config, out: Path) -> None:
-    """Nonfinite if the last run in `out` ended so and no option that could change this has changed."""
-    last, path = log.read_status(out), out / "config.json"
-    if last.get("state") != "failed:nonfinite" or not path.is_file():
+    """Nonfinite if the last run in `out` diverged and no option that could change this has changed."""
+    last = log.read_status(out)
+    if last.get("state") != "failed:nonfinite":
         return
-    with suppress(UserError):                               # a config of another version
-        old = from_json(path.read_text(encoding="utf-8"))
+    with suppress(UserError, OSError):                      # a config of another version, or none
+        old = from_json((out / "config.json").read_text(encoding="utf-8"))
         if all(getattr(old, key) == getattr(cfg, key) for key in RETRY_FIELDS):
-            raise Nonfinite(f"the last run in {out} was not finite at step {last.get('step')} and nothing relevant has "
+            raise Nonfinite(f"the last run in {out} diverged at step {last.get('step')} and nothing relevant has "
                             f"changed; {RETRY_HINT}, or delete {out / 'status.json'} to try anyway")
 
 
@@ -209,8 +209,8 @@ def check_resume(cfg: Config, meta: dict, fingerprint: str, out: Path) -> None:
     if changed:
         raise UserError(f"cannot resume {out}: {', '.join(changed)}. Choose another --out, or set these back")
     if meta["step"] > cfg.steps:
-        raise UserError(f"{out} is at step {meta['step']:,} already, past steps={cfg.steps:,}; choose more --steps "
-                        "or another --out")
+        raise UserError(f"{out} is at step {meta['step']:,} already, past steps={cfg.steps:,}; raise --steps or choose "
+                        "another --out")
     now = {"threads": torch.get_num_threads(), **distributed.versions()}
     if other := [f"{k} {meta.get(k)} -> {v}" for k, v in now.items() if meta.get(k) != v]:
         info(f"note: {', '.join(other)}; sums may differ in the last bit.")
@@ -250,11 +250,7 @@ def write_weights(path: Path, tensors: dict[str, Tensor], header: dict[str, str]
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read tensors and header of a file that write_weights wrote; UserError if it is missing, foreign or damaged."""
-    header = read_header(path)
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as e:
-        raise UserError(f"{path} is damaged: {e}") from e
+    header, tensors = read_header(path), load_file(path)
     if header.get("sha256") != _sha256_of(tensors, {k: v for k, v in header.items() if k != "sha256"}):
         raise UserError(f"{path} is damaged: its sha256 is not the one in its header")
     return tensors, header
@@ -263,15 +259,14 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def read_header(path: Path) -> dict[str, str]:
     """Read the header of a file that write_weights wrote, without its tensors. UserError for any other file."""
     if not path.is_file():
-        raise UserError(f"no weights at {path}; train.py writes weights.safetensors into its run folder at the first "
-                        f"checkpoint")
+        raise UserError(f"no weights at {path}; train.py writes weights.safetensors at the first checkpoint")
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
     except (OSError, SafetensorError) as e:
         raise UserError(f"{path} is damaged or no safetensors file: {e}") from e
     if "config" not in header:
-        raise UserError(f"{path} has no plaindit config in its header; wanted a weights.safetensors of a run folder")
+        raise UserError(f"{path} has no plaindit config in its header; it must be the weights.safetensors of a run")
     return header
 
 

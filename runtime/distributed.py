@@ -1,16 +1,14 @@
 """Distributed runs: process group, device, compute dtype, collectives, signals.
 
-dist = machine.setup()                          device, rank and number of processes, for python and for torchrun
-with machine.Stop(loud=True) as stop: ...       stop.signal is the number of a SIGINT or SIGTERM, else 0
+dist = distributed.setup()                          device, rank and number of processes, for python and for torchrun
+with distributed.Stop(verbose=True) as stop: ...    stop.signal is the number of a SIGINT or SIGTERM, else 0
 
-A process group always exists, of one process if need be, so nothing below `setup` asks for one.
+A process group always exists, of one process if need be, so nothing below `setup` branches on it.
 """
-import faulthandler
 import os
 import platform
 import signal
 import sys
-import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,10 +17,10 @@ from datetime import timedelta
 import numpy as np
 import PIL
 import torch
-import torch.distributed as dist
+import torch.distributed as c10d
 from torch import Tensor, nn
 
-from config import UserError
+from config import check_name
 
 try:
     import resource
@@ -32,8 +30,8 @@ except ImportError:                     # Windows
 TIMEOUT = timedelta(minutes=30)         # a collective that takes longer has hung
 SIGNALS = (signal.SIGINT, signal.SIGTERM)   # they make a run save and stop
 DTYPES = ("auto", "float32", "bfloat16")
-FILES = (65_536, 10_240)                # open files that a process asks for; macOS grants the second
-DEBOUNCE_S = 2.0                              # seconds within which a signal repeats the one before
+FILES = (65_536, 10_240)                # open files that a process requests; macOS grants the second
+DEBOUNCE_S = 2.0                        # seconds within which a signal repeats the one before
 
 
 @dataclass(frozen=True)
@@ -51,14 +49,11 @@ def setup(threads: int = 0) -> Dist:
     device = find_device(local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        store = dist.HashStore() if world == 1 else None
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world,
-                                timeout=TIMEOUT)
+    if not c10d.is_initialized():
+        c10d.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world,
+                                store=c10d.HashStore() if world == 1 else None, timeout=TIMEOUT)
     raise_file_limit()
     torch.set_num_threads(threads or max(1, cores() // local_world))
-    if hasattr(faulthandler, "register") and sys.__stderr__:    # kill -USR2 prints the stack of every thread
-        faulthandler.register(signal.SIGUSR2, file=sys.__stderr__, all_threads=True)
     return Dist(device, rank, world)
 
 
@@ -67,17 +62,16 @@ def raise_file_limit() -> None:
     if resource is None:                                    # Windows does not count mapped files
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    for most in FILES:
-        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    for limit in FILES if hard < 0 else (min(FILES[0], hard), min(FILES[1], hard)):     # < 0: no limit
         with suppress(ValueError, OSError):                 # macOS grants less than it says
-            if soft != resource.RLIM_INFINITY and soft < most:
-                return resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            if 0 <= soft < limit:
+                return resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 def cleanup() -> None:
     """Leave the process group, at the end of a program."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    if c10d.is_initialized():
+        c10d.destroy_process_group()
 
 
 def cores() -> int:
@@ -92,14 +86,13 @@ def find_device(local_rank: int = 0) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-# ---------------------------------------------------------------- types and speed
+# ---------------------------------------------------------------- dtype, speed, memory
 
 def compute_dtype(device: torch.device, name: str) -> torch.dtype:
     """The dtype of the tokens; "auto" is bfloat16 where the hardware multiplies it.
 
     With bfloat16, the remaining fp32 products may use fast units too (TF32 on CUDA, oneDNN's kernels on CPU)."""
-    if name not in DTYPES:
-        raise UserError(f"unknown dtype={name!r}; there are {', '.join(DTYPES)}")
+    check_name("dtype", name, DTYPES)
     if name == "float32" or name == "auto" and not supports_bf16(device):
         return torch.float32
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else "medium")
@@ -153,73 +146,71 @@ def versions() -> dict[str, str]:
 
 # ---------------------------------------------------------------- several processes
 
-def pin_memory(batch: dict, place: Dist) -> dict:
+def pin_memory(batch: dict, dist: Dist) -> dict:
     """The batch in memory from which a GPU copies while it computes; other devices need none."""
-    if place.device.type != "cuda":
+    if dist.device.type != "cuda":
         return batch
     return {k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
-def wrap_ddp(net: nn.Module, place: Dist) -> nn.Module:
+def wrap_ddp(net: nn.Module, dist: Dist) -> nn.Module:
     """Wrap the network so that its backward pass averages gradients over processes. MPS has no collectives."""
-    if place.device.type == "mps":
+    if dist.device.type == "mps":
         return net
     ddp = nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
     ddp.broadcast_buffers = False                           # they never change
     return ddp
 
 
-def all_reduce_sum(x: Tensor, place: Dist) -> Tensor:
+def all_reduce_sum(x: Tensor, dist: Dist) -> Tensor:
     """The sum of x over all processes."""
-    if place.world > 1:
-        dist.all_reduce(x)
+    if dist.world > 1:
+        c10d.all_reduce(x)
     return x
 
 
-def broadcast_from_rank0(number: int, place: Dist) -> int:
+def broadcast_from_rank0(number: int, dist: Dist) -> int:
     """Rank 0's number, on every process; all wait for rank 0 here."""
-    if place.world == 1:
-        return number
-    box = torch.tensor([number], device=place.device)
-    dist.broadcast(box, 0)
+    box = torch.tensor([number], device=dist.device)
+    if dist.world > 1:
+        c10d.broadcast(box, 0)
     return int(box.item())
 
 
-def replicas_differ(net: nn.Module, place: Dist) -> bool:
+def replicas_differ(net: nn.Module, dist: Dist) -> bool:
     """Whether the fp32 weights of any two processes differ: compares the sum of each parameter's bits."""
-    if place.world == 1:
+    if dist.world == 1:
         return False
     sums = torch.stack([p.detach().view(torch.int32).sum(dtype=torch.int64) for p in net.parameters()])
     both = torch.cat([sums, -sums])
-    dist.all_reduce(both, dist.ReduceOp.MAX)                # largest, and minus smallest
+    c10d.all_reduce(both, c10d.ReduceOp.MAX)                # largest, and minus smallest
     return bool((both[:len(sums)] + both[len(sums):]).any())
 
 
 # ---------------------------------------------------------------- signals
 
 class Stop:
-    """A context in which SIGINT and SIGTERM only set `signal`. A second one, ECHO later, ends the process at once.
+    """A context in which SIGINT and SIGTERM only set `signal`; a second one, DEBOUNCE_S later, ends the process.
 
-    torchrun repeats a Ctrl-C that its processes got already: such an echo is no second signal."""
-    def __init__(self, loud: bool) -> None:
-        self.signal, self.since, self.loud, self.deaf = 0, 0.0, loud, False
+    torchrun repeats a Ctrl-C that its processes got already: that is no second signal. `ignore` = True drops all."""
+    def __init__(self, verbose: bool) -> None:
+        self.signal, self.received, self.verbose, self.ignore = 0, 0.0, verbose, False
 
     def __enter__(self) -> "Stop":
-        here = threading.current_thread() is threading.main_thread()    # Python has handlers in this thread only
-        self.before = {s: signal.signal(s, self.note) for s in SIGNALS} if here else {}
+        self.before = {s: signal.signal(s, self.handle) for s in SIGNALS}
         return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self.before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
+            signal.signal(number, handler)
 
-    def note(self, number: int, frame: object) -> None:
+    def handle(self, number: int, frame: object) -> None:
         """Handle a signal."""
-        if self.deaf or self.signal and time.monotonic() - self.since < DEBOUNCE_S:
+        if self.ignore or self.signal and time.monotonic() - self.received < DEBOUNCE_S:
             return
         if self.signal:
             os._exit(128 + number)
-        self.signal, self.since = number, time.monotonic()
-        if self.loud:
+        self.signal, self.received = number, time.monotonic()
+        if self.verbose:
             with suppress(OSError):                         # a closed terminal
-                os.write(2, b"\nstopping at the next line of the log; once more to stop at once\n")
+                os.write(2, b"\nsaving and stopping at the next line of the log; once more to stop at once\n")

@@ -1,6 +1,5 @@
 """Logging: printed lines, files that appear whole, log.jsonl and skipped.jsonl during a run, status.json at its end.
 
-say("resuming")                                 one line on stderr, past any progress bar
 write_text(out / "config.json", text)           the whole new file or the old one, whatever fails
 window.add(loss, i, T); window.read(...)        sums stay on the device; only `read` waits for it
 run_log.report(step, line)                      a line of log.jsonl, and the progress bar
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
@@ -45,27 +44,11 @@ def info(line: str) -> None:
 
 @contextmanager
 def warn_on_disk_error(what: str) -> Iterator[None]:
-    """Turn a disk error while writing `what` into a warning: training continues without it."""
+    """Turn a disk error while writing `what` into a warning."""
     try:
         yield
     except (OSError, SafetensorError) as e:
-        info(f"warning: {what} not written: {e}. Training goes on.")
-
-
-@contextmanager
-def lock_file(path: Path, wait: bool = False) -> Iterator[bool]:
-    """Hold a lock on `path`; yields False where the disk has no locks. Timeout if it is taken and we do not wait."""
-    lock, held = FileLock(path), True
-    try:
-        lock.acquire(blocking=wait)
-    except Timeout:
-        raise
-    except (OSError, RuntimeError):                         # some network disks have none
-        held = False
-    try:
-        yield held
-    finally:
-        lock.release()
+        info(f"warning: {what} not written: {e}. Training continues.")
 
 
 @contextmanager
@@ -90,16 +73,6 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replace a text file in one step."""
     write_bytes(path, text.encode())
-
-
-def append_whole(path: Path, text: str) -> None:
-    """Append all of the text or, with OSError, nothing."""
-    content = text.encode()
-    with open(path, "ab", buffering=0) as file:
-        end = file.seek(0, os.SEEK_END)
-        if file.write(content) < len(content):
-            file.truncate(end)
-            raise OSError(errno.ENOSPC, "no space left on the disk")
 
 
 def sync(path: Path) -> None:
@@ -163,9 +136,14 @@ class LossWindow:
 
 
 def append(out: Path, line: dict) -> None:
-    """Append one line to log.jsonl, with numbers of six digits."""
+    """Append one line to log.jsonl, with numbers of six digits: all of it or, with OSError, nothing."""
     short = json.loads(json.dumps(line), parse_float=lambda s: float(f"{float(s):.6g}"))
-    append_whole(out / "log.jsonl", json.dumps(short) + "\n")
+    content = json.dumps(short).encode() + b"\n"
+    with open(out / "log.jsonl", "ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        if file.write(content) < len(content):
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, "no space left on the disk")
 
 
 def read(out: Path) -> list[dict]:
@@ -181,8 +159,7 @@ def read(out: Path) -> list[dict]:
 
 def drop_after(out: Path, step: int) -> None:
     """Drop lines and previews newer than the checkpoint, so that a resumed run leaves each once."""
-    kept = [json.dumps(line) + "\n" for line in read(out) if line["step"] <= step]
-    write_text(out / "log.jsonl", "".join(kept))
+    write_text(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in read(out) if line["step"] <= step))
     for preview in out.glob("samples/step-*.png"):
         if (n := preview.stem.removeprefix("step-")).isdigit() and int(n) > step:
             preview.unlink()
@@ -193,10 +170,10 @@ class RunLog:
 
     flops: of a training step per image. peak: FLOP/s of all processes together."""
     def __init__(self, out: Path, start: int, cfg: Config, flops: int, peak: float, dist: distributed.Dist) -> None:
-        self.out, self.cfg, self.flops, self.peak, self.dist = out, cfg, flops, peak, dist
-        self.last, self.t0, self.seconds = start, time.monotonic(), Counter()
+        self.out, self.cfg, self.flops, self.peak, self.dist, self.last = out, cfg, flops, peak, dist, start
         hidden = dist.rank > 0 or not sys.stderr.isatty()
         self.bar = tqdm(total=cfg.steps, initial=start, disable=hidden, unit="step", dynamic_ncols=True)
+        self.restart_clock()
 
     def restart_clock(self) -> None:
         """Start to time the next window of steps."""
@@ -210,7 +187,7 @@ class RunLog:
         self.seconds[part] += time.monotonic() - before
 
     def throughput(self, step: int) -> dict[str, float]:
-        """Speed since the last report, the share of time that went into waiting for data, and seconds left."""
+        """Speed since the last report, the share of time spent waiting for data, and seconds left."""
         steps, seconds = step - self.last, time.monotonic() - self.t0 - self.seconds["aside"]
         rate = self.cfg.batch * steps / seconds
         return {"images_per_second": rate, "tflops": rate * self.flops / 1e12,
@@ -224,12 +201,12 @@ class RunLog:
             return
         with warn_on_disk_error("a line of log.jsonl"):
             append(self.out, {"step": step, **line})
-        loss = f"loss {line['loss']:.4f}"
-        rate = f"{line['images_per_second']:.0f} images/s, {line['share_of_peak']:.0%} of peak"
-        self.bar.set_postfix_str(f"{loss}, {rate}")
+        text = (f"loss {line['loss']:.4f}  {line['images_per_second']:.0f} images/s, {line['share_of_peak']:.0%} of "
+                "peak")
+        self.bar.set_postfix_str(text)
         if self.bar.disable:
             minutes, seconds = divmod(round(line["eta_s"]), 60)
-            info(f"step {step:,}/{self.cfg.steps:,}  {loss}  {rate}  {minutes}:{seconds:02} left")
+            info(f"step {step:,}/{self.cfg.steps:,}  {text}  {minutes}:{seconds:02} left")
 
 
 # ---------------------------------------------------------------- status.json
@@ -254,11 +231,10 @@ class Status:
 
 def read_status(out: Path) -> dict:
     """Read status.json; {} if it is missing or damaged."""
-    try:
+    with suppress(OSError, ValueError):
         found = json.loads((out / "status.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 # ---------------------------------------------------------------- skipped.jsonl
@@ -274,23 +250,18 @@ class SkippedFiles:
         """Add those {name: reason} that the file lacks. A disk error is a warning."""
         if bad.keys() <= self.names:
             return
-        with warn_on_disk_error(SKIPPED), lock_file(self.path.with_name(".skipped.lock"), wait=True):
-            self.catch_up()
-            new = {name: reason for name, reason in bad.items() if name not in self.names}
-            append_whole(self.path, "".join(json.dumps({"name": k, "reason": v}) + "\n" for k, v in new.items()))
+        with warn_on_disk_error(SKIPPED), FileLock(self.path.with_name(".skipped.lock")):
+            with open(self.path, "a+b") as file:
+                file.seek(self.end)
+                whole, newline, _ = file.read().rpartition(b"\n")               # a kill may have left half a line
+                self.end += len(whole + newline)
+                file.truncate(self.end)
+                for line in whole.splitlines():
+                    with suppress(ValueError, TypeError, KeyError):             # a line that we did not write
+                        self.names.add(json.loads(line)["name"])
+                new = {name: reason for name, reason in bad.items() if name not in self.names}
+                file.writelines(json.dumps({"name": k, "reason": v}).encode() + b"\n" for k, v in new.items())
             self.names |= new.keys()
-
-    def catch_up(self) -> None:
-        """Read what any process has added, and cut off half a line that a kill has left."""
-        with open(self.path, "a+b") as file:
-            file.seek(self.end)
-            content = file.read()
-            whole = content[:content.rfind(b"\n") + 1]
-            self.end += len(whole)
-            file.truncate(self.end)
-        for line in whole.splitlines():
-            with suppress(ValueError, TypeError, KeyError):                     # a line that we did not write
-                self.names.add(json.loads(line)["name"])
 
 
 def follow(source: Any, out: Path) -> None:

@@ -1,4 +1,4 @@
-"""Pictures for people: the loss of a run, the magnitudes of its layers, images on a page above their captions.
+"""Plots of a run's loss and magnitudes, and grids of images above their captions.
 
 python -m runtime.plot --out=out/shapes         writes loss.png and, with --magnitudes_every, magnitudes.png
 grid(images, columns=4, captions=texts)         a PIL image
@@ -23,13 +23,14 @@ from runtime import log
 
 NAMES = ("cleanest quarter of the noise range", "second", "third", "noisiest quarter")
 CURVES = 12                             # most measurements in a plot, spread over the run
+MISSING = "not plotted; it needs matplotlib: pip install matplotlib"
 
 
 def plot(out: str | Path) -> str:
     """Write <out>/loss.png: loss by step, mean and by quarter of the noise range. Returns its path, or why not."""
-    lines, path = [line for line in log.read(Path(out)) if "loss" in line], Path(out) / "loss.png"
+    lines = [line for line in log.read(Path(out)) if "loss" in line]
     if (figure := _figure()) is None:
-        return "not plotted; it needs matplotlib: pip install matplotlib"
+        return MISSING
     if not lines:
         return f"not plotted; {out}/log.jsonl has no lines yet"
     axes, steps = figure.subplots(), [line["step"] for line in lines]
@@ -37,20 +38,19 @@ def plot(out: str | Path) -> str:
         quarter = [line["loss_by_noise"][k] for line in lines]
         axes.plot(steps, [float("nan") if v is None else v for v in quarter], linewidth=0.8, label=name)
     axes.plot(steps, [line["loss"] for line in lines], color="black", linewidth=1.6, label="mean")
-
     axes.set(xlabel="step", ylabel="squared error of eps", yscale="log")
     axes.grid(True, which="both", linewidth=0.3)
     axes.legend(frameon=False, fontsize="small")
-    return _save(figure, path)
+    return _save(figure, Path(out) / "loss.png")
 
 
 def plot_magnitudes(out: str | Path) -> str:
     """Write <out>/magnitudes.png: magnitude by depth, one curve a step. Returns its path, or why not.
 
     Left the tokens after each block, 0 the embedded patches; right the RMS of all weights of each block."""
-    lines, path = [line for line in log.read(Path(out)) if "activations" in line], Path(out) / "magnitudes.png"
+    lines = [line for line in log.read(Path(out)) if "activations" in line]
     if (figure := _figure()) is None:
-        return "not plotted; it needs matplotlib: pip install matplotlib"
+        return MISSING
     if not lines:
         return f"not plotted; {out}/log.jsonl has no magnitudes, which train.py writes with --magnitudes_every=500"
     from matplotlib.cm import ScalarMappable
@@ -59,17 +59,15 @@ def plot_magnitudes(out: str | Path) -> str:
     color = ScalarMappable(Normalize(0, lines[-1]["step"]), "viridis")
     every = math.ceil(len(lines) / CURVES)
     for line in lines[(len(lines) - 1) % every::every]:     # the last one always
-        shade = color.to_rgba(line["step"])
-        for axes, (depth, values) in ((left, trunk(line["activations"])), (right, weights(line["weights"]))):
-            axes.plot(depth, values, color=shade, linewidth=1.2, marker=".")
-
+        for axes, points in ((left, trunk(line["activations"])), (right, weights(line["weights"]))):
+            axes.plot(*points, color=color.to_rgba(line["step"]), linewidth=1.2, marker=".")
     left.set(xlabel="after block", ylabel="magnitude of the tokens", yscale="log")
     right.set(xlabel="block", ylabel="RMS of the weights", yscale="log")
     for axes in (left, right):
         axes.grid(True, which="both", linewidth=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
     figure.colorbar(color, ax=right, label="step")
-    return _save(figure, path)
+    return _save(figure, Path(out) / "magnitudes.png")
 
 
 def trunk(activations: dict[str, float]) -> tuple[list[int], list[float]]:
@@ -89,7 +87,7 @@ def weights(named: dict[str, float]) -> tuple[list[int], list[float]]:
 
 
 def _figure() -> Any:
-    """An empty matplotlib figure that no window will ever show; None without matplotlib."""
+    """An empty matplotlib figure without a window; None without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -107,12 +105,12 @@ def _save(figure: Any, path: Path) -> str:
     return str(path)
 
 
-# ---------------------------------------------------------------- images on a page
+# ---------------------------------------------------------------- grids of images
 
 def grid(images: Tensor, columns: int, captions: Sequence[str] = (), scale: int = 0) -> Image.Image:
-    """Draws images (B, C, H, W) in [-1, 1], C 1 or 3, on a white page, `columns` a row, each above its caption.
+    """Put images (B, C, H, W) in [-1, 1] on a white page, `columns` a row, each above its caption.
 
-    scale: enlargement, a whole number; 0 = the smallest for tiles 96 pixels wide. Raises ValueError for another C."""
+    scale: integer enlargement; 0 = the smallest for tiles 96 pixels wide. ValueError unless C is 1 or 3."""
     B, C, H, W = images.shape
     if C not in (1, 3):
         raise ValueError(f"grid shows 1 or 3 channels, got {C}")
@@ -138,7 +136,7 @@ def grid(images: Tensor, columns: int, captions: Sequence[str] = (), scale: int 
 
 
 def _wrap(text: str, font: Any, width: int) -> list[str]:
-    """Breaks `text` into at most 6 lines of about `width` pixels, by the mean width of its letters."""
+    """Break `text` into at most 6 lines of about `width` pixels, by the mean width of its letters."""
     parts = text.splitlines()
     letters = int(width * len(text) / max(1, sum(font.getlength(part) for part in parts)))
     return [line for part in parts for line in textwrap.wrap(part, max(8, letters), max_lines=6)][:6]
@@ -155,7 +153,7 @@ class Options:
 def main(argv: list[str]) -> None:
     out = Path(parse(argv, Options()).out)
     if not (out / "log.jsonl").is_file():
-        raise UserError(f"--out={out} has no log.jsonl; it wants the folder of a run")
+        raise UserError(f"--out={out} is no run folder: it has no log.jsonl")
     print(f"loss: {plot(out)}\nmagnitudes: {plot_magnitudes(out)}")
 
 

@@ -1,22 +1,29 @@
-"""Knobs: what a command line and a config file may say, and what is answered when they say something else."""
+"""Options: what the command line, config files and config.json take, and the errors for everything else."""
 import dataclasses
 import io
+import json
 import math
 import re
 from contextlib import redirect_stderr
 
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.distributed.run import get_args_parser
 
 import config
+import data
+import fid
 import sample
+import train
 from config import Config, ModelConfig, UserError, parse
+from experiments import bench, claims
+from runtime import checkpoint, distributed
 
 KEYS = [key for key, *_ in config.fields(Config())]
 NUMBERS = st.from_regex(r"[-+]?[0-9._]{1,6}(e[-+]?[0-9]{1,3})?", fullmatch=True)
-QUIET = settings(deadline=None, derandomize=True, database=None, max_examples=150)
+QUIET = settings(deadline=None, derandomize=True, database=None, max_examples=60)
 
 
 def get(options, key):
@@ -96,7 +103,7 @@ def test_any_text_gives_a_value_of_the_fields_type_or_a_user_error(key, text):
         except UserError as e:
             assert f"--{key}" in str(e) and repr(text) in str(e)
         else:
-            assert type(value) is config.field_type(Config(), key)
+            assert type(value) is config.find_field(Config(), key)[1]
             if type(value) is str:
                 assert value == text
             elif not math.isnan(value):
@@ -122,10 +129,10 @@ def test_any_words_give_a_config_or_a_user_error(words):
     (["--model=3"], ["--model"]),
     (["--lr.x=3"], ["--lr.x"]),
     (["--zzzzzz=1"], ["--zzzzzz", "out, data", "model.arch"]),
-    (["--lr=fast"], ["--lr", "a float", "'fast'"]),
-    (["--steps=2.5"], ["--steps", "an int", "'2.5'"]),
-    (["--steps="], ["--steps", "an int", "''"]),
-    (["--steps"], ["--steps", "an int", "--help"]),
+    (["--lr=fast"], ["--lr", "float", "'fast'"]),
+    (["--steps=2.5"], ["--steps", "int", "'2.5'"]),
+    (["--steps="], ["--steps", "int", "''"]),
+    (["--steps"], ["--steps", "int", "--help"]),
     (["steps=3"], ["--key=value", "'steps=3'", "--help"]),
     (["-lr=3"], ["--key=value", "'-lr=3'"]),
 ])
@@ -135,12 +142,12 @@ def test_a_bad_word_is_named_with_what_would_do(words, parts):
 
 
 @pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(ModelConfig)])
-def test_a_model_field_without_its_prefix_is_answered_with_it(name):
+def test_a_model_field_without_its_prefix_is_named_with_it(name):
     assert f"--model.{name}" in message([f"--{name}=3"])
 
 
 def test_a_bad_bool_is_named():
-    assert "--bright wants a bool, got 'maybe'" in message(["--bright=maybe"], Switches())
+    assert "--bright must be bool, got 'maybe'" in message(["--bright=maybe"], Switches())
 
 
 def test_user_error_is_a_value_error():
@@ -152,14 +159,14 @@ def test_user_error_is_a_value_error():
 def test_the_default_config_and_every_bound_are_in_range():
     config.check_ranges(Config())
     for key, bounds in config.RANGES.items():
-        kind = config.field_type(Config(), key)
+        kind = config.find_field(Config(), key)[1]
         for bound in bounds:
             config.check_ranges(config.put(Config(), key, kind(bound)))
 
 
 @pytest.mark.parametrize("key", config.RANGES)
 def test_a_number_outside_its_range_is_named_with_the_range(key):
-    kind, (low, high) = config.field_type(Config(), key), config.RANGES[key]
+    kind, (low, high) = config.find_field(Config(), key)[1], config.RANGES[key]
     step = 1 if kind is int else 1e-3 + 1e-3 * high
     for value in [kind(low - step), kind(high + step)] + [math.nan, math.inf] * (kind is float):
         with pytest.raises(UserError) as e:
@@ -168,7 +175,7 @@ def test_a_number_outside_its_range_is_named_with_the_range(key):
 
 
 def test_every_number_of_a_run_but_the_seed_has_a_range():
-    numbers = {f.name for f in dataclasses.fields(Config) if f.type in (int, float)}
+    numbers = {key for key, kind, *_ in config.fields(Config()) if kind in (int, float) and key[:6] != "model."}
     assert numbers - {"seed"} == set(config.RANGES)
 
 
@@ -189,8 +196,9 @@ def test_help_has_every_field_with_type_default_and_comment(options, capsys):
 
 
 def test_help_rows_are_the_fields_in_the_order_of_the_source():
-    flat = [f.name for f in dataclasses.fields(Config) if f.name != "model"]
-    inner = ["model." + f.name for f in dataclasses.fields(ModelConfig)]
+    parts = {"model": ModelConfig, "shapes": config.ShapesConfig}
+    flat = [f.name for f in dataclasses.fields(Config) if f.name not in parts]
+    inner = [f"{part}.{f.name}" for part, kind in parts.items() for f in dataclasses.fields(kind)]
     assert [k for k in KEYS if "." not in k] == flat and [k for k in KEYS if "." in k] == inner
 
 
@@ -223,11 +231,11 @@ def test_the_committed_config_files_load():
     ("config = ModelConfig()", ["config = Config(...)", "ModelConfig"]),
     ("config = Config(stepz=3)", ["'stepz'", "--help"]),
     ("config = Config(model=ModelConfig(dept=3))", ["'dept'", "--help"]),
-    ("config = Config(lr='fast')", ["lr", "a float", "'fast'"]),
-    ("config = Config(steps=2.5)", ["steps", "an int", "2.5"]),
-    ("config = Config(steps=True)", ["steps", "an int", "True"]),
-    ("config = Config(out=None)", ["out", "a str", "None"]),
-    ("config = Config(model=ModelConfig(depth='x'))", ["depth", "an int", "'x'"]),
+    ("config = Config(lr='fast')", ["lr", "float", "'fast'"]),
+    ("config = Config(steps=2.5)", ["steps", "int", "2.5"]),
+    ("config = Config(steps=True)", ["steps", "int", "True"]),
+    ("config = Config(out=None)", ["out", "str", "None"]),
+    ("config = Config(model=ModelConfig(depth='x'))", ["depth", "int", "'x'"]),
     ("config = Config(model=3)", ["model", "ModelConfig", "3"]),
 ])
 def test_a_config_file_with_a_mistake_is_a_user_error(tmp_path, text, parts):
@@ -298,3 +306,137 @@ def test_torchrun_passes_every_flag_of_sample_on_after_two_dashes(key, form):
 def test_without_the_two_dashes_torchrun_takes_n_for_its_own():
     with pytest.raises(SystemExit):
         through_torchrun(["--nproc_per_node=3", "sample.py", "--n=5"])
+
+
+# ---------------------------------------------------------------- old names of options, and those of other projects
+
+def example(options, key):
+    """A value of the field that is not its default, and the same as text."""
+    kind, value = config.find_field(options, key)[1], get(options, key)
+    other = {bool: True, int: 3, float: 0.25, str: "other"}[kind]
+    assert other != value
+    return other, str(other)
+
+
+PROGRAMS = {"train": Config(), "sample": sample.Options(), "claims": claims.Options(), "fid": fid.Options(),
+            "fid ref": fid.RefOptions(), "data": data.Options(), "bench": bench.Options()}
+OF_RUNS = {old: new for old, new in config.RENAMED.items() if new in KEYS}
+
+
+@pytest.mark.parametrize("old", config.RENAMED)
+def test_an_old_name_is_taken_by_the_command_line_with_a_note(old, capsys):
+    new, taken = config.RENAMED[old], 0
+    for program, options in PROGRAMS.items():
+        names = {key for key, *_ in config.fields(options)}
+        if new in names and old not in names:
+            value, text = example(options, new)
+            for words in ([f"--{old}={text}"], [f"--{old.replace('_', '-')}", text])[:1 if value is True else 2]:
+                assert parse(words, options) == config.put(options, new, value), program
+                assert capsys.readouterr().err == f"note: --{old} is now --{new}\n"
+            taken += 1
+    assert taken
+
+
+@pytest.mark.parametrize("old", OF_RUNS)
+def test_an_old_name_is_taken_by_a_config_file_with_a_note(old, tmp_path, capsys):
+    new = OF_RUNS[old]
+    value, _ = example(Config(), new)
+    inside = old.removeprefix("model.")
+    call = f"Config(seed=7, {old}={value!r})"
+    if inside != old:
+        call = f"Config(seed=7, model=ModelConfig({inside}={value!r}))"
+    for text in (f"config = {call}", f"import dataclasses\nconfig = dataclasses.replace({call}, out='there')"):
+        assert getattr(config.load(write(tmp_path, text)), "seed") == 7
+        assert get(config.load(write(tmp_path, text)), new) == value
+        assert capsys.readouterr().err == 2 * f"note: {old} is now {new}\n"
+
+
+def test_a_config_file_may_mix_old_and_new_names(tmp_path, capsys):
+    text = ("from config import ShapesConfig\nconfig = Config(lam=3, objects=1, shapes=ShapesConfig(layout='grid'), "
+            "model=ModelConfig(base=4, depth=3))")
+    cfg = config.load(write(tmp_path, text))
+    assert cfg == Config(guidance=3.0, shapes=config.ShapesConfig(1, "grid"), model=ModelConfig(pos_base=4, depth=3))
+    assert capsys.readouterr().err.count("note: ") == 3
+    with pytest.raises(UserError, match="'square'"):        # an old name of another program's option
+        config.load(write(tmp_path, "config = Config(square=3)"))
+
+
+def with_old_names(tree):
+    """The tree of a config.json as it was before options got their present names."""
+    flat = {key: get(config.from_json(json.dumps(tree)), key) for key in KEYS}
+    old = {new: name for name, new in config.RENAMED.items() if name in OF_RUNS}
+    flat = {old.get(key, key): value for key, value in flat.items()}
+    model = {key.removeprefix("model."): value for key, value in flat.items() if key.startswith("model.")}
+    return {"model": model, **{key: value for key, value in flat.items() if "." not in key}}
+
+
+def test_an_old_config_json_is_read_without_a_note(capsys):
+    cfg = Config()
+    for new in OF_RUNS.values():
+        cfg = config.put(cfg, new, example(cfg, new)[0])
+    tree = with_old_names(json.loads(config.to_json(cfg)))
+    assert tree["objects"] == 3 and tree["lam"] == 0.25 and tree["model"]["preserve"] == "other"
+    assert not {"guidance", "shapes", "microbatch"} & set(tree) and "mp" not in tree["model"]
+    assert config.from_json(json.dumps(tree)) == cfg
+    assert capsys.readouterr() == ("", "")
+
+
+def rewrite_with_old_names(out):
+    """Give a run folder the names of options that it would have had before they changed, with its hashes."""
+    old = with_old_names(json.loads((out / "config.json").read_text()))
+    (out / "config.json").write_text(json.dumps(old))
+    for path in out.glob("step-*/meta.json"):
+        meta = {**json.loads(path.read_text()), "config": old}
+        meta.pop("sha256_meta")
+        path.write_text(json.dumps({**meta, "sha256_meta": checkpoint._sha256_of({}, meta)}))
+    tensors, header = checkpoint.read_weights(out / "weights.safetensors")
+    del header["sha256"]
+    checkpoint.write_weights(out / "weights.safetensors", tensors, {**header, "config": json.dumps(old)})
+    assert '"lam"' in checkpoint.read_header(out / "weights.safetensors")["config"]
+
+
+def test_a_run_with_old_names_resumes_with_old_and_new_flags_and_is_sampled(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(distributed, "matmul_peak", lambda *_: 1.0)
+    monkeypatch.setattr(distributed, "find_device", lambda *_: torch.device("cpu"))
+    monkeypatch.setattr(train, "plot", lambda out: "none")
+    same = ["--threads=1", "--workers=0", "--batch=4", "--sample_every=0", "--model.semantics=none", "--model.width=16",
+            "--model.depth=1", "--model.heads=2", "--model.resolution=8", f"--out={tmp_path}"]
+    old = ["--micro=2", "--lam=3", "--drop=0.2", "--ema=0.05", "--clip=2", "--objects=1", "--scenes=grid",
+           "--model.noise_steps=50", "--model.rescale=2"]
+    new = ["--microbatch=2", "--guidance=3", "--cond_dropout=0.2", "--ema_std=0.05", "--grad_clip=2",
+           "--shapes.objects=1", "--shapes.layout=grid", "--model.timesteps=50", "--model.sigma_scale=2"]
+    assert train.run([*same, *old, "--steps=2"]) == 0
+    for steps, flags in ((4, old), (6, new)):
+        rewrite_with_old_names(tmp_path)
+        capfd.readouterr()
+        assert train.run([*same, *flags, f"--steps={steps}"]) == 0
+        text = capfd.readouterr().err
+        assert f"from step {steps - 2} " in text and text.count("note: --") == (len(old) if flags is old else 0)
+    rewrite_with_old_names(tmp_path)
+    assert train.run([*same, *new, "--steps=8", "--seed=1"]) == 2 and "seed: 0 -> 1" in capfd.readouterr().err
+    sample.main([f"--out={tmp_path}", "--n=2", "--steps=2", "--threads=1", "--beta=1", "--file=weights.safetensors"])
+    text = capfd.readouterr().err
+    assert "--beta is now --control_guidance" in text and "--file is now --ema_file" in text
+    assert len(list((tmp_path / "samples").glob("*.png"))) == 1
+    assert config.from_json(sample.load_run(sample.Options(out=str(tmp_path)), torch.device("cpu")).header["config"]
+                            ).guidance == 3.0
+
+
+@pytest.mark.parametrize("words, part", [
+    (["--cfg=3"], "--cfg is --guidance here"), (["--cfg_scale=3"], "--cfg_scale is --guidance here"),
+    (["--guidance-scale", "3"], "--guidance_scale is --guidance here"), (["--wandb"], "<out>/log.jsonl has every line"),
+    (["--resume=out/a"], "the same command again resumes"), (["configs/shapes.py"], "--config=configs/shapes.py"),
+    (["--lr=1", "configs/shapes.py"], "--config=configs/shapes.py")])
+def test_a_habit_is_an_error_that_names_the_right_option(words, part):
+    assert part in message(words)
+
+
+@pytest.mark.parametrize("key", config.HABITS)
+def test_every_habit_has_an_answer(key):
+    here, answered = config.HABITS[key], 0
+    for options in (Config(), sample.Options()):
+        if " " in here or here in {name for name, *_ in config.fields(options)}:
+            text = message([f"--{key}=3"], options)
+            assert text == (f"--{key} {here}" if " " in here else f"--{key} is --{here} here")
+            answered += 1
+    assert answered

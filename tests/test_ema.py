@@ -223,7 +223,7 @@ def test_a_disk_that_is_full_half_way_leaves_no_half_file_and_the_run_goes_on(tm
     monkeypatch.setattr(checkpoint, "save_file", full)
     kept = make_emas(Weights(3), 0.1, 2)
     take_snapshot(tmp_path, 1, kept, ABOUT)
-    assert list((tmp_path / "snapshots").iterdir()) == [] and "Training goes on" in capsys.readouterr().err
+    assert list((tmp_path / "snapshots").iterdir()) == [] and "Training continues" in capsys.readouterr().err
     monkeypatch.setattr(checkpoint, "save_file", real)
     take_snapshot(tmp_path, 1, kept, ABOUT)
     assert len(find_snapshots(tmp_path)) == 2

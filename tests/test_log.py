@@ -1,8 +1,6 @@
-"""The log: the arithmetic of a window, the lines and statuses that survive, skipped files, and the plot of the loss."""
+"""The log: the arithmetic of a window, the lines and statuses that survive, and skipped files."""
 import errno
 import json
-import os
-import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -13,7 +11,7 @@ from PIL import Image
 
 import data
 from config import Config, UserError
-from runtime import distributed, log, plot
+from runtime import distributed, log
 from runtime.log import SKIPPED, SkippedFiles, follow
 
 CPU = torch.device("cpu")
@@ -28,7 +26,7 @@ def line(step, loss=0.5):
 
 # ---------------------------------------------------------------- a window
 
-def test_a_window_is_the_mean_over_its_pictures_by_quarter():
+def test_a_window_is_the_mean_over_its_images_by_quarter():
     g, window, T = torch.Generator().manual_seed(0), log.LossWindow(CPU), 1000
     i, loss = torch.randint(T, (3, 2, 5), generator=g), torch.rand(3, 2, 5, generator=g)
     i[0, 0] = torch.tensor([0, 249, 250, 749, 999])
@@ -36,14 +34,14 @@ def test_a_window_is_the_mean_over_its_pictures_by_quarter():
         for m in range(2):
             window.add(loss[step, m], i[step, m], T)
         window.add_norm(torch.tensor(2.0 + step), step)
-    found, asked, bad = window.read(3, QUIET, ALONE)
+    found, stop_signal, bad = window.read(3, QUIET, ALONE)
     quarter = i.div(250, rounding_mode="floor")
     assert found["loss"] == pytest.approx(loss.mean().item())
     assert found["loss_by_noise"] == pytest.approx([loss[quarter == k].mean().item() for k in range(4)])
-    assert found["grad_norm"] == pytest.approx(3.0) and (asked, bad) == (0, -1)
+    assert found["grad_norm"] == pytest.approx(3.0) and (stop_signal, bad) == (0, -1)
 
 
-def test_a_window_begins_again_and_a_quarter_without_pictures_is_none():
+def test_a_window_begins_again_and_a_quarter_without_images_is_none():
     window = log.LossWindow(CPU)
     window.add(torch.tensor([9.0, 9.0]), torch.tensor([1, 99]), 100)
     window.add_norm(torch.tensor(5.0), 0)
@@ -67,7 +65,7 @@ def test_a_window_remembers_the_first_bad_step(value):
 
 
 @pytest.mark.parametrize("number", distributed.SIGNALS)
-def test_a_window_tells_which_signal_came(number):
+def test_a_window_tells_which_signal_arrived(number):
     window = log.LossWindow(CPU)
     window.add(torch.tensor([1.0]), torch.tensor([0]), 10)
     assert window.read(1, SimpleNamespace(signal=number), ALONE)[1] == number
@@ -193,7 +191,7 @@ def skipped(out):
 
 
 def folder(root, count, **bad):
-    """Class folder c with `count` pictures, and files with other content."""
+    """Class folder c with `count` images, and files with other content."""
     (root / "c").mkdir(parents=True)
     for k in range(count):
         Image.new("RGB", (20, 16), (k, 0, 0)).save(root / "c" / f"{k}.png")
@@ -209,7 +207,7 @@ def test_a_file_is_named_once_with_the_reason_whoever_meets_it(tmp_path):
     one.note({"a": "cut", "b\nc \ud83d": "empty"})
     two.note({"a": "met again", "d": "cut"})
     one.note({"d": "met again"})
-    SkippedFiles(tmp_path).note({"a": "the run goes on"})
+    SkippedFiles(tmp_path).note({"a": "the run resumes"})
     assert skipped(tmp_path) == [("a", "cut"), ("b\nc \ud83d", "empty"), ("d", "cut")]
 
 
@@ -224,18 +222,15 @@ def test_many_that_write_at_once_lose_nothing_and_repeat_nothing(tmp_path):
     assert sorted(name for name, _ in skipped(tmp_path)) == sorted(f"{k}.png" for k in range(8))
 
 
-def test_one_waits_while_another_reads_and_writes(tmp_path):
-    class Slow(SkippedFiles):
-        def catch_up(self):
-            super().catch_up()
-            time.sleep(0.02)
-
-    threads = [threading.Thread(target=Slow(tmp_path).note, args=({"a": "cut"},)) for _ in range(3)]
+def test_one_waits_while_another_reads_and_writes(tmp_path, monkeypatch):
+    real = json.dumps
+    monkeypatch.setattr(json, "dumps", lambda line: (time.sleep(0.02), real(line))[1])      # after reading
+    threads = [threading.Thread(target=SkippedFiles(tmp_path).note, args=({"a": "cut"},)) for _ in range(3)]
     [t.start() for t in threads], [t.join() for t in threads]
     assert skipped(tmp_path) == [("a", "cut")]
 
 
-def test_half_a_line_is_taken_away_and_what_is_of_another_hand_stays(tmp_path):
+def test_half_a_line_is_cut_off_and_foreign_lines_stay(tmp_path):
     SkippedFiles(tmp_path).note({"a": "cut"})
     with open(tmp_path / SKIPPED, "ab") as file:
         file.write(b'7\n{"reason": 1}\n\xff\n{"name": "b", "rea')
@@ -267,7 +262,7 @@ def test_a_disk_that_refuses_is_a_warning_and_the_file_is_named_later(tmp_path, 
     assert skipped(tmp_path) == [("a", "cut")]
 
 
-def test_a_source_names_what_it_has_passed_over_and_will(tmp_path):
+def test_a_source_names_what_it_has_skipped_and_will(tmp_path):
     source = data.ImageFolder(folder(tmp_path / "set", 9, empty=b"", html=b"<html>"), 16, max_bad=0.5)
     follow(source, tmp_path)
     assert skipped(tmp_path) == [("c/empty.png", "empty file or link to nothing")]
@@ -284,24 +279,3 @@ def test_the_messages_lead_to_the_file(tmp_path, capsys):
             source.note_bad(source.name(k), "x")
     assert capsys.readouterr().err.splitlines()[-1].endswith(f"all are in {tmp_path / SKIPPED}")
     assert len(skipped(tmp_path)) == 28
-
-
-# ---------------------------------------------------------------- loss.png
-
-def test_the_loss_becomes_a_picture(tmp_path):
-    pytest.importorskip("matplotlib")
-    assert "no lines yet" in plot.plot(tmp_path)
-    for step in range(10, 60, 10):
-        log.append(tmp_path, line(step, 5 / step))
-    assert plot.plot(tmp_path) == plot.plot(str(tmp_path)) == str(tmp_path / "loss.png")
-    with Image.open(tmp_path / "loss.png") as picture:
-        assert picture.size == (1050, 600) and len(picture.convert("RGB").getcolors(10 ** 6)) > 50
-    assert sorted(os.listdir(tmp_path)) == ["log.jsonl", "loss.png"]
-
-
-def test_without_matplotlib_it_says_how_to_get_it(tmp_path, monkeypatch):
-    for name in [m for m in sys.modules if m.split(".")[0] == "matplotlib"] + ["matplotlib", "matplotlib.figure",
-                                                                               "matplotlib.backends.backend_agg"]:
-        monkeypatch.setitem(sys.modules, name, None)
-    log.append(tmp_path, line(10))
-    assert "pip install matplotlib" in plot.plot(tmp_path) and not (tmp_path / "loss.png").exists()

@@ -1,26 +1,21 @@
-"""Magnitudes of a network's layers: what is measured, that measuring changes nothing, and their picture."""
-import json
+"""Magnitudes of a network's layers: what is measured, and that measuring changes nothing."""
 import math
-import runpy
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
 import model
 from conditioning import Condition
-from config import ModelConfig, UserError
-from runtime import log, magnitudes, plot
+from config import ModelConfig
+from runtime import magnitudes
 
 CFG = ModelConfig(arch="mmdit", semantics="class", classes=5, width=16, depth=3, heads=2, resolution=12)
 
 
 def network(arch="mmdit"):
-    """A network with every weight random, so that all of its parts say something."""
+    """A network with every weight random, so that every part contributes."""
     torch.manual_seed(0)
     net = model.build(ModelConfig(**{**vars(CFG), "arch": arch}))
     with torch.no_grad():
@@ -116,65 +111,3 @@ def test_compiled_blocks_are_measured_and_nothing_is_compiled_for_that():
     compiled = counter.frame_count
     assert magnitudes.measure(net, partial(net, x, i, cond)) == plain
     assert torch.equal(net(x, i, cond), wanted) and counter.frame_count == compiled > 0
-
-
-# ---------------------------------------------------------------- magnitudes.png
-
-def lines(out, measured, steps=(10, 20, 30)):
-    for step in steps:
-        line = {"step": step, "loss": 1 / step, "loss_by_noise": [0.1, None, 0.3, 0.4]}
-        log.append(out, line | (measured if step > 10 else {}))
-
-
-def test_depth_is_read_from_the_names():
-    net = network()
-    found = magnitudes.measure(net, partial(net, *inputs()))
-    depth, values = plot.trunk(found["activations"])
-    assert depth == [0, 1, 2, 3]
-    assert values == [found["activations"][k] for k in ("x_embedder", "blocks.0", "blocks.1", "blocks.2")]
-    assert plot.weights({"blocks.0.a.weight": 3.0, "blocks.0.b.weight": 4.0, "blocks.0.b.gain": 9.0,
-                         "final.weight": 8.0, "blocks.11.a.weight": 2.0}) == ([1, 12], [math.sqrt(12.5), 2.0])
-
-
-@pytest.mark.slow
-def test_magnitudes_become_a_picture_beside_the_loss(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
-    net = network()
-    lines(tmp_path, json.loads(json.dumps(magnitudes.measure(net, partial(net, *inputs())))))
-    plot.main([f"--out={tmp_path}"])
-    assert capsys.readouterr().out.split() == ["loss:", str(tmp_path / "loss.png"), "magnitudes:",
-                                               str(tmp_path / "magnitudes.png")]
-    for name in ("loss.png", "magnitudes.png"):
-        with Image.open(tmp_path / name) as picture:
-            assert picture.size == (1050, 600) and len(picture.convert("RGB").getcolors(10 ** 6)) > 50
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["log.jsonl", "loss.png", "magnitudes.png"]
-
-
-@pytest.mark.parametrize("count", [1, 12, 13, 40])
-def test_of_many_measurements_a_few_are_drawn_and_the_last_always(tmp_path, monkeypatch, count):
-    pytest.importorskip("matplotlib")
-    drawn = []
-    monkeypatch.setattr(plot, "_save", lambda figure, path: drawn.extend(
-        line.get_color() for line in figure.axes[0].lines))
-    steps = range(20, 20 + 10 * count, 10)
-    measured = {"activations": {"x_embedder": 1.0, "blocks.0": 2.0}, "weights": {"blocks.0.w.weight": 1.0}}
-    lines(tmp_path, measured, steps)
-    plot.plot_magnitudes(tmp_path)
-    assert count / 4 <= len(drawn) <= min(count, 12) and len(set(drawn)) == len(drawn)
-    assert drawn[-1][:3] == pytest.approx((0.993248, 0.906157, 0.143936), abs=1e-5)         # viridis at its end
-
-
-def test_a_run_without_magnitudes_says_how_to_get_them(tmp_path):
-    pytest.importorskip("matplotlib")
-    lines(tmp_path, {})
-    assert "--magnitudes_every" in plot.plot_magnitudes(tmp_path)
-    assert not (tmp_path / "magnitudes.png").exists()
-
-
-def test_a_folder_that_is_no_run_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
-    with pytest.raises(UserError, match="no log.jsonl"):
-        plot.main([f"--out={tmp_path}"])
-    monkeypatch.setattr(sys, "argv", ["runtime/plot.py", f"--out={tmp_path}"])
-    with pytest.raises(SystemExit) as e:
-        runpy.run_path(str(Path(plot.__file__)), run_name="__main__")
-    assert e.value.code == 2 and capsys.readouterr().err.startswith("error: --out=")

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.skipif(not shutil.which("bash") or os.name == "nt", reason="a job script wants bash")
+pytestmark = pytest.mark.skipif(not shutil.which("bash") or os.name == "nt", reason="a job script needs bash")
 
 
 def submit(folder, state, **changed):
-    """Run the script; srun leaves status.json in this state. What was called, a line each, and the exit code."""
+    """Run the script; srun leaves status.json in this state. The calls, a line each, and the finished process."""
     for name, body in (("srun", f'mkdir -p run; echo \'{{"state": "{state}"}}\' > run/status.json'),
                        ("scontrol", 'if [ "$1" = show ]; then echo node7; echo node8; fi'), ("scancel", "")):
         (folder / name).write_text(f'#!/bin/bash\necho "{name} $*" >> calls\n{body}\n')
@@ -38,6 +38,6 @@ def test_all_nodes_meet_at_the_first_and_the_flags_reach_train(tmp_path):
     assert call.endswith("train.py --config=configs/imagenet256.py --out=run")
 
 
-def test_a_job_without_a_place_to_write_is_an_error(tmp_path):
+def test_a_job_without_a_run_folder_is_an_error(tmp_path):
     calls, done = submit(tmp_path, "done", OUT="")
     assert done.returncode != 0 and "OUT=out/name" in done.stderr and not calls

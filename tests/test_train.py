@@ -79,6 +79,9 @@ def serve():
     import torch._dynamo                                    # every optimizer does
 
     modules = sorted(sys.modules)
+    import multiprocessing.synchronize, numpy.ctypeslib, numpy.ma       # imported by every run
+    model.flops(config.parse(TINY, config.Config()).model)  # counted once for all runs
+    os.fsync = lambda handle: None                          # a killed process loses nothing that it has written
     config.help_text(config.Config())                       # reads the source, once for all runs
     distributed.matmul_peak = lambda *_: 1e12
     distributed.find_device = lambda *_: torch.device("cpu")
@@ -119,7 +122,7 @@ def terminal():
 
 
 def drain(handle):
-    """What is there to read, without waiting for more."""
+    """Everything that can be read now, without waiting for more."""
     parts = []
     try:
         while part := os.read(handle, 65536):
@@ -157,7 +160,7 @@ def fork(job, rank, world, port, handle):
 
 
 def feed(job, rank):
-    """Signals and bad pictures come with the data, so that they come at an exact step."""
+    """Signals and bad images come with the data, so that they come at an exact step."""
     real, (at, who, *numbers), (bad, what) = data.load_microbatch, job.get("signals", (-1, 0)), job.get("bad", (-1, ""))
     rate = train.learning_rate
     if what == "rate":
@@ -191,8 +194,8 @@ class Disk:
         self.wrap(Path, "write_bytes", lambda path, content: os.truncate(path, len(content) // 2))
         self.wrap(log, "append", lambda out, line: cut(out / "log.jsonl", 9))
 
-    def wrap(self, room, name, halve):
-        real = getattr(room, name)
+    def wrap(self, owner, name, halve):
+        real = getattr(owner, name)
         def call(*args, **kwargs):
             self.halved += [self.calls] if halve else []
             self.calls += 1
@@ -204,7 +207,7 @@ class Disk:
                 real(*args, **kwargs)
                 halve(*args, **kwargs)
             os.kill(os.getpid(), signal.SIGKILL)
-        setattr(room, name, call)
+        setattr(owner, name, call)
 
 
 def cut(path, count):
@@ -270,11 +273,11 @@ def check_faults(run, straight, tmp_path, points):
 
 @needs_fork
 def test_killed_at_some_disk_calls_and_run_again_it_is_the_same_run(run, straight, tmp_path):
-    """Within the first lines, within the second checkpoint, within its half-written state, near the end."""
+    """Within the second checkpoint, within its half-written state, near the end."""
     calls, writes = straight[1], straight[3]
     assert calls > 60 and len(writes) > 12
-    check_faults(run, straight, tmp_path, [(calls // 8, "kill"), (writes[len(writes) // 2], "half"),
-                                           (calls // 2, "kill"), (calls - 4, "kill")])
+    check_faults(run, straight, tmp_path, [(writes[len(writes) // 2], "half"), (calls // 2, "kill"),
+                                           (calls - 4, "kill")])
 
 
 @needs_fork
@@ -291,9 +294,9 @@ def test_killed_at_random_moments_it_is_the_same_run(run, tmp_path):
     """Kill runs at random moments, and resume each until it ends, until there were 50 kills."""
     flags, draw, kills, runs = ("--steps=40", "--save_every=7", "--log_every=5"), random.Random(0), 0, 0
     for name in ("warm-up", "straight"):
-        begun = time.monotonic()
+        t0 = time.monotonic()
         finish(run, tmp_path / name, *flags)
-    whole = time.monotonic() - begun
+    whole = time.monotonic() - t0
     while kills < 50:
         out, runs = tmp_path / str(runs), runs + 1
         while run(out, *flags, kill=draw.uniform(0.1, 0.9) * whole)["codes"] != [0]:
@@ -347,12 +350,12 @@ def test_orthogonal_and_normalized_steps_are_the_same_on_two_processes_and_after
 
 @needs_fork
 @pytest.mark.slow
-def test_real_pictures_on_two_processes_then_one_are_those_of_one(run, tmp_path):
+def test_real_images_on_two_processes_then_one_are_those_of_one(run, tmp_path):
     """A class folder, cropped and mirrored, with two files of no use, which both processes meet."""
     for k in range(12):
         (tmp_path / "set" / f"class {k % 3}").mkdir(parents=True, exist_ok=True)
-        picture = Image.linear_gradient("L").rotate(30 * k).resize((30 + k, 24 + 2 * k))
-        picture.convert("RGB").save(tmp_path / "set" / f"class {k % 3}" / f"{k}.jpg")
+        image = Image.linear_gradient("L").rotate(30 * k).resize((30 + k, 24 + 2 * k))
+        image.convert("RGB").save(tmp_path / "set" / f"class {k % 3}" / f"{k}.jpg")
     for name, content in (("html", b"<html>"), ("empty", b"")):
         (tmp_path / "set" / "class 1" / f"{name}.jpg").write_bytes(content)
     flags = [f"--data={tmp_path / 'set'}", "--augment=crop+flip", "--model.semantics=class", "--model.arch=dit",
@@ -399,13 +402,13 @@ def test_an_error_of_one_process_is_shown_and_is_the_status(run, tmp_path):
 
 @needs_fork
 @pytest.mark.parametrize("number, flags", [(signal.SIGTERM, ()), (signal.SIGINT, ("--workers=2",))])
-def test_a_signal_saves_and_stops_and_the_same_command_goes_on(run, straight, tmp_path, number, flags):
+def test_a_signal_saves_and_stops_and_the_same_command_resumes(run, straight, tmp_path, number, flags):
     out = tmp_path / "out"
     ended = run(out, *flags, signals=[4, 0, [0, number]])
     assert ended["codes"] == [128 + number] and "threads []" in ended["text"]
     step = log.read_status(out)["step"]
     assert step == 6 or flags and step == 3                 # workers fetch ahead
-    assert (f"stopped by {number.name} at step {step}; checkpoint saved at step {step}; the same command goes on."
+    assert (f"stopped by {number.name} at step {step}; saved at step {step}; the same command resumes."
             in ended["text"])
     assert checkpoint.steps(out)[0] == step
     status = log.read_status(out)
@@ -481,7 +484,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_anything_is_spoilt(run, 
         before = leaves_of_a_failure(out)
         ended = run(out, bad=[7, "image"])
         assert ended["codes"] == [3] and "step 3/12" not in ended["text"]
-        error(ended, "not finite at step 8", "--lr", "--clip", "status.json")
+        error(ended, "diverged at step 8", "--lr", "--grad_clip", "status.json")
         assert leaves_of_a_failure(out) == before
     finish(run, out, "--lr=4e-4")
     assert leaves(out)["state"] == "done" and leaves(out)["weights"] != leaves(straight[0])["weights"]
@@ -526,11 +529,11 @@ def test_after_a_bad_gradient_the_optimizer_touches_nothing():
 # ---------------------------------------------------------------- what is not resumed
 
 @needs_fork
-def test_a_run_that_is_another_one_is_refused_by_name(run, straight):
+def test_a_run_with_other_options_is_refused_by_name(run, straight):
     before = leaves_of_a_failure(straight[0])
     for flags, parts in (
-            (["--model.depth=3", "--microbatch=8"], ["model.depth: 1 -> 3", "micro: 4 -> 8"]),
-            (["--ema_std=0.05"], ["ema: 0.1 -> 0.05"]),
+            (["--model.depth=3", "--microbatch=8"], ["model.depth: 1 -> 3", "microbatch: 4 -> 8"]),
+            (["--ema_std=0.05"], ["ema_std: 0.1 -> 0.05"]),
             (["--seed=1", "--batch=16"], ["seed: 0 -> 1", "batch: 8 -> 16", "data fingerprint", "another --out"])):
         ended = run(straight[0], *flags)
         assert ended["codes"] == [2]
@@ -565,7 +568,7 @@ def test_a_damaged_checkpoint_falls_back_and_two_are_an_error(run, straight, tmp
 
 
 @needs_fork
-def test_checkpoints_that_a_kill_left_over_go_when_the_run_goes_on(run, straight, tmp_path):
+def test_checkpoints_that_a_kill_left_over_go_when_the_run_resumes(run, straight, tmp_path):
     shutil.copytree(straight[0], tmp_path / "out")
     shutil.copytree(tmp_path / "out" / "step-00000008", tmp_path / "out" / "step-00000004")
     finish(run, tmp_path / "out")
@@ -579,12 +582,12 @@ def flip(content, at, bit=3):
 @needs_fork
 def test_data_that_has_changed_is_named_and_data_that_has_moved_is_not(run, tmp_path):
     for k in range(8):
-        path = tmp_path / "pictures" / f"class {k % 2}" / f"{k}.png"
+        path = tmp_path / "images" / f"class {k % 2}" / f"{k}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (16, 16), (30 * k, 9, 90)).save(path)
     flags = ["--model.semantics=class", "--workers=2", "--augment=crop+flip"]
-    finish(run, tmp_path / "out", *flags, f"--data={tmp_path / 'pictures'}", "--steps=4")
-    (tmp_path / "pictures").rename(tmp_path / "moved")
+    finish(run, tmp_path / "out", *flags, f"--data={tmp_path / 'images'}", "--steps=4")
+    (tmp_path / "images").rename(tmp_path / "moved")
     flags.append(f"--data={tmp_path / 'moved'}")
     assert "from step 4" in finish(run, tmp_path / "out", *flags, "--steps=8")
     shutil.copy(tmp_path / "moved/class 0/0.png", tmp_path / "moved/class 0/9.png")
@@ -621,11 +624,11 @@ def test_a_disk_that_fails_at_any_call_costs_a_checkpoint_and_not_the_run(run, s
 
 
 @needs_fork
-def test_a_disk_that_stays_full_is_said_at_the_end(run, straight, tmp_path):
+def test_a_disk_that_stays_full_is_an_error_at_the_end(run, straight, tmp_path):
     out = tmp_path / "out"
     ended = run(out, faults=["full", straight[1] // 2, 10 ** 6])
     assert ended["codes"] == [2] and checkpoint.latest(out)["step"] == 4
-    error(ended, "all 12 steps are done", "does not take the last checkpoint", "goes on from step 4")
+    error(ended, "all 12 steps are done", "too full for the last checkpoint", "resumes from step 4")
     assert "warning: checkpoint at step 8 not written" in ended["text"]
     assert "last good checkpoint: step 4." in ended["text"]
     finish(run, out)
@@ -648,10 +651,10 @@ def test_a_disk_without_room_for_one_checkpoint_is_an_error_before_training(run,
 # ---------------------------------------------------------------- errors before training
 
 @pytest.mark.parametrize("flags, parts", [
-    (["--batch=17"], ["batch=17", "micro=4", "--microbatch=1"]), (["--batch=0"], ["batch=0", "1"]),
-    (["--microbatch=0"], ["micro=0"]), (["--steps=-1"], ["steps=-1"]), (["--lr=nan"], ["lr=nan"]),
-    (["--lr=inf"], ["lr=inf"]), (["--lr=-1"], ["lr=-1"]), (["--ema_std=0.5"], ["ema=0.5", "0.288"]),
-    (["--cond_dropout=1.5"], ["drop=1.5"]),
+    (["--batch=17"], ["batch=17", "microbatch=4", "--microbatch=1"]), (["--batch=0"], ["batch=0", "1"]),
+    (["--microbatch=0"], ["microbatch=0"]), (["--steps=-1"], ["steps=-1"]), (["--lr=nan"], ["lr=nan"]),
+    (["--lr=inf"], ["lr=inf"]), (["--lr=-1"], ["lr=-1"]), (["--ema_std=0.5"], ["ema_std=0.5", "0.288"]),
+    (["--cond_dropout=1.5"], ["cond_dropout=1.5"]),
     (["--threads=-1"], ["threads=-1"]), (["--workers=-1"], ["workers=-1"]), (["--cooldown=2"], ["cooldown=2"]),
     (["--beta1=1"], ["beta1=1"]), (["--sample_every=-1"], ["sample_every=-1"]), (["--log_every=0"], ["log_every=0"]),
     (["--model.patch=5"], ["model.resolution=8", "model.patch=5"]), (["--model.width=18"], ["model.width=18"]),
@@ -659,14 +662,15 @@ def test_a_disk_without_room_for_one_checkpoint_is_an_error_before_training(run,
     (["--model.arch=ditt"], ["ditt", "dit, mmdit"]), (["--model.schedule=cosine"], ["cosine", "scaled_linear, linear"]),
     (["--dtype=float16"], ["float16", "auto, float32, bfloat16"]), (["--compile=yes"], ["yes", "auto, on, off"]),
     (["--data=/nowhere"], ["/nowhere"]), (["--augment=zoom"], ["zoom", "crop, flip, size"]),
-    (["--model.controls=zoom"], ["zoom"]), (["--shapes.objects=0"], ["objects=0"]), (["--shapes.layout=left"], ["free, grid, sides"]),
-    (["--shapes.layout=sides", "--shapes.objects=3"], ["pairs", "objects=3"]),
+    (["--model.controls=zoom"], ["zoom"]), (["--shapes.objects=0"], ["objects=0"]),
+    (["--shapes.layout=left"], ["free, grid, sides"]),
+    (["--shapes.layout=sides", "--shapes.objects=3"], ["layout='sides'", "objects=3"]),
     (["--model.semantics=class", "--model.classes=1"], ["model.classes=1"]), (["--stepz=3"], ["--stepz", "--steps"]),
     (["--steps=many"], ["--steps", "'many'"]), (["--config=none.py"], ["none.py"]), (["--steps=1e30"], ["steps=1"]),
     (["--fid_every=2"], ["fid_every=2", "belong together"]), (["--fid_ref=ref.npz"], ["belong together"]),
     (["--out=/dev/null/x"], ["/dev/null/x", "another --out"]),
 ])
-def test_what_cannot_run_is_one_line_before_training(flags, parts, tmp_path, capfd):
+def test_an_error_is_one_line_before_training(flags, parts, tmp_path, capfd):
     code = train.run([*TINY, f"--out={tmp_path / 'out'}", *flags])
     lines = capfd.readouterr().err.splitlines()
     assert code == 2 and lines[-1].startswith("error: ") and lines[-1].endswith("."), lines
@@ -682,7 +686,8 @@ def test_microbatches_that_processes_cannot_share_are_an_error():
 
 @pytest.mark.parametrize("error, code, parts", [
     (KeyboardInterrupt(), 130, ["stopped by SIGINT before training began"]),
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.\nMore."), 2, ["--microbatch", "allocate 3 GiB"]),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.\nMore."), 2,
+     ["--microbatch", "allocate 3 GiB"]),
 ])
 def test_other_endings_are_one_line_too(error, code, parts, tmp_path, monkeypatch, capfd):
     def fail(*args):
@@ -706,10 +711,10 @@ def test_a_crash_keeps_its_traceback_and_its_status(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- one step
 
 def test_the_first_step_is_what_a_loop_by_hand_gives(tmp_path, monkeypatch):
-    """Loss, gradient norm, weights after AdamW: four microbatches are the mean over all their pictures."""
+    """Loss, gradient norm, weights after AdamW: four microbatches are the mean over all their images."""
     monkeypatch.setattr(distributed, "matmul_peak", lambda *_: 1.0)
     monkeypatch.setattr(distributed, "find_device", lambda *_: torch.device("cpu"))
-    flags = [*TINY, f"--out={tmp_path}", "--batch=16", "--steps=1", "--log_every=1", "--warmup=4", "--clip=0.01",
+    flags = [*TINY, f"--out={tmp_path}", "--batch=16", "--steps=1", "--log_every=1", "--warmup=4", "--grad_clip=0.01",
              "--loss_sigma_power=1.5"]
     assert train.run(flags) == 0
     cfg = config.from_json((tmp_path / "config.json").read_text())
@@ -811,8 +816,8 @@ def test_shares_that_are_trained_without_controls_and_without_everything(drop, d
         assert abs(share.float().mean().item() - expected) <= 4 * error
 
 
-def test_captions_are_padded_as_asked_and_with_fresh_noise_every_step(tmp_path, monkeypatch):
-    """What the network is given, step by step: copies of the tokens, and noise that no two steps share."""
+def test_captions_are_padded_as_configured_and_with_fresh_noise_every_step(tmp_path, monkeypatch):
+    """The input of the network, step by step: copies of the tokens, and noise that no two steps share."""
     monkeypatch.setattr(distributed, "matmul_peak", lambda *_: 1.0)
     monkeypatch.setattr(distributed, "find_device", lambda *_: torch.device("cpu"))
     seen, loss = [], train.denoising_loss
@@ -829,7 +834,7 @@ def test_captions_are_padded_as_asked_and_with_fresh_noise_every_step(tmp_path, 
         assert train.run(flags) == 0
         texts[padding] = seen[0]
     cfg = config.from_json((tmp_path / "noisy" / "config.json").read_text())
-    batch = data.load_microbatch(data.open_source(cfg), data.make_encoder(cfg), 0, 4, 4, 0, 0)
+    batch = data.load_microbatch(data.open_source(cfg), train.make_encoder(cfg), 0, 4, 4, 0, 0)
     assert torch.equal(texts["zero"], batch["text"])
     for b, n in enumerate(batch["lengths"].tolist()):
         copies = batch["text"][b, [j % n for j in range(cfg.model.text_length)]]
@@ -838,7 +843,7 @@ def test_captions_are_padded_as_asked_and_with_fresh_noise_every_step(tmp_path, 
     assert not torch.equal(seen[0] - seen[1], torch.zeros_like(seen[0]))
 
 
-# ---------------------------------------------------------------- what is seen
+# ---------------------------------------------------------------- output
 
 @needs_fork
 def test_without_a_terminal_there_is_one_line_for_each_of_the_log(run, straight):
@@ -867,14 +872,14 @@ def test_the_log_says_how_fast_it_was(straight):
 
 
 @needs_fork
-def test_previews_are_drawn_once_and_again_when_lost(run, tmp_path):
+def test_previews_are_made_once_and_again_when_lost(run, tmp_path):
     flags = ["--sample_every=6", "--steps=6", "--model.timesteps=10"]        # fewer than a preview's steps
     finish(run, tmp_path, *flags)
-    picture = tmp_path / "samples" / "step-00000006.png"
-    first = picture.read_bytes()
-    picture.unlink()
+    image = tmp_path / "samples" / "step-00000006.png"
+    first = image.read_bytes()
+    image.unlink()
     finish(run, tmp_path, *flags)
-    assert picture.read_bytes() == first and [p.name for p in picture.parent.iterdir()] == [picture.name]
+    assert image.read_bytes() == first and [p.name for p in image.parent.iterdir()] == [image.name]
 
 
 class Rows:
@@ -882,13 +887,13 @@ class Rows:
     classes, fingerprint = ["a"], "f"
 
     def __init__(self):
-        self.asked = []
+        self.reads = []
 
     def __len__(self):
         return 5000
 
     def records(self, indices, epochs):
-        self.asked.append(len(indices))
+        self.reads.append(len(indices))
         numbers = torch.as_tensor(np.asarray(indices), dtype=torch.float32)
         return {"size": numbers[:, None].expand(-1, 2)}
 
@@ -897,8 +902,8 @@ def test_control_values_come_from_all_over_the_data_and_few_images_are_read_at_a
     cfg = config.Config(model=config.ModelConfig(semantics="none", controls="size"))
     source = Rows()
     sizes = [h for h, _ in json.loads(train.weights_metadata(cfg, source)["controls"])["size"]]
-    assert len(sizes) == train.CONTROL_ROWS == sum(source.asked) and len(set(sizes)) == len(sizes)
-    assert max(source.asked) <= train.READ
+    assert len(sizes) == train.CONTROL_ROWS == sum(source.reads) and len(set(sizes)) == len(sizes)
+    assert max(source.reads) <= train.READ
     assert abs(np.mean(sizes) - 2499.5) < 4 * 5000 / 12 ** 0.5 / len(sizes) ** 0.5      # uniform, 4 standard errors
 
 

@@ -1,4 +1,4 @@
-"""Libraries from outside: a missing one is named with pip's line, and a torchvision built for CUDA is mended."""
+"""Optional imports: a missing one is named with its pip line, and a torchvision built for CUDA is patched."""
 import importlib
 import sys
 
@@ -45,13 +45,13 @@ def test_torchvision_s_missing_operators_get_a_name_where_they_are_missing(monke
 
 
 @pytest.mark.parametrize("missing", ["torchvision::other", "elsewhere::nms"])
-def test_what_is_not_mended_is_not_hidden(monkeypatch, missing):
+def test_errors_that_are_not_patched_are_not_hidden(monkeypatch, missing):
     torchvision(monkeypatch, missing)
     with pytest.raises(RuntimeError, match=f"operator {missing}"):
         optional.patch_torchvision_ops()
 
 
-def test_without_torchvision_there_is_nothing_to_mend(monkeypatch):
+def test_without_torchvision_there_is_nothing_to_patch(monkeypatch):
     names = []
     monkeypatch.setitem(sys.modules, "torchvision", None)
     monkeypatch.setattr(torch.library, "define", lambda name, schema: names.append(name))
