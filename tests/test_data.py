@@ -13,7 +13,6 @@ from array import array
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +23,7 @@ from PIL import Image
 import data
 from config import Config, UserError
 from sources import folders
+from text import make_encoder
 
 MODEL = replace(Config().model, semantics="class", resolution=16)
 
@@ -412,7 +412,7 @@ def test_what_a_path_is(tmp_path):
 
 def test_captions_of_other_words_are_refused_before_the_first_step(tmp_path):
     cfg = Config(data=str(captioned(tmp_path / "set")), model=replace(MODEL, semantics="text"))
-    source, words = data.open_source(cfg), data.make_encoder(cfg)
+    source, words = data.open_source(cfg), make_encoder(cfg)
     with pytest.raises(UserError, match="encoder=words knows .* shapes only.* 'a first'; .*clip:PATH"):
         data.check_words(source, words, cfg)
     data.check_words(source, None, cfg), data.check_words(data.open_source(Config()), words, Config())
@@ -495,36 +495,15 @@ def test_a_control_that_the_data_does_not_vary_is_an_error_that_says_what_would(
         data.open_source(Config(augment="flip", model=replace(MODEL, controls="size+crop+flip")))
 
 
-def test_the_encoder_is_of_words_or_clip(monkeypatch):
-    class CLIPText:
-        def __init__(self, path, device):
-            self.path = path
-
-    monkeypatch.setitem(sys.modules, "text", SimpleNamespace(CLIPText=CLIPText))
-    model = replace(MODEL, semantics="text")
-    for length, tokens in ((0, data.WordVectors().length), (7, 7)):
-        words = data.make_encoder(Config(model=replace(model, text_length=length)))
-        assert isinstance(words, data.WordVectors) and words.length == tokens
-    for path, length in (("models/clip", 0), ("hf-hub:some/clip", 77)):
-        clip = data.make_encoder(Config(encoder=f"clip:{path}", model=replace(model, text_length=length)))
-        assert isinstance(clip, CLIPText) and clip.path == path
-    with pytest.raises(UserError, match="text_length=20, but encoder='clip:x' has 77"):
-        data.make_encoder(Config(encoder="clip:x", model=replace(model, text_length=20)))
-    for wrong in ("", "word", "words:x", "clip", "clip:", "t5:x"):
-        with pytest.raises(UserError, match=f"unknown encoder='{wrong}'; there are words and clip:PATH"):
-            data.make_encoder(Config(encoder=wrong, model=MODEL))
-    assert data.make_encoder(Config(encoder="clip:x", model=MODEL)) is None
-
-
 def test_shapes_come_with_text_by_config():
     cfg = Config(model=replace(Config().model, resolution=16))
-    source, encoder = data.open_source(cfg), data.make_encoder(cfg)
+    source, encoder = data.open_source(cfg), make_encoder(cfg)
     batch = data.load_microbatch(source, encoder, cfg.seed, 12, 6, 3, 1)
     assert batch["image"].shape == (6, 3, 16, 16) and batch["text"].shape == (6, encoder.length, encoder.dim)
     assert batch["lengths"].tolist() == [len(caption.split()) for caption in batch["caption"]]
     index, _ = data.index_and_epoch(np.arange(42, 48), len(source), cfg.seed)
     assert batch["index"].tolist() == index.tolist()
-    assert data.make_encoder(Config(model=MODEL)) is None and isinstance(source, data.Shapes)
+    assert make_encoder(Config(model=MODEL)) is None and isinstance(source, data.Shapes)
     assert "text" not in data.load_microbatch(source, None, 0, 2, 2, 0, 0)
 
 
