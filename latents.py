@@ -33,6 +33,7 @@ import data
 from config import Config, ModelConfig, UserError, help_text, parse, run
 from runtime import checkpoint, distributed, log
 from runtime.optional import optional_import
+from runtime.plot import from_uint8, to_uint8
 from sources.cached_latents import (FORMAT, META, ORIGINALS, RECORD, RESULT, SCALINGS, Latents, content, file_names,
                                     header, is_latents, latent_scaling, latent_shape, pack, read_meta, shards)
 from text import make_encoder
@@ -120,7 +121,7 @@ def write_reconstruction(source: Latents, decoder: Callable, device: torch.devic
     Training reads the latents in the same way, so a wrong scaling or autoencoder shows here."""
     file = source.path / ORIGINALS
     try:
-        originals = torch.from_numpy(np.load(file, allow_pickle=False)).float() / 127.5 - 1         # (B, 3, R, R)
+        originals = from_uint8(np.load(file, allow_pickle=False))           # (B, 3, R, R)
         decoded = decoder(source.posterior_means(len(originals)).to(device)).cpu()
         both = torch.cat([originals, decoded])
     except (OSError, ValueError, RuntimeError) as e:
@@ -222,7 +223,7 @@ def start_or_resume(out: Path, meta: dict, source: data.Source) -> None:
             raise UserError(f"{meta['n']:,} images need {need / 1e9:.1f} GB, but {out} has {free / 1e9:.1f} GB free; "
                             "choose another --out or a smaller --count")
         pixels = data.records(source, (rows := range(min(SHOWN, meta["n"]))), [0] * len(rows))["image"]
-        save(out / ORIGINALS, ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy())
+        save(out / ORIGINALS, to_uint8(pixels).transpose(0, 3, 1, 2))
     log.write_text(out / META, json.dumps(meta, indent=1))
 
 

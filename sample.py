@@ -32,10 +32,10 @@ import model
 from baselines import official_dit
 from conditioning import CONTROLS, Condition, concatenate, guide, make_condition
 from config import Config, UserError, parse, run
-from data import to_uint8
 from latents import decoder_of
 from rng import keyed_noise, seed64
 from runtime import checkpoint, distributed, log
+from runtime.plot import from_uint8, to_uint8
 from schedule import alpha_bar_table, ddim_indices, to_sigma
 from sources import coco
 from sources.images import BadCaption, clean_caption, decode_utf8, pick_caption
@@ -423,7 +423,7 @@ def write_npz(path: Path, images: np.ndarray) -> None:
 
 def write_grid(path: Path, images: np.ndarray, titles: list[str]) -> None:
     """All images, (n, H, W, C) uint8, with their titles in a square on one page."""
-    pixels, page = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2) / 127.5 - 1, io.BytesIO()
+    pixels, page = from_uint8(np.array(images)).permute(0, 3, 1, 2), io.BytesIO()
     data.grid(pixels, math.ceil(math.sqrt(len(images))), titles).save(page, "png")
     log.write_bytes(path, page.getvalue())
 

@@ -30,6 +30,7 @@ from evaluation.shapes_score import score
 from fid import FeatureStats, MeanWithError, frechet_distance, mean_over, mean_pair_distance, size_groups
 from rng import seed64
 from runtime import checkpoint, distributed
+from runtime.plot import from_uint8, to_uint8
 from sample import Options as Drawing, SampleConditions, read_prompts, resolve_defaults
 from sources.folders import open_images
 from sources.shapes import NATIVE, VERSION, Shapes, canvas_side, render
@@ -99,7 +100,7 @@ class JudgeFeatures:
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return features (B, F) and logits (B, shapes) of images (B, 3, R, R) uint8."""
-        f = self.judge.map(images.float() / 127.5 - 1)
+        f = self.judge.map(from_uint8(images))
         return f.mean((2, 3)), largest_logits(self.judge.read_map(f))
 
 
@@ -198,7 +199,7 @@ def load(path: Path = JUDGE) -> ShapesClassifier:
 
 def to_bytes(images: Tensor | np.ndarray) -> Tensor:
     """Round images in [-1, 1] to uint8, as files hold them."""
-    return ((torch.as_tensor(images) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return torch.from_numpy(to_uint8(torch.as_tensor(images))).permute(0, 3, 1, 2).contiguous()
 
 
 def add_features(stats: FeatureStats, judge: ShapesClassifier, images: Tensor) -> None:
@@ -242,7 +243,7 @@ def toy_leak(judge: ShapesClassifier, groups: Iterable[Tensor], dist: distribute
     process's prompts, uint8 (P, K, 3, R, R) at a time. Low is good; even renders are not at 0."""
     values = []
     for images in groups:
-        seen = descriptor(read(judge, images.flatten(0, 1).float() / 127.5 - 1))
+        seen = descriptor(read(judge, from_uint8(images.flatten(0, 1))))
         values += mean_pair_distance([seen.unflatten(0, images.shape[:2])]).tolist()
     return mean_over(values, dist)
 
@@ -297,7 +298,7 @@ def measure(o: Options, judge: ShapesClassifier) -> dict:
     cfg, source = open_run(file.parent.parent)
     pictures = open_images(o.images)
     index = np.arange(len(pictures))
-    images = pictures(index).float() / 127.5 - 1
+    images = from_uint8(pictures(index))
     reference = render_stats(judge, source, range(FAR, FAR + REFERENCE))
     real = source.records(range(2 * FAR, 2 * FAR + len(index)))
     line = {"metric": f"toy_fd{len(index)}/{JudgeFeatures(judge).name}", "value": toy_fd(judge, images, reference),

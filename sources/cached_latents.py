@@ -250,6 +250,18 @@ class Latents:
                 raise UserError(f"{len(self.bad)} of {len(self):,} latents of {self.path} are not finite, e.g. "
                                 f"number {index}; encode them again, or raise --max_bad_fraction={self.max_bad}")
 
+    can_have_classes = True
+
+    @staticmethod
+    def takes(where: str) -> bool:
+        """Whether this value of --data is a folder of latents."""
+        return is_latents(Path(where).expanduser())
+
+    @staticmethod
+    def open(cfg: Config, split: str = "train") -> "Latents":
+        """Open `cfg.data`. Latents have no splits."""
+        return open_latents(cfg)
+
 
 def open_latents(cfg: Config) -> Latents:
     """The source of `cfg.data`, a folder of latents. UserError if they cannot give what the config wants.

@@ -147,7 +147,7 @@ def test_pixels_crop_size_and_flip_tell_the_truth(tmp_path, name):
 def test_center_crop_is_the_middle(tmp_path):
     (tmp_path / "c").mkdir()
     smooth(60, 100).save(tmp_path / "c" / "x.png")
-    source = data.ImageFolder(tmp_path, 20, flip=False, crop="center")
+    source = data.ImageFolder(tmp_path, 20, flip=False, side=None)
     rows = [source.record(0, epoch) for epoch in range(8)]
     assert all(torch.equal(row["image"], rows[0]["image"]) and row["flip"] == 0 for row in rows)
     assert rows[0]["crop"][0] == 0 and abs(rows[0]["crop"][1] - 20 * 20 / 60) < 0.5
@@ -171,7 +171,7 @@ def test_fingerprint_is_names_sizes_and_classes_and_nothing_else(tmp_path):
     (root / "a" / "notes.txt").write_text("x")
     (root / "a" / "._000.png").write_text("x")
     assert data.ImageFolder(root, 32, seed=5).fingerprint == first and len(first) == 64
-    assert data.ImageFolder(root, 16, classes=False).fingerprint != first
+    assert data.ImageFolder(root, 16, annotated=False).fingerprint != first
     with open(root / "b" / "001.png", "ab") as file:
         file.write(b"x")
     second = data.ImageFolder(root, 16).fingerprint
@@ -247,29 +247,19 @@ def test_what_is_missing_is_said(tmp_path):
     (tmp_path / "empty" / "a").mkdir(parents=True)
     (tmp_path / "file").write_text("x")
     flat = tree(tmp_path, {"flat": 3}) / "flat"
-    picture = next(flat.iterdir())
     for name, match in (("nowhere", "no folder .*nowhere.*looked at"), ("file", "no folder .*file"),
                         ("empty", r"no images in .*\.jpg \.jpeg \.png \.webp"),
-                        ("flat", "no class folder: put its 3 images")):
+                        ("flat", "no images in class folders of .*3 unusable .*semantics=text or none")):
         with pytest.raises(UserError, match=match):
             data.ImageFolder(tmp_path / name, 16)
-    captioned = "captions beside its 3 images.*--model.semantics=text --model.arch=mmdit --encoder=clip:PATH"
-    for name, said in (("readme.txt", "no class folder: put its 3"), ("other.jsonl", "no class folder: put its 3"),
-                       (f"{picture.stem}.txt", captioned), ("metadata.jsonl", captioned)):
-        (flat / name).write_text("{}", encoding="utf-8")
-        with pytest.raises(UserError, match=said):
-            data.ImageFolder(flat, 16)
-        (flat / name).unlink()
-    with pytest.raises(UserError, match="random or center"):
-        data.ImageFolder(flat, 16, crop="middle")
-    source = data.ImageFolder(flat, 16, classes=False)
+    source = data.ImageFolder(flat, 16, annotated=False)
     assert source.classes == [] and "label" not in source.record(1, 0) and len(source) == 3
 
 
 def test_images_outside_class_folders_are_left_out_aloud(tmp_path, capsys):
     root = tree(tmp_path / "set", {"a": 2}, stray_png=encoded(smooth(20, 30), "PNG"))
-    assert len(data.ImageFolder(root, 16)) == 2 and "1 images" in capsys.readouterr().err
-    assert len(data.ImageFolder(root, 16, classes=False)) == 3
+    assert len(data.ImageFolder(root, 16)) == 2 and "stray.png" in capsys.readouterr().err
+    assert len(data.ImageFolder(root, 16, annotated=False)) == 3
 
 
 def test_parts_of_a_data_set_are_no_classes(tmp_path):
@@ -277,7 +267,7 @@ def test_parts_of_a_data_set_are_no_classes(tmp_path):
     with pytest.raises(UserError, match="train, val, which are splits.*--data=.*/train$"):
         data.ImageFolder(tmp_path, 16)
     assert data.ImageFolder(tmp_path / "train", 16).classes == ["ant", "bee"]
-    assert len(data.ImageFolder(tmp_path, 16, classes=False)) == 4
+    assert len(data.ImageFolder(tmp_path, 16, annotated=False)) == 4
 
 
 def test_only_the_first_unreadable_files_are_named(tmp_path, capsys):
@@ -361,19 +351,19 @@ def captioned(root):
 
 
 def test_a_folder_of_captions(tmp_path):
-    source = data.CaptionFolder(captioned(tmp_path / "set"), 16)
+    source = folders.CaptionFolder(captioned(tmp_path / "set"), 16)
     assert source.names == ["a/000.png", "a/001.png", "b/000.png", "b/c/000.png"] and not source.bad
     batch = data.records(source, [0, 1, 2, 3], [0] * 4)
     assert batch["caption"][:3] == ["a first", "a second", "b first"] and "label" not in batch
     drawn = [source.record(3, epoch)["caption"] for epoch in range(300)]
     counts = np.array([drawn.count(text) for text in ("one", "two", "three")])
     assert ((counts - 100) ** 2 / 100).sum() < 14 and source.record(3, 7)["caption"] == drawn[7]
-    assert data.CaptionFolder(tmp_path / "set", 16, seed=1).record(3, 0)["crop"] != source.record(3, 0)["crop"]
+    assert folders.CaptionFolder(tmp_path / "set", 16, seed=1).record(3, 0)["crop"] != source.record(3, 0)["crop"]
 
 
 def test_captions_and_classes_show_the_same_pictures(tmp_path):
     root = captioned(tmp_path / "set")
-    a, b = (make(root, 16).record(2, 5) for make in (data.CaptionFolder, data.ImageFolder))
+    a, b = (make(root, 16).record(2, 5) for make in (folders.CaptionFolder, data.ImageFolder))
     assert all(torch.equal(a[k], b[k]) if k == "image" else a[k] == b[k] for k in ("image", "size", "crop", "flip"))
 
 
@@ -383,8 +373,8 @@ def test_the_fingerprint_of_captions_is_of_pictures_and_texts(tmp_path):
                    lambda: (root / "b" / "metadata.jsonl").write_text('{"file_name": "000.png", "text": "b other"}'),
                    lambda: (root / "a" / "001.png").unlink()):
         change()
-        seen.add(data.CaptionFolder(root, 16, max_bad=0.9).fingerprint)
-        assert data.CaptionFolder(root, 32, seed=2, max_bad=0.9).fingerprint in seen
+        seen.add(folders.CaptionFolder(root, 16, max_bad=0.9).fingerprint)
+        assert folders.CaptionFolder(root, 32, seed=2, max_bad=0.9).fingerprint in seen
     assert len(seen) == 4
 
 
@@ -393,7 +383,7 @@ def test_the_fingerprint_of_captions_is_of_pictures_and_texts(tmp_path):
 def test_what_a_path_is(tmp_path):
     root = captioned(tmp_path / "set")
     text = replace(MODEL, semantics="text")
-    for semantics, kind in (("text", data.CaptionFolder), ("class", data.ImageFolder), ("none", data.ImageFolder)):
+    for semantics, kind in (("text", folders.CaptionFolder), ("class", data.ImageFolder), ("none", data.ImageFolder)):
         cfg = Config(data=str(root), model=replace(MODEL, semantics=semantics))
         assert data.source_type(cfg.data) == "folder" and type(data.open_source(cfg)) is kind
     (tmp_path / "latents").mkdir()
@@ -402,7 +392,7 @@ def test_what_a_path_is(tmp_path):
     (tmp_path / "tars" / "0.tar").write_bytes(b"")
     names = {"shapes": "shapes", "coco:x": "coco", str(tmp_path / "latents"): "latents",
              str(tmp_path / "tars"): "tars", "x/{0..3}.tar": "tars", "x.tar": "tars", "nowhere": "folder"}
-    assert {name: data.source_type(name) for name in names} == names and set(names.values()) | {"folder"} == set(data.SOURCES)
+    assert {name: data.source_type(name) for name in names} == names and set(names.values()) == set(data.SOURCES)
     for name in ("coco:x", str(tmp_path / "tars")):
         with pytest.raises(UserError, match="captions and no classes; use --model.semantics=text"):
             data.open_source(Config(data=name, model=MODEL))
@@ -421,10 +411,10 @@ def test_captions_of_other_words_are_refused_before_the_first_step(tmp_path):
 
 
 def test_captions_go_round(tmp_path):
-    source = data.CaptionFolder(captioned(tmp_path / "set"), 16)
-    assert data.captions(source, [5, 0, 2]) == ["a second", "a first", "b first"]
+    source = folders.CaptionFolder(captioned(tmp_path / "set"), 16)
+    assert data.cyclic_batch(source, [5, 0, 2])["caption"] == ["a second", "a first", "b first"]
     shapes = data.Shapes(16)
-    assert data.captions(shapes, [3]) == shapes.records([3])["caption"]
+    assert data.cyclic_batch(shapes, [3])["caption"] == shapes.records([3])["caption"]
 
 
 def test_open_source_refuses_what_the_model_cannot_use(tmp_path):
@@ -437,7 +427,7 @@ def test_open_source_refuses_what_the_model_cannot_use(tmp_path):
         data.open_source(Config(data="shapez"))
     with pytest.raises(UserError, match="channels=4"):
         data.open_source(Config(data=root, model=replace(MODEL, channels=4)))
-    with pytest.raises(UserError, match="no class folder"):
+    with pytest.raises(UserError, match="no images in class folders"):
         data.open_source(Config(data=str(Path(root) / "a"), model=MODEL))
 
 

@@ -209,7 +209,7 @@ def test_drawing_reads_what_is_stored_and_checks_the_tower_for_what_is_not(place
     cfg = replace(config(place), model=replace(MODEL, text_dim=E, text_length=L), padding="zero")
     about = train.weights_metadata(cfg, data.open_source(cfg))
     condition, titles = SampleConditions(Options(), cfg, about)(np.arange(5, 9))
-    assert titles == data.captions(data.open_source(cfg), [5, 6, 0, 1]) and not tower
+    assert titles == data.cyclic_batch(data.open_source(cfg), [5, 6, 0, 1])["caption"] and not tower
     assert torch.equal(condition.text, Encoder().encode(titles)[0].half().float())
     condition, titles = SampleConditions(Options(prompt="a dog; cat"), cfg, about)(np.arange(2))
     assert torch.equal(condition.text, Encoder().encode(["a dog", "cat"])[0]) and len(tower) == 1
