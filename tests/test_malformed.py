@@ -1,7 +1,7 @@
-"""Malformed pictures, captions and tars, one row each: taken as it is meant, passed over by name, or refused at once.
+"""Malformed images, captions and tars, one row each: taken as it is meant, passed over by name, or refused at once.
 
 outcome   what a folder or shard with one such file among good ones gives
-taken     its sample is there, and is what it should be
+taken     its sample exists, and is what it should be
 skipped   it is in `bad` by name and another takes its place; with max_bad=0 it is an error
 ignored   as if it were not there
 refused   UserError before there is a source, so before the first step
@@ -26,20 +26,9 @@ from PIL import Image
 import data
 from config import UserError
 from sources import folders, images, shards
+from test_images import encoded, smooth
 
 GOOD = 3
-
-
-def encoded(image, format, **options):
-    file = io.BytesIO()
-    image.save(file, format, **options)
-    return file.getvalue()
-
-
-def smooth(h=40, w=52):
-    """A picture in which red says how far right a pixel is and green how far down."""
-    x, y = np.meshgrid(np.arange(w) / (w - 1), np.arange(h) / (h - 1))
-    return Image.fromarray(np.stack([255 * x, 255 * y, 0 * x], axis=-1).round().astype(np.uint8))
 
 
 def chunk(kind, body):
@@ -66,11 +55,11 @@ def oriented(n, cut=None):
     return encoded(smooth(), "JPEG", quality=95, exif=exif.tobytes()[:cut] + b"\xff" * 9 * (cut is not None))
 
 
-TRUE, WHITE = "true", "white"           # what a picture that is taken looks like: `smooth`, or white all over
+TRUE, WHITE = "true", "white"           # what an image that is taken looks like: `smooth`, or white all over
 
 
 @lru_cache
-def pictures():
+def image_files():
     """name: (content of a file, outcome, what its message says or what it looks like; None = anything)."""
     image, grey = smooth(), smooth().convert("L")
     jpeg, png = encoded(image, "JPEG", quality=95), encoded(image, "PNG")
@@ -133,9 +122,9 @@ def passed_over(root, name, match, make=data.ImageFolder):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", pictures())
-def test_a_picture(tmp_path, name):
-    content, outcome, look = pictures()[name]
+@pytest.mark.parametrize("name", image_files())
+def test_an_image_file(tmp_path, name):
+    content, outcome, look = image_files()[name]
     root = folder(tmp_path / "set")
     (root / "c" / "x.png").write_bytes(content)
     tracemalloc.start()
@@ -157,7 +146,7 @@ def test_a_picture(tmp_path, name):
 
 
 @pytest.mark.parametrize("what", ["folder", "broken link", "pipe", "unreadable"])
-def test_what_is_called_like_a_picture(tmp_path, what):
+def test_what_is_called_like_an_image(tmp_path, what):
     root = folder(tmp_path / "set")
     path = root / "c" / "x.jpg"
     if what == "folder":
@@ -325,19 +314,20 @@ def tars():
         "from the root": (tar_of([*three, member("/abs.jpg", jpg)]), "taken", fine),
         "twice": (tar_of([*three, *pair("a")]), "refused", "comes twice"),
         "twice in a row": (tar_of([*three[:2], *three[:2]]), "refused", "comes twice"),
-        "two pictures": (tar_of([*pair("a"), member("a.jpg", jpg)]), "refused", "second image"),
+        "two images": (tar_of([*pair("a"), member("a.jpg", jpg)]), "refused", "second image"),
         "mixed": (tar_of([three[0], three[2], three[1], three[3]]), "refused", "lies apart"),
-        "picture without text": (tar_of([*three, member("d.png", jpg)]), "skipped", "d.png: no caption"),
-        "text without picture": (tar_of([*three, member("d.txt", b"x")]), "skipped", "d.txt: no image"),
+        "image without text": (tar_of([*three, member("d.png", jpg)]), "skipped", "d.png: no caption"),
+        "text without image": (tar_of([*three, member("d.txt", b"x")]), "skipped", "d.txt: no image"),
         "json that is none": (tar_of([*three, *pair("d"), member("d.json", b"{")]), "skipped", "d.png: not JSON"),
         "json of a wrong size": (tar_of([*three, *pair("d"), member("d.json", b'{"original_width": -3}')]), "skipped",
                                  "d.png: original_height"),
-        "picture of 0 bytes": (tar_of([*three, member("d.png"), member("d.txt", b"x")]), "skipped", "d.png: "),
+        "image of 0 bytes": (tar_of([*three, member("d.png"), member("d.txt", b"x")]), "skipped", "d.png: "),
         "no members": (tar_of([]), "refused", "no samples"),
         "no samples": (tar_of([member("x.pkl", b"x")]), "refused", "no samples"),
         "0 bytes": (b"", "refused", "after byte 0 of"),
         "not a tar": (b"<html>" * 999, "refused", "damaged"),
-        "gzip": (gzip.compress(whole), "refused", "compressed after byte 0 "), "size of 2^60": (pax, "refused", "damaged"),
+        "gzip": (gzip.compress(whole), "refused", "compressed after byte 0 "),
+        "size of 2^60": (pax, "refused", "damaged"),
         "size below zero": (tar_of([member("d.png", jpg, pax_headers={"size": "-1024"})]), "refused", "damaged"),
         "upper case": (tar_of([member("a.PNG", jpg), member("a.TXT", b"text a")]), "taken", ["text a"]),
         "two folders": (tar_of([*pair("a", "x/"), *pair("a", "y/")]), "taken", ["text a", "text a"]),
@@ -372,7 +362,7 @@ def test_a_tar(tmp_path, name):
 @given(st.binary(max_size=3000), st.integers(0, 9), st.integers(0, 6000))
 def test_any_bytes_are_an_index_or_an_error(tmp_path_factory, noise, piece, at):
     base = tars()["symlink"][0]
-    at %= len(base)                                             # put between, or in place of what is there
+    at %= len(base)                                             # put between, or in place of some
     content = noise if piece == 0 else base[:at] + noise + base[at + len(noise) * (piece % 2):]
     path = tmp_path_factory.mktemp("t") / "x.tar"
     path.write_bytes(content)

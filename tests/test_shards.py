@@ -1,10 +1,9 @@
-"""Tar shards and COCO: what a pattern stands for, where samples lie in a tar, one order for all readers, damage."""
+"""Tar shards: what a pattern stands for, where samples lie in a tar, one order for all readers, damage."""
 import io
 import itertools
 import json
 import os
 import pickle
-import sys
 import tarfile
 import threading
 import tracemalloc
@@ -18,14 +17,15 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 import data
-from config import Config, ModelConfig, UserError
-from sources import coco, folders, shards
+from config import UserError
+from sources import folders, shards
+from test_folders import same
 
 ROOT = Path(__file__).parent.parent
 
 
-def picture(k, h=24, w=30):
-    """The bytes of a picture in a colour of its own."""
+def png(k, h=24, w=30):
+    """The bytes of an image in a colour of its own."""
     file = io.BytesIO()
     Image.new("RGB", (w, h), (9 * k % 256, 200 - 3 * k % 200, 7)).save(file, "PNG")
     return file.getvalue()
@@ -34,7 +34,7 @@ def picture(k, h=24, w=30):
 def sample(k, **about):
     """The three members of a sample."""
     about = {"caption": f"json {k}", "original_height": 300 + k, "original_width": 400, **about}
-    members = {"png": picture(k), "txt": f"number {k}".encode(), "json": json.dumps(about).encode()}
+    members = {"png": png(k), "txt": f"number {k}".encode(), "json": json.dumps(about).encode()}
     return {f"{k:09}.{suffix}": content for suffix, content in members.items()}
 
 
@@ -54,11 +54,6 @@ def write_shards(root, counts):
         parts = [sample(k) for k in itertools.islice(numbers, count)]
         write_tar(root / f"{s:05}.tar", {name: body for part in parts for name, body in part.items()})
     return root
-
-
-def equal(a, b):
-    return a.keys() == b.keys() and all(
-        torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a)
 
 
 # ---------------------------------------------------------------- patterns
@@ -203,7 +198,7 @@ def test_an_index_that_cannot_be_kept_is_a_warning(tmp_path, capsys):
 
 # ---------------------------------------------------------------- the source
 
-def test_a_sample_is_the_picture_the_text_and_the_size_of_the_original(tmp_path):
+def test_a_sample_is_the_image_the_text_and_the_size_of_the_original(tmp_path):
     source = data.TarShards(write_shards(tmp_path / "set", [3, 1, 2]), 16)
     assert len(source) == 6 and source.channels == 3 and source.classes == []
     batch = data.records(source, [4, 0, 3], [0, 0, 1])
@@ -216,14 +211,14 @@ def test_a_sample_is_the_picture_the_text_and_the_size_of_the_original(tmp_path)
 
 
 def test_size_and_caption_of_the_json(tmp_path):
-    bare, odd = {"a.png": picture(1), "a.json": b"{}"}, {"b.png": picture(2), "b.json": b'{"caption": "from json"}'}
+    bare, odd = {"a.png": png(1), "a.json": b"{}"}, {"b.png": png(2), "b.json": b'{"caption": "from json"}'}
     turned = sample(3, original_height=900, original_width=1600)
-    turned["000000003.png"] = picture(3, h=40, w=24)                        # stored upright, its original was not
+    turned["000000003.png"] = png(3, h=40, w=24)                        # stored upright, its original was not
     source = data.TarShards(write_tar(tmp_path / "x.tar", {**odd, **turned, **bare, **sample(5)}), 8, max_bad=0.5)
     row = source.load_record(0, 0)
     assert row["caption"] == "from json" and row["size"] == (24, 30)
     assert source.load_record(1, 0)["size"] == (1600, 900)
-    square = {**sample(4), "000000004.png": picture(4, h=24, w=24)}         # nothing says that it was turned
+    square = {**sample(4), "000000004.png": png(4, h=24, w=24)}         # nothing says that it was turned
     assert data.TarShards(write_tar(tmp_path / "y.tar", square), 8).load_record(0, 0)["size"] == (304, 400)
     with pytest.raises(ValueError, match="a caption is text"):
         source.load_record(2, 0)
@@ -241,8 +236,8 @@ def test_tars_and_a_folder_of_the_same_files_give_the_same_records(tmp_path):
     keys = [(source, step, m) for source in (tars, loose) for step in (0, 1) for m in range(3)]
     rows = [data.load_microbatch(source, None, 7, 12, 4, step, m) for source, step, m in keys]
     for a, b in zip(rows[:6], rows[6:]):
-        a.pop("size"), b.pop("size")                            # of the original, and of the stored picture
-        assert equal(a, b)
+        a.pop("size"), b.pop("size")                            # of the original, and of the stored image
+        assert same(a, b)
 
 
 def test_order_does_not_depend_on_micro_workers_or_what_was_read_before(tmp_path):
@@ -252,7 +247,7 @@ def test_order_does_not_depend_on_micro_workers_or_what_was_read_before(tmp_path
         keys = [(step, m) for step in range(3) for m in range(12 // micro)]
         parts = list(data.prefetch(fetch, keys, workers))
         seen[micro] = {k: torch.cat([p[k] for p in parts]) for k in ("image", "index", "crop", "flip", "size")}
-    assert equal(seen[12], seen[4]) and equal(seen[12], seen[1])
+    assert same(seen[12], seen[4]) and same(seen[12], seen[1])
     late = data.load_microbatch(data.TarShards(root, 8, seed=1), None, 5, 12, 12, 2, 0)           # resumed at step 2
     assert torch.equal(late["image"], seen[12]["image"][24:])
 
@@ -262,7 +257,7 @@ def test_the_fingerprint_is_of_names_and_members(tmp_path):
     first = data.TarShards(root, 8).fingerprint
     os.utime(root / "00000.tar", (5, 5))
     assert data.TarShards(root, 32, seed=4).fingerprint == first
-    write_tar(root / "00001.tar", {**sample(3), **sample(4), "5.png": picture(5), "5.txt": b"other"})
+    write_tar(root / "00001.tar", {**sample(3), **sample(4), "5.png": png(5), "5.txt": b"other"})
     assert data.TarShards(root, 8).fingerprint != first
 
 
@@ -283,7 +278,7 @@ def test_nothing_is_extracted_or_unpickled(tmp_path, monkeypatch):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "canary"),)
 
-    bad = {**sample(0), "000000000.pkl": pickle.dumps(Canary()), "../out.jpg": picture(1), "/etc/x.jpg": picture(1)}
+    bad = {**sample(0), "000000000.pkl": pickle.dumps(Canary()), "../out.jpg": png(1), "/etc/x.jpg": png(1)}
     path = write_tar(tmp_path / "x.tar", {**bad, **sample(2)})
     def refuse(*args, **kwargs):
         raise AssertionError("unsafe")
@@ -313,55 +308,3 @@ def test_many_members_take_little_memory(tmp_path):
     tracemalloc.stop()
     assert table.shape == (n, 6) and (table[:, 2] == table[:, 0] + 1).all()
     assert peak < 1000 * n                                      # a TarInfo takes more than this, and a sample has two
-
-
-# ---------------------------------------------------------------- COCO
-
-def write_coco(root, n=5, **changes):
-    (root / "annotations").mkdir(parents=True)
-    (root / "val2014").mkdir()
-    names = {10 * k: f"COCO_{k}.jpg" for k in range(n)}
-    for k, name in enumerate(names.values()):
-        (root / "val2014" / name).write_bytes(picture(k))
-    rows = [{"id": 7 * number + j, "image_id": number, "caption": f"image {number}  text {j}\n"}
-            for j in (2, 0, 1) for number in names]
-    images = [{"id": number, "file_name": name} for number, name in names.items()][::-1]
-    tree = {"images": images, "annotations": rows}
-    (root / "annotations" / "captions_val2014.json").write_text(json.dumps({**tree, **changes}), encoding="utf-8")
-    return root
-
-
-def test_coco_gives_an_image_one_caption_by_seed(tmp_path):
-    root = write_coco(tmp_path / "coco", 40)
-    (root / "annotations" / "captions_train2014.json").write_text("{}")
-    file = root / "annotations" / "captions_val2014.json"
-    picks = {seed: [source.load(k, 0)[1]["caption"] for k in range(40)]
-             for seed in (0, 1) for source in [data.CocoCaptions(root, 8, seed)]}
-    again = [source.load(k, 5)[1]["caption"] for source in [data.CocoCaptions(file, 8, 0)] for k in range(40)]
-    assert picks[0] == again != picks[1]
-    assert [c.split(" text ")[0] for c in picks[0]] == [f"image {10 * k}" for k in range(40)]
-    counts = np.bincount([int(c[-1]) for c in picks[0] + picks[1]], minlength=3)
-    assert ((counts - 80 / 3) ** 2 / (80 / 3)).sum() < 14                       # chi2 with 2 degrees, p = 0.001
-    source = data.open_source(Config(data=f"coco:{root}", model=ModelConfig(resolution=8)))
-    assert source.names[3] == "COCO_3.jpg" and data.cyclic_batch(source, [42, 2])["caption"] == [picks[0][2]] * 2
-
-
-def test_what_is_wrong_with_coco_is_said(tmp_path):
-    root = write_coco(tmp_path / "coco", 6)
-    (root / "val2014" / "COCO_2.jpg").unlink()
-    source = data.CocoCaptions(root, 8, max_bad=0.2)
-    assert len(source) == 5 and list(source.bad) == ["COCO_2.jpg"]
-    with pytest.raises(UserError, match="captions json, or a folder"):
-        data.CocoCaptions(tmp_path, 8)
-    image = [{"id": 1, "file_name": "x.jpg"}]
-    for number, (changes, match) in enumerate((
-            ({"images": 3}, "not a COCO"), ({"annotations": [{"id": 1}]}, "not a COCO"),
-            ({"images": [{"id": 1, "file_name": "../x.jpg"}]}, "leads out"), ({"images": image * 2}, "not|none"),
-            ({"images": image + [{"id": 2, "file_name": "x.jpg"}]}, "twice"),
-            ({"images": [{"id": "1", "file_name": "x.jpg"}]}, "whole number"), ({"images": []}, "none of the 0"))):
-        with pytest.raises(UserError, match=match):
-            data.CocoCaptions(write_coco(tmp_path / str(number), **changes), 8)
-    for content in (b"", b"\xff\xfe", b"[" * 100_000, b"[]"):
-        (tmp_path / "x.json").write_bytes(content)
-        with pytest.raises(UserError, match="not a COCO"):
-            coco.read(tmp_path / "x.json")
