@@ -254,7 +254,6 @@ class Latents:
 
     @staticmethod
     def takes(where: str) -> bool:
-        """Whether this value of --data is a folder of latents."""
         return is_latents(Path(where).expanduser())
 
     @staticmethod

@@ -25,7 +25,6 @@ class CocoCaptions(ImageSource):
     path: the captions json, or the folder above annotations/. Images without a caption or a file are unusable."""
     @staticmethod
     def takes(where: str) -> bool:
-        """Whether this value of --data is COCO."""
         return where.startswith("coco:")
 
     @classmethod
@@ -81,8 +80,6 @@ def read(file: Path | str) -> tuple[dict[int, str], dict[int, list[str]]]:
             raise TypeError("the number of an image is no whole number")
         if any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in names.values()):
             raise ValueError("a file name leads out of the folder of images")
-        if len(set(names.values())) < len(names):
-            raise ValueError("a file is named twice")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(f"{file} is not a COCO captions json: {type(e).__name__}: {e}") from e
     return names, captions

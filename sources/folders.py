@@ -104,20 +104,12 @@ class CaptionFolder(ImageSource):
         return self.path / self.names[index], {"caption": pick_caption(text, draw)}
 
     def read_metadata(self, files: list[str]) -> tuple[dict[str, Any], dict[str, str], list[tuple[str, str]]]:
-        """Return {image: text} of these metadata.jsonl, {line or image: reason}, and (file, sha256) of each.
-
-        Image names are relative to the folder of the source; those outside it are unusable."""
+        """Return {image: text} of these metadata.jsonl, {line: reason} of unusable ones, and (file, sha256) of each."""
         texts, bad, sources = {}, {}, []
         for file in files:
             content = (self.path / file).read_bytes()
-            found, wrong = parse_metadata(content)
-            bad |= {f"{file} {line}": reason for line, reason in wrong.items()}
-            for name, text in found.items():
-                place = posixpath.normpath(posixpath.join(posixpath.dirname(file), name))
-                if place.startswith(("/", "..")) or place in texts:
-                    bad[f"{file}: {name}"] = "is named a second time" if place in texts else "lies outside the folder"
-                else:
-                    texts[place] = text
+            found, wrong = parse_metadata(content, posixpath.dirname(file))
+            texts, bad = found | texts, bad | {f"{file} {line}": reason for line, reason in wrong.items()}
             sources.append((file, hashlib.sha256(content).hexdigest()))
         return texts, bad, sources
 

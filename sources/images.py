@@ -9,6 +9,7 @@ Dimensions: C channels, R resolution, H height, W width.
 """
 import json
 import math
+import posixpath
 import sys
 import threading
 import unicodedata
@@ -123,19 +124,21 @@ def parse_object(content: bytes) -> dict[str, Any]:
     return found
 
 
-def parse_metadata(content: bytes) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return {file_name: text} of a metadata.jsonl, texts unchanged, and {"line 3": reason} of unusable lines."""
+def parse_metadata(content: bytes, folder: str = "") -> tuple[dict[str, Any], dict[str, str]]:
+    """Return {file_name: text} of a metadata.jsonl in `folder`, and {"line 3": reason} of unusable lines.
+
+    The names get the path of the folder; those that leave the folder of the source are unusable."""
     texts, bad = {}, {}
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        if not line.strip():
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if not line.strip(b" \t\r\xef\xbb\xbf"):             # no more than a byte order mark
             continue
         try:
             row = parse_object(line)
-            name = row.get("file_name")
-            if not isinstance(name, str) or "text" not in row:
+            if not isinstance(row.get("file_name"), str) or "text" not in row:
                 raise BadCaption("lacks file_name or text")
-            if name in texts:
-                raise BadCaption(f"{name!r} is named a second time")
+            name = posixpath.normpath(posixpath.join(folder, row["file_name"]))
+            if name in texts or name.startswith(("/", "..")):
+                raise BadCaption(f"{name!r} is named a second time" if name in texts else f"{name!r} is outside")
             texts[name] = row["text"]
         except BadCaption as e:
             bad[f"line {number}"] = str(e)

@@ -133,7 +133,6 @@ class Shapes:
 
     @staticmethod
     def takes(where: str) -> bool:
-        """Whether this value of --data is the shapes."""
         return where == "shapes"
 
     @classmethod

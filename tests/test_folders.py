@@ -1,4 +1,4 @@
-"""folders: class folders and captioned folders with all their faults, millions of names, images for evaluation."""
+"""folders: class folders and captioned folders with all their faults, and millions of names."""
 import hashlib
 import json
 import os
