@@ -16,53 +16,54 @@ A Batch is a dict; label and caption are in it if the source has them, text and 
     text (B, L, E) float32: tokens of the caption; the first lengths (B,) int64 count
 A source has `classes` (names; [] if none), `channels`, `controls` (the keys of CONTROLS that vary), `fingerprint`
 (sha256 of what decides its content), `encoder` (names the one that made its stored text; None if it stores none) and
-`bad` ({name: reason} of unusable samples). Sample and augmentation are pure functions of (seed, step, position in the
-global batch): no order is stored and no random state exists.
+`bad` ({name: reason} of unusable samples). Its class is a row of SOURCES: `takes(where)` recognises its values of
+--data, `open(cfg, split)` makes the source, `can_have_classes` says whether that may be with classes.
+
+Sample and augmentation are pure functions of (seed, step, position in the global batch): no order is stored and no
+random state exists.
 
 Dimensions: B batch, C channels, R resolution, H height, W width, L text tokens, E width of a text token.
 """
 import os
-import posixpath
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from conditioning import CONTROLS
 from config import Config, ModelConfig, UserError, parse, run
 from rng import permute, seed64
 from runtime.plot import grid
-from sources.cached_latents import Latents, is_latents, open_latents
-from sources.coco import CocoCaptions, read as read_coco
-from sources.folders import METADATA, CaptionFolder, ImageFolder, find_files
-from sources.images import (CROPS, SUFFIXES, UNUSABLE, BadCaption, ImageSource, clean_caption, decode_utf8,
-                            pick_caption)
+from sources.cached_latents import Latents
+from sources.coco import CocoCaptions
+from sources.coco import read as read_coco
+from sources.folders import ImageFolder
+from sources.images import CROPS, UNUSABLE, BadCaption, ImageSource, clean_caption, decode_utf8, pick_caption
 from sources.shapes import Shapes
-from sources.shards import TarShards, is_shards
+from sources.shards import TarShards
 from text import WordVectors
 
 Record, Batch = dict[str, Any], dict[str, Any]
-Source, TextEncoder = Any, Any          # contracts, stated above and at text_encoder
+Source, TextEncoder = Any, Any          # contracts, stated above and at text.make_encoder
 SHOWN = 16                              # records in check.png
 
 
 # ---------------------------------------------------------------- which sample a step sees
 
-def stream_positions(step: int, m: int, batch: int, micro: int) -> np.ndarray:
-    """Positions (micro,) of microbatch `m` of `step` in the endless stream of samples."""
-    return step * batch + m * micro + np.arange(micro, dtype=np.int64)
+def stream_positions(step: int, m: int, batch: int, microbatch: int) -> np.ndarray:
+    """Return the positions of microbatch `m` of `step` in the endless stream of samples."""
+    return step * batch + m * microbatch + np.arange(microbatch, dtype=np.int64)
 
 
 def index_and_epoch(positions: np.ndarray, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sample index and epoch, int64, at each position. Epoch e permutes range(n) by a key from (seed, e)."""
+    """Return sample index and epoch, int64, at each position. Epoch e permutes range(n) by a key from (seed, e)."""
     epoch, offset = np.divmod(positions, n)
     epochs, which = np.unique(epoch, return_inverse=True)
     keys = np.array([seed64(seed, "order", int(e)) for e in epochs], dtype=np.uint64)
@@ -71,18 +72,31 @@ def index_and_epoch(positions: np.ndarray, n: int, seed: int) -> tuple[np.ndarra
 
 # ---------------------------------------------------------------- sources
 
+SOURCES = {                             # the first that takes a value of --data opens it
+    "shapes": Shapes,
+    "coco": CocoCaptions,
+    "latents": Latents,
+    "tars": TarShards,
+    "folder": ImageFolder,
+}
+
+
+def source_type(where: str) -> str:
+    """Return the key of SOURCES that takes this value of --data."""
+    return next(name for name, source in SOURCES.items() if source.takes(where))
+
+
 def open_source(cfg: Config, split: str = "train") -> Source:
-    """The source of `cfg.data`; UserError if it lacks what the model needs. Only shapes have splits."""
+    """Open the source of `cfg.data`; UserError if it lacks what the model needs. Only shapes have splits."""
     want, varied = cfg.model, cfg.augment.split("+")
     if unknown := [a for a in varied if a and a not in CONTROLS]:
         raise UserError(f"augment={cfg.augment!r} names {unknown[0]!r}; there are {', '.join(CONTROLS)}")
     if cfg.crop not in CROPS:
         raise UserError(f"unknown crop={cfg.crop!r}; there are {', '.join(CROPS)}")
-    row = SOURCES[source_type(cfg.data)]
-    if want.semantics == "class" and not row.classes:
+    kind = SOURCES[source_type(cfg.data)]
+    if want.semantics == "class" and not kind.can_have_classes:
         raise UserError(f"{cfg.data!r} has captions and no classes; use --model.semantics=text, or none")
-    source = row.open(cfg, split)
-
+    source = kind.open(cfg, split)
     if want.channels != source.channels:
         raise UserError(f"--model.channels={want.channels}, but {cfg.data!r} has images of {source.channels}")
     if lacking := [c for c in want.controls.split("+") if c and c not in source.controls]:
@@ -92,62 +106,11 @@ def open_source(cfg: Config, split: str = "train") -> Source:
     return source
 
 
-def open_shapes(cfg: Config, split: str) -> Source:
-    """Captioned shapes. A global crop is as wide as the image and moves over a wider canvas, so it cuts too."""
-    varied = cfg.augment.split("+")
-    vary = [name in varied for name in ("size", "crop", "flip")]
-    side = (1.0, 1.0) if cfg.crop == "global" else CROPS[cfg.crop]
-    if cfg.shapes.layout == "sides" and cfg.shapes.objects != 2:
-        raise UserError(f"shapes.layout='sides' needs shapes.objects=2, got shapes.objects={cfg.shapes.objects}")
-    objects = tuple(range(1, cfg.shapes.objects + 1))
-    return Shapes(cfg.model.resolution, cfg.seed, split, objects, *vary, side, cfg.shapes.layout)
-
-
-def open_folder(cfg: Config, split: str) -> Source:
-    """A folder: with captions for text, of class folders for class, of images for none."""
-    if cfg.model.semantics == "text":
-        return CaptionFolder(cfg.data, *crop_options(cfg))
-    return ImageFolder(cfg.data, *crop_options(cfg), cfg.model.semantics == "class")
-
-
-def crop_options(cfg: Config) -> tuple:
-    """resolution, seed, flip, max_bad, crop and side, as every source of image files takes them."""
-    varied = cfg.augment.split("+")
-    crop = "random" if "crop" in varied else "center"
-    return cfg.model.resolution, cfg.seed, "flip" in varied, cfg.max_bad_fraction, crop, CROPS[cfg.crop]
-
-
-class SourceType(NamedTuple):
-    """A row of SOURCES: `takes(where)` recognises its values of --data, `open(cfg, split)` makes the source.
-
-    classes: whether such a source can have them."""
-    takes: Callable[[str], bool]
-    open: Callable[[Config, str], Source]
-    classes: bool = True
-
-
-SOURCES = {                             # the first that takes a value of --data opens it
-    "shapes": SourceType(lambda where: where == "shapes", open_shapes),
-    "coco": SourceType(lambda where: where.startswith("coco:"),
-                       lambda cfg, split: CocoCaptions(cfg.data.removeprefix("coco:"), *crop_options(cfg)),
-                       classes=False),
-    "latents": SourceType(lambda where: is_latents(Path(where).expanduser()), lambda cfg, split: open_latents(cfg)),
-    "tars": SourceType(is_shards, classes=False, open=lambda cfg, split: TarShards(
-        cfg.data, *crop_options(cfg), cfg.model.semantics == "text")),
-    "folder": SourceType(lambda where: True, open_folder),
-}
-
-
-def source_type(where: str) -> str:
-    """The key of SOURCES that takes this value of --data."""
-    return next(name for name, source in SOURCES.items() if source.takes(where))
-
-
-def check_words(source: Source, encoder: TextEncoder | None, cfg: Config, most: int = 100) -> None:
-    """UserError if the encoder is the shapes' and one of the first captions of another source has words it lacks."""
+def check_words(source: Source, encoder: TextEncoder | None, cfg: Config, limit: int = 100) -> None:
+    """Raise UserError if the encoder is the shapes' and lacks words of the first captions of another source."""
     if not isinstance(encoder, WordVectors) or isinstance(source, Shapes):
         return
-    for index in range(min(most, len(source))):
+    for index in range(min(limit, len(source))):
         with suppress(*UNUSABLE):
             row = source.load(index, 0)[1] if isinstance(source, ImageSource) else source.record(index, 0)
             caption = row["caption"]
@@ -161,24 +124,19 @@ def check_words(source: Source, encoder: TextEncoder | None, cfg: Config, most: 
 # ---------------------------------------------------------------- batches
 
 def records(source: Source, indices: Sequence[int], epochs: Sequence[int]) -> Batch:
-    """The Batch of these samples in these epochs, of any source."""
+    """Return the Batch of these samples in these epochs, of any source."""
     if hasattr(source, "records"):
         return source.records(indices, epochs)
     return collate([source.record(int(i), int(e)) for i, e in zip(indices, epochs)])
 
 
 def cyclic_batch(source: Source, indices: Sequence[int]) -> Batch:
-    """The Batch of these samples; an index past the end starts again at the first."""
+    """Return the Batch of these samples; an index past the end starts again at the first."""
     return records(source, np.asarray(indices) % len(source), np.zeros(len(indices), int))
 
 
-def captions(source: Source, indices: Sequence[int]) -> list[str]:
-    """The captions of these samples, counted as `around` counts them."""
-    return cyclic_batch(source, indices)["caption"]
-
-
 def with_text(batch: Batch, encoder: TextEncoder | None) -> Batch:
-    """The batch with text and lengths of its captions, unless it has them or there is no encoder."""
+    """Add text and lengths of the captions to a batch, unless it has them or there is no encoder."""
     if encoder is None or "caption" not in batch or "text" in batch:
         return batch
     text, lengths = encoder.encode(batch["caption"])
@@ -186,7 +144,7 @@ def with_text(batch: Batch, encoder: TextEncoder | None) -> Batch:
 
 
 def collate(rows: list[Record]) -> Batch:
-    """The Batch with these rows."""
+    """Stack records into a Batch."""
     column = {key: [row[key] for row in rows] for key in rows[0]}
     types = {"label": np.int64, "index": np.int64} | dict.fromkeys(CONTROLS, np.float32)
     batch = {key: torch.from_numpy(np.array(column[key], types[key])) for key in types if key in column}
@@ -194,14 +152,14 @@ def collate(rows: list[Record]) -> Batch:
     return batch | ({"caption": column["caption"]} if "caption" in column else {})
 
 
-def load_microbatch(source: Source, encoder: Any, seed: int, batch: int, micro: int, step: int, m: int) -> Batch:
-    """Microbatch `m` of `step`; text and lengths are in it if there are captions and an encoder."""
-    where = index_and_epoch(stream_positions(step, m, batch, micro), len(source), seed)
+def load_microbatch(source: Source, encoder: Any, seed: int, batch: int, microbatch: int, step: int, m: int) -> Batch:
+    """Load microbatch `m` of `step`, with text and lengths if there are captions and an encoder."""
+    where = index_and_epoch(stream_positions(step, m, batch, microbatch), len(source), seed)
     return with_text(records(source, *where), encoder)
 
 
 def prefetch(fetch_fn: Callable, keys: Iterable[tuple], workers: int, depth: int = 2) -> Iterator[Any]:
-    """fetch_fn(*key) of every key, in order; `workers` threads work up to workers * depth keys ahead, 0 = none.
+    """Yield fetch_fn(*key) of every key, in order; `workers` threads work up to workers * depth keys ahead, 0 = none.
 
     An exception is raised at its key. Closing the generator cancels what has not begun and leaves no thread."""
     if workers == 0:
@@ -238,13 +196,8 @@ def read_prompts(file: str, seed: int = 0) -> list[str]:
 
 # ---------------------------------------------------------------- looking
 
-def to_uint8(x: Tensor) -> np.ndarray:
-    """[-1, 1] -> 0 .. 255, rounded to nearest. (B, C, H, W) -> (B, H, W, C)"""
-    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-
-
 def titles(batch: Batch, classes: Sequence[str] = ()) -> list[str]:
-    """A title for each image: its caption, or its class by name or number, or nothing."""
+    """Return a title for each image: its caption, or its class by name or number, or nothing."""
     labels = [classes[k] if classes else f"class {k}" for k in batch.get("label", torch.tensor([])).tolist()]
     return batch.get("caption") or labels or [""] * len(batch["image"])
 
@@ -257,11 +210,11 @@ class Options:
     limit: int = 0              # images to decode, spread over all; 0 = every one
 
 
-def check(where: str, R: int, most: int = 0) -> None:
+def check(where: str, R: int, limit: int = 0) -> None:
     """Print what the image files hold and which are broken, and write 16 records with their controls to check.png."""
     source = open_for_check(where, R)
     if isinstance(source, ImageSource):
-        check_files(source, R, most)
+        check_files(source, R, limit)
     shown = load_microbatch(source, None, 0, SHOWN, SHOWN, 0, 0)
     controls = zip(titles(shown, source.classes), *(shown[key].tolist() for key in ("size", "crop", "flip")))
     texts = [f"{name}\nsize {h:.0f}, {w:.0f}\ncrop {top:.1f}, {left:.1f}\nflip {flip:.0f}"
@@ -270,17 +223,17 @@ def check(where: str, R: int, most: int = 0) -> None:
     print(f"{SHOWN} of them are in check.png")
 
 
-def check_files(source: ImageSource, R: int, most: int) -> None:
-    """Decode `most` files, or all for 0, and print classes, sizes, lengths of captions and every broken file."""
+def check_files(source: ImageSource, R: int, limit: int) -> None:
+    """Decode `limit` files, or all for 0, and print classes, sizes, lengths of captions and every broken file."""
     def decode(i: int) -> tuple[int, str | None] | None:
         try:
-            row = source.render(i, 0)
+            row = source.load_record(i, 0)
             return min(row["size"]), row.get("caption")
         except UNUSABLE as e:
-            source.note_bad(source.name(i), str(e))
+            source.mark_bad(source.name(i), str(e))
 
     n = len(source)
-    indices = range(n) if most <= 0 else [k * n // min(most, n) for k in range(min(most, n))]
+    indices = range(n) if limit <= 0 else [k * n // min(limit, n) for k in range(min(limit, n))]
     every = prefetch(decode, ((i,) for i in indices), workers=os.cpu_count() or 1)
     good = [row for row in tqdm(every, total=len(indices), desc="decoding", unit="image") if row]
     for label, count in sorted(Counter(source.labels).items()):
@@ -299,19 +252,16 @@ def check_files(source: ImageSource, R: int, most: int) -> None:
 
 
 def open_for_check(where: str, R: int) -> Source:
-    """The source of images at this place, with captions or classes if it has them, whatever is broken."""
-    what, root, semantics = source_type(where), Path(where).expanduser(), "text"
+    """Open the images at this place with captions, else with classes, else without, whatever is broken."""
+    what = source_type(where)
     if what == "latents":
         raise UserError(f"{where!r} holds no image files; python latents.py check shows it")
-    if what == "folder":
-        texts = find_files(root, (".txt", ".jsonl"))
-        images = {posixpath.splitext(name)[0] for name in find_files(root, SUFFIXES)}
-        captioned = any(Path(name).name == METADATA or posixpath.splitext(name)[0] in images for name in texts)
-        nested = any("/" in name for name in images)
-        semantics = "text" if captioned else "class" if nested else "none"
-    model = ModelConfig(semantics=semantics, resolution=R)
-    cfg = Config(data=where, max_bad_fraction=1.0, augment="+".join(CONTROLS), model=model)
-    return SOURCES[what].open(cfg, "train")
+    cfgs = [Config(data=where, max_bad_fraction=1.0, augment="+".join(CONTROLS),
+                   model=ModelConfig(semantics=semantics, resolution=R)) for semantics in ("text", "class", "none")]
+    for cfg in cfgs[:-1]:
+        with suppress(UserError):
+            return SOURCES[what].open(cfg)
+    return SOURCES[what].open(cfgs[-1])
 
 
 def main(argv: list[str]) -> None:

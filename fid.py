@@ -35,6 +35,7 @@ import sample
 from config import Config, UserError, parse, run
 from latents import decoder_of
 from runtime import distributed, log
+from runtime.plot import to_uint8
 from sources.folders import ArrayImages, FolderImages, open_images
 
 ENOUGH = 10_000                         # images below which the bias of FID matters
@@ -324,7 +325,7 @@ class GeneratedImages:
         first, o = int(indices[0]), self.run.options
         x = self.run(np.arange(first, first + min(o.batch, o.n)))[:len(indices)]     # batches of one size round alike
         self.broken += int((~x.flatten(1).isfinite().all(1)).sum())
-        return torch.from_numpy(data.to_uint8(x)).permute(0, 3, 1, 2)
+        return torch.from_numpy(to_uint8(x)).permute(0, 3, 1, 2)
 
 
 def size_groups(run: sample.Run, sizes: tuple[int, ...], dist: distributed.Dist) -> Iterator[Tensor]:
@@ -340,7 +341,7 @@ def size_groups(run: sample.Run, sizes: tuple[int, ...], dist: distributed.Dist)
         index = np.repeat(np.arange(first, min(first + per, o.n)), K)                   # (P K,)
         size = torch.tensor(sizes, dtype=torch.float32)[:, None].expand(K, 2).repeat(len(index) // K, 1)
         x = run(index, replace(run.conditions(index)[0], size=size))
-        yield torch.from_numpy(data.to_uint8(x)).permute(0, 3, 1, 2).unflatten(0, (-1, K))
+        yield torch.from_numpy(to_uint8(x)).permute(0, 3, 1, 2).unflatten(0, (-1, K))
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ import data
 from config import Config, ModelConfig, UserError, check_name, help_text, parse, run
 from runtime import checkpoint, distributed, log
 from runtime.optional import optional_import
-from runtime.plot import grid
+from runtime.plot import from_uint8, grid, to_uint8
 from sources.cached_latents import (FORMAT, META, ORIGINALS, RECORD, RESULTS, SCALINGS, Latents, content, file_names,
                                     header, is_latents, latent_scaling, latent_shape, pack_tokens, read_meta, shards)
 from text import make_encoder, weights_sha256
@@ -116,7 +116,7 @@ def write_reconstruction(source: Latents, decoder: Callable, device: torch.devic
     Training reads the latents in the same way, so a wrong scaling or autoencoder shows here."""
     file = source.path / ORIGINALS
     try:
-        originals = torch.from_numpy(np.load(file, allow_pickle=False)).float() / 127.5 - 1         # (B, 3, R, R)
+        originals = from_uint8(np.load(file, allow_pickle=False))           # (B, 3, R, R)
         decoded = decoder(source.posterior_means(len(originals)).to(device)).cpu()
         both = torch.cat([originals, decoded])
     except (OSError, ValueError, RuntimeError) as e:
@@ -219,7 +219,7 @@ def start_or_resume(out: Path, meta: dict, source: data.Source) -> None:
                             "choose another --out or a smaller --count")
         first = range(min(SHOWN, meta["n"]))
         pixels = data.records(source, first, [0] * len(first))["image"]
-        save(out / ORIGINALS, ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy())
+        save(out / ORIGINALS, to_uint8(pixels).transpose(0, 3, 1, 2))
     log.write_text(out / META, json.dumps(meta, indent=1))
 
 

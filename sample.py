@@ -33,10 +33,11 @@ import model
 from baselines import official_dit
 from conditioning import CONTROLS, Condition, concatenate, guide, make_condition
 from config import Config, UserError, parse, run
-from data import read_prompts, to_uint8
+from data import read_prompts
 from latents import decoder_of
 from rng import keyed_noise, seed64
 from runtime import checkpoint, distributed, log
+from runtime.plot import from_uint8, to_uint8
 from schedule import alpha_bar_table, ddim_indices, to_sigma
 from text import WordVectors, make_encoder
 
@@ -393,7 +394,7 @@ def write_npz(path: Path, images: np.ndarray) -> None:
 
 def write_grid(path: Path, images: np.ndarray, titles: list[str]) -> None:
     """Write all images, (n, H, W, C) uint8, with their titles in a square on one page."""
-    pixels = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2) / 127.5 - 1
+    pixels = from_uint8(np.array(images)).permute(0, 3, 1, 2)
     with log.atomic_path(path) as unfinished:
         data.grid(pixels, math.ceil(math.sqrt(len(images))), titles).save(unfinished, "png")
 

@@ -23,6 +23,7 @@ from evaluation.inception import exact_fp32
 from fid import MeanWithError, mean_over, mean_pair_distance, size_groups
 from runtime import distributed
 from runtime.optional import optional_import
+from runtime.plot import from_uint8
 
 SIZES = {"all": (64, 128, 256, 512, 1024), "hr": (256, 512, 1024)}  # [COND] table 2a: LPIPS and, at 256 px, LPIPS/HR
 TRUNK = "alexnet-owt-7be5be79.pth"
@@ -69,7 +70,7 @@ def lpips_features(net: nn.Module, images: Tensor) -> list[Tensor]:
         raise ValueError(f"wanted uint8 images (B, 3, h, w), got {images.dtype} {tuple(images.shape)}")
     lins = [net.lin0, net.lin1, net.lin2, net.lin3, net.lin4]
     weights = [lin.model[-1].weight[0].clamp(min=0) for lin in lins]        # (C, 1, 1)
-    outs = net.net(net.scaling_layer(images.float() / 127.5 - 1))
+    outs = net.net(net.scaling_layer(from_uint8(images)))
     unit = [x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10) for x in outs]
     return [x * (w / (x.shape[2] * x.shape[3])).sqrt() for x, w in zip(unit, weights)]
 

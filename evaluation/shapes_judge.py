@@ -30,6 +30,7 @@ from evaluation.shapes_score import score
 from fid import FeatureStats, MeanWithError, frechet_distance, mean_over, mean_pair_distance, size_groups
 from rng import seed64
 from runtime import checkpoint, distributed
+from runtime.plot import from_uint8, to_uint8
 from sources.folders import open_images
 from sources.shapes import NATIVE, VERSION, Shapes, canvas_side, render
 from sources.shapes_grammar import BACKGROUNDS, COLORS, SHAPES
@@ -173,7 +174,7 @@ def load(path: Path = JUDGE) -> ShapesClassifier:
 
 def to_bytes(images: Tensor | np.ndarray) -> Tensor:
     """Round images in [-1, 1] to uint8, as files hold them."""
-    return ((torch.as_tensor(images) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return torch.from_numpy(to_uint8(torch.as_tensor(images))).permute(0, 3, 1, 2).contiguous()
 
 
 @torch.inference_mode()
@@ -218,7 +219,7 @@ def toy_leak(judge: ShapesClassifier, groups: Iterable[Tensor], dist: distribute
     process's prompts, uint8 (P, K, 3, R, R) at a time. Low is good; even renders are not at 0."""
     values = []
     for images in groups:
-        seen = descriptor(read(judge, images.flatten(0, 1).float() / 127.5 - 1))
+        seen = descriptor(read(judge, from_uint8(images.flatten(0, 1))))
         values += mean_pair_distance([seen.unflatten(0, images.shape[:2])]).tolist()
     return mean_over(values, dist)
 
@@ -266,7 +267,7 @@ def measure(o: Options, judge: ShapesClassifier) -> dict:
     cfg, captions = model.load(file.parent.parent)[1], sample.read_prompts(str(file.with_suffix(".txt")))
     source, pixels = open_shapes(cfg), open_images(o.images)
     n = len(pixels)
-    images = pixels(np.arange(n)).float() / 127.5 - 1
+    images = from_uint8(pixels(np.arange(n)))
     real = source.records(range(2 * FAR, 2 * FAR + n))["image"]
     reference = render_stats(judge, source, range(FAR, FAR + REFERENCE))
     line = {"metric": f"toy_fd{n}/judge-{judge.sha256[:8]}", "value": toy_fd(judge, images, reference),

@@ -2,6 +2,7 @@
 
 python -m runtime.plot --out=out/shapes         writes loss.png and, with --magnitudes_every, magnitudes.png
 grid(images, columns=4, captions=texts)         a PIL image
+to_uint8(images), from_uint8(pixels)            the one conversion between [-1, 1] and the bytes of a file
 
 Dimensions: B batch, C channels, H height, W width.
 """
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -107,6 +109,16 @@ def _save(figure: Any, path: Path) -> str:
 
 # ---------------------------------------------------------------- grids of images
 
+def to_uint8(x: Tensor) -> np.ndarray:
+    """[-1, 1] -> 0 .. 255, rounded to nearest. (B, C, H, W) -> (B, H, W, C)"""
+    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def from_uint8(pixels: np.ndarray | Tensor) -> Tensor:
+    """0 .. 255 -> [-1, 1], float32, without a change of layout."""
+    return torch.as_tensor(pixels).float() / 127.5 - 1
+
+
 def grid(images: Tensor, columns: int, captions: Sequence[str] = (), scale: int = 0) -> Image.Image:
     """Put images (B, C, H, W) in [-1, 1] on a white page, `columns` a row, each above its caption.
 
@@ -124,8 +136,7 @@ def grid(images: Tensor, columns: int, captions: Sequence[str] = (), scale: int 
     size = gap + min(columns, B) * (wide + gap), gap + len(rows) * high + sum(below)
     page = Image.new("RGB", size, "white")
     pen, top = ImageDraw.Draw(page), gap
-    pixels = (images.detach().float().cpu().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
-    pixels = pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()                   # (B, H, W, 3)
+    pixels = to_uint8(images.expand(-1, 3, -1, -1))                                     # (B, H, W, 3)
     for row, space in zip(rows, below):
         for left, i in zip(range(gap, page.width, wide + gap), row):
             page.paste(Image.fromarray(pixels[i]).resize((wide, high), Image.Resampling.NEAREST), (left, top))

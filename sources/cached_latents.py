@@ -230,6 +230,17 @@ class Latents:
         mean = np.stack([self.latents[i // shard][i % shard, 0, 0] for i in range(count)])      # (B, 2C, h, w)
         return (torch.from_numpy(mean).float()[:, :self.channels] - self.shift) / self.scale
 
+    can_have_classes = True
+
+    @staticmethod
+    def takes(where: str) -> bool:
+        return is_latents(Path(where).expanduser())
+
+    @staticmethod
+    def open(cfg: Config, split: str = "train") -> "Latents":
+        """Open `cfg.data`. Latents have no splits."""
+        return open_latents(cfg)
+
 
 def open_latents(cfg: Config) -> Latents:
     """The source of `cfg.data`, a folder of latents. UserError if they cannot give what the config requests.

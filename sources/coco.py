@@ -8,10 +8,11 @@ A seed always chooses the same caption of an image, so all evaluations see the s
 import hashlib
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from config import UserError
+from config import Config, UserError
 from rng import seed64
 from sources.images import ImageSource, clean_caption, decode_utf8, pick_caption
 
@@ -21,8 +22,16 @@ PREFERRED = "captions_val2014.json"     # papers evaluate on it
 class CocoCaptions(ImageSource):
     """Images of a COCO captions file in the order of their numbers, each with one of its captions.
 
-    path: the captions json, or the folder above annotations/. Images without a caption or a file are unusable. The
-    other arguments are those of Pictures."""
+    path: the captions json, or the folder above annotations/. Images without a caption or a file are unusable."""
+    @staticmethod
+    def takes(where: str) -> bool:
+        return where.startswith("coco:")
+
+    @classmethod
+    def open(cls, cfg: Config, split: str = "train") -> ImageSource:
+        """Open coco:PATH."""
+        return super().open(replace(cfg, data=cfg.data.removeprefix("coco:")), split)
+
     def scan(self) -> Iterable[tuple[str, str]]:
         """captions_val2014.json describes the images in val2014 beside annotations/, or beside itself."""
         file = find_json(self.path)
@@ -42,16 +51,14 @@ class CocoCaptions(ImageSource):
         return bad.items()
 
     def load(self, index: int, epoch: int) -> tuple[Path, dict[str, Any]]:
-        """Its path and its caption, the same in every epoch."""
+        """Return its path and its caption, the same in every epoch."""
         draw = seed64(self.seed, "coco", self.numbers[index])
         return self.folder / self.names[index], {"caption": pick_caption(self.captions[index], draw)}
 
 
 def find_json(path: Path) -> Path:
-    """The captions file of this path. Raises UserError if there are none or several."""
-    if path.is_file():
-        return path
-    found = sorted(path.glob("annotations/captions_*.json"))
+    """Return the captions file of this path. Raises UserError if there are none or several."""
+    found = [path] if path.is_file() else sorted(path.glob("annotations/captions_*.json"))
     wanted = [file for file in found if file.name == PREFERRED] or found
     if len(wanted) != 1:
         raise UserError(f"coco:PATH needs a captions json, or a folder with annotations/{PREFERRED}; "
@@ -60,7 +67,7 @@ def find_json(path: Path) -> Path:
 
 
 def read(file: Path | str) -> tuple[dict[int, str], dict[int, list[str]]]:
-    """{image: file name} and {image: captions, in the order of their own numbers} of a COCO captions json.
+    """Return {image: file name} and {image: captions in the order of their own numbers} of a COCO captions json.
 
     Raises UserError for any other content, and for file names that lead out of the folder."""
     try:
@@ -69,14 +76,10 @@ def read(file: Path | str) -> tuple[dict[int, str], dict[int, list[str]]]:
         captions: dict[int, list[str]] = {}
         for _, number, text in sorted((row["id"], row["image_id"], row["caption"]) for row in tree["annotations"]):
             captions.setdefault(number, []).append(clean_caption(text))
-        outside = [n for n in names.values() if PurePosixPath(n).is_absolute() or ".." in PurePosixPath(n).parts]
         if not all(type(number) is int for number in (*names, *captions)):
             raise TypeError("the number of an image is no whole number")
+        if any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in names.values()):
+            raise ValueError("a file name leads out of the folder of images")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise UserError(f"{file} is not a COCO captions json, images and annotations by id: "
-                        f"{type(e).__name__}: {e}") from e
-    if outside:
-        raise UserError(f"{file} names {outside[0]!r}, which leads out of the folder of images")
-    if len(set(names.values())) < len(names):
-        raise UserError(f"{file} names a file twice")
+        raise UserError(f"{file} is not a COCO captions json: {type(e).__name__}: {e}") from e
     return names, captions

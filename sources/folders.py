@@ -1,17 +1,14 @@
-"""Folders of images as sources: classes by folder, or captions beside the images.
+"""Folders of images as sources: classes by folder, or captions beside the images; and images for evaluation.
 
 ImageFolder("train", 256)           train/CLASS/any/depth.jpg
-Captions("mine", 256)               images, each with its text in metadata.jsonl or in a .txt of the same stem
-find_images(path)                   names and bytes of all images below a folder
-open_pictures("folder")             images for evaluation, of a folder or an array, read by number
+CaptionFolder("mine", 256)          images, each with its text in metadata.jsonl or in a .txt of the same stem
+open_images("folder")               images for evaluation, of a folder or an array, read by number
 
 Dimensions: B batch, H x W pixels, n images.
 """
 import hashlib
 import os
 import posixpath
-import stat
-import sys
 import zipfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,12 +20,12 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from config import UserError
+from config import Config, UserError
 from rng import seed64
-from sources.images import (CROPS, SUFFIXES, UNUSABLE, BadCaption, BadImage, ImageSource, decode_utf8, open_image,
-                            parse_metadata, pick_caption)
+from runtime.plot import to_uint8
+from sources.images import (SUFFIXES, BadCaption, BadImage, ImageSource, decode_utf8, open_image, parse_metadata,
+                            pick_caption)
 
 METADATA = "metadata.jsonl"
 SPLITS = {"train", "val", "valid", "validation", "test"}                # names of folders that are no classes
@@ -37,32 +34,32 @@ SPLITS = {"train", "val", "valid", "validation", "test"}                # names 
 class ImageFolder(ImageSource):
     """A folder of class folders, which hold JPEG, PNG and WebP files at any depth. Classes are sorted by name.
 
-    classes     off: no labels, and class folders are optional. The other arguments are those of Pictures"""
-    def __init__(self, path: str | Path, resolution: int, seed: int = 0, flip: bool = True, max_bad: float = 0.01,
-                 crop: str = "random", side: tuple[float, float] = CROPS["global"], classes: bool = True):
-        self.with_classes = classes
-        super().__init__(path, resolution, seed, flip, max_bad, crop, side)
+    annotated   off: no labels, and class folders are optional"""
+    can_have_classes = True
+
+    @staticmethod
+    def takes(where: str) -> bool:
+        """Whether this value of --data is a folder: every value that no other source takes."""
+        return True
+
+    @classmethod
+    def open(cls, cfg: Config, split: str = "train") -> ImageSource:
+        """Open a folder, with captions for semantics=text, of class folders for class, of images for none."""
+        return CaptionFolder.open(cfg, split) if cfg.model.semantics == "text" else super().open(cfg, split)
 
     def scan(self) -> Iterable[tuple[str, str]]:
-        """Files without content are unusable; images outside class folders only get a warning."""
-        names, sizes, bad = find_images(self.path)
-        if self.with_classes and (stray := sum("/" not in name for name in names)):
-            if stray == len(names):
-                raise no_classes(self.path, names)
-            tqdm.write(f"warning: {stray} images of {self.path} are in no class folder", sys.stderr)
-            inside = [k for k, name in enumerate(names) if "/" in name]
-            names, sizes = Names(names[k] for k in inside), [sizes[k] for k in inside]
-        self.names = names
-        if self.with_classes:
-            self.classes, self.labels = index_classes(names)
+        """Files without content are unusable and, where classes are wanted, images outside class folders."""
+        self.names, sizes, bad = find_images(self.path, self.annotated)
+        if self.annotated:
+            self.classes, self.labels = index_classes(self.names)
             if set(self.classes) <= SPLITS:
                 raise UserError(f"{str(self.path)!r} has the folders {', '.join(self.classes)}, which are splits, not "
                                 f"classes; use --data={(self.path / self.classes[0]).as_posix()}")
-        self.fingerprint, self.files = fingerprint(names, sizes, self.classes), len(names) + len(bad)
+        self.fingerprint, self.files = fingerprint(self.names, sizes, self.classes), len(self.names) + len(bad)
         return bad.items()
 
     def load(self, index: int, epoch: int) -> tuple[Path, dict[str, Any]]:
-        """Its path, and its label if the source has classes."""
+        """Return its path, and its label if the source has classes."""
         return self.path / self.names[index], {"label": self.labels[index]} if self.classes else {}
 
 
@@ -75,7 +72,8 @@ class CaptionFolder(ImageSource):
     def scan(self) -> Iterable[tuple[str, str]]:
         """`texts` holds the text of each image as metadata.jsonl has it, or the path of its .txt."""
         images, lengths, bad = find_images(self.path)
-        files, beside = find_texts(self.path)
+        files = dict(walk(self.path, (".txt", ".jsonl")))
+        beside = {posixpath.splitext(name)[0]: name for name in files if name.lower().endswith(".txt")}
         texts, wrong, sources = self.read_metadata([name for name in files if posixpath.basename(name) == METADATA])
         self.names, self.texts, parts = [], [], []
         for name, size in zip(images, lengths):
@@ -96,7 +94,7 @@ class CaptionFolder(ImageSource):
         return sorted(bad.items())
 
     def load(self, index: int, epoch: int) -> tuple[Path, dict[str, Any]]:
-        """Its path and its caption."""
+        """Return its path and its caption."""
         text = self.texts[index]
         try:
             text = decode_utf8(text.read_bytes()) if isinstance(text, Path) else text
@@ -106,35 +104,14 @@ class CaptionFolder(ImageSource):
         return self.path / self.names[index], {"caption": pick_caption(text, draw)}
 
     def read_metadata(self, files: list[str]) -> tuple[dict[str, Any], dict[str, str], list[tuple[str, str]]]:
-        """{image: text} of these metadata.jsonl, {line or image: reason}, and (file, sha256) of each.
-
-        Image names are relative to the folder of the source; those outside it are unusable."""
+        """Return {image: text} of these metadata.jsonl, {line: reason} of unusable ones, and (file, sha256) of each."""
         texts, bad, sources = {}, {}, []
         for file in files:
             content = (self.path / file).read_bytes()
-            found, wrong = parse_metadata(content)
-            bad |= {f"{file} {line}": reason for line, reason in wrong.items()}
-            for name, text in found.items():
-                place = posixpath.normpath(posixpath.join(posixpath.dirname(file), name))
-                if place.startswith(("/", "..")):
-                    bad[f"{file}: {name}"] = "lies outside the folder"
-                elif place in texts:
-                    bad[f"{file}: {name}"] = "is named a second time"
-                else:
-                    texts[place] = text
+            found, wrong = parse_metadata(content, posixpath.dirname(file))
+            texts, bad = found | texts, bad | {f"{file} {line}": reason for line, reason in wrong.items()}
             sources.append((file, hashlib.sha256(content).hexdigest()))
         return texts, bad, sources
-
-
-def no_classes(path: Path, images: Sequence[str]) -> UserError:
-    """The error for images without class folders, which says what would work."""
-    files, beside = find_texts(path)
-    stems = {posixpath.splitext(name)[0] for name in images}
-    if stems & beside.keys() or any(posixpath.basename(name) == METADATA for name in files):
-        return UserError(f"{str(path)!r} has no class folder, but captions beside its {len(images)} images; train on "
-                         "those with --model.semantics=text --model.arch=mmdit --encoder=clip:PATH")
-    return UserError(f"{str(path)!r} has no class folder: put its {len(images)} images into folders named after "
-                     f"their classes, {path}/CLASS/; or use --model.semantics=none")
 
 
 # ---------------------------------------------------------------- what is in a folder
@@ -142,11 +119,15 @@ def no_classes(path: Path, images: Sequence[str]) -> UserError:
 class Names(Sequence[str]):
     """File names in their UTF-8 bytes and eight more: a list takes four times as much in every process, and
     ImageNet-22k has 14 million."""
-    def __init__(self, names: Iterable[str]) -> None:
+    def __init__(self, names: Iterable[str] = ()) -> None:
         self.letters, self.ends = bytearray(), array("q", [0])
         for name in names:
-            self.letters += name.encode("utf-8", "surrogatepass")       # surrogates stand for other bytes
-            self.ends.append(len(self.letters))
+            self.append(name)
+
+    def append(self, name: str) -> None:
+        """Add a name at the end."""
+        self.letters += name.encode("utf-8", "surrogatepass")           # surrogates stand for other bytes
+        self.ends.append(len(self.letters))
 
     def __len__(self) -> int:
         return len(self.ends) - 1
@@ -159,34 +140,35 @@ class Names(Sequence[str]):
         return (self.letters[a:b].decode("utf-8", "surrogatepass") for a, b in pairwise(self.ends))
 
 
-def find_images(root: Path) -> tuple[Names, array, dict[str, str]]:
-    """Names and bytes of the images below `root`, sorted by name, and {name: reason} of files without content."""
-    sizes, bad = array("q"), {}
+def find_images(root: Path, nested: bool = False) -> tuple[Names, array, dict[str, str]]:
+    """Return names and bytes of the images below `root`, sorted by name, and {name: reason} of unusable ones.
 
-    def good() -> Iterator[str]:
-        for name, size in walk(root, SUFFIXES):
-            if size:
-                sizes.append(size)
-                yield name
-            else:
-                bad[name] = "empty file or link to nothing"
-
-    names = Names(good())
+    nested: those that lie in `root` itself are unusable"""
+    names, sizes, bad = Names(), array("q"), {}
+    for name, size in walk(root, SUFFIXES):
+        if not size:
+            bad[name] = "empty file or link to nothing"
+        elif nested and "/" not in name:
+            bad[name] = "in no class folder"
+        else:
+            names.append(name)
+            sizes.append(size)
     if not names:
-        raise UserError(f"no images in {str(root)!r}, {len(bad)} empty files; looked for {' '.join(SUFFIXES)}"
-                        f" in {root.absolute()} and all folders below")
+        hint = "; put them into folders named after their classes, or use --model.semantics=text or none" * nested
+        raise UserError(f"no images in {'class folders of ' * nested}{str(root)!r}, {len(bad)} unusable files; looked "
+                        f"for {' '.join(SUFFIXES)} in {root.absolute()} and all folders below{hint}")
     return names, sizes, bad
 
 
 def index_classes(names: Sequence[str]) -> tuple[list[str], array]:
-    """The outermost folders of these files, sorted, and the index of each file's folder."""
+    """Return the outermost folders of these files, sorted, and the index of each file's folder."""
     classes = sorted({name.partition("/")[0] for name in names})
     index = {name: k for k, name in enumerate(classes)}
     return classes, array("i", (index[name.partition("/")[0]] for name in names))
 
 
 def fingerprint(names: Sequence[str], sizes: Sequence[int], classes: list[str]) -> str:
-    """sha256 of ascii(([(name, size), ...], classes)), made pair by pair."""
+    """Return sha256 of ascii(([(name, size), ...], classes)), made pair by pair."""
     digest, between = hashlib.sha256(b"(["), ""
     for pair in zip(names, sizes):
         digest.update(f"{between}{pair!a}".encode())
@@ -195,19 +177,8 @@ def fingerprint(names: Sequence[str], sizes: Sequence[int], classes: list[str]) 
     return digest.hexdigest()
 
 
-def find_texts(root: Path) -> tuple[dict[str, int], dict[str, str]]:
-    """{name: bytes} of the .txt and .jsonl files below `root`, and the .txt files by stem."""
-    files = find_files(root, (".txt", ".jsonl"))
-    return files, {posixpath.splitext(name)[0]: name for name in files if name.lower().endswith(".txt")}
-
-
-def find_files(root: Path, suffixes: tuple[str, ...]) -> dict[str, int]:
-    """All that `walk` finds, as {name: bytes}."""
-    return dict(walk(root, suffixes))
-
-
 def walk(root: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, int]]:
-    """Relative name and bytes of the files below `root` with these suffixes, sorted by name; 0 for a broken link.
+    """Yield relative name and bytes of the files below `root` with these suffixes, sorted by name; 0 for a broken link.
 
     Skips hidden and irregular files, and follows links, but enters no folder twice. Sorting a folder as its name and
     a slash gives the order of the whole without a list of the whole, which os.walk would need."""
@@ -230,17 +201,14 @@ def walk(root: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, int]]:
 
 
 def measure(entry: os.DirEntry, suffixes: tuple[str, ...]) -> tuple[str, int] | None:
-    """(name, bytes) of a file with these suffixes, (name/, 0) of a folder, None for all else."""
-    named, link = entry.name.lower().endswith(suffixes), entry.is_symlink()
-    if entry.name.startswith(".") or not (named or link or entry.is_dir()):
+    """Return (name, bytes) of a file with these suffixes, (name/, 0) of a folder, None for all else."""
+    if entry.name.startswith("."):
         return None
-    try:
-        found = entry.stat()
-    except OSError:
-        return (entry.name, 0) if named else None               # a link to nothing, or to itself
-    if stat.S_ISDIR(found.st_mode):
+    if entry.is_dir():
         return entry.name + "/", 0
-    return (entry.name, found.st_size) if named and stat.S_ISREG(found.st_mode) else None
+    if entry.name.lower().endswith(suffixes) and (entry.is_file() or entry.is_symlink()):
+        return entry.name, entry.stat().st_size if entry.is_file() else 0
+    return None
 
 
 # ---------------------------------------------------------------- images for evaluation
@@ -253,34 +221,32 @@ class FolderImages:
     workers, broken = 4, 0              # threads that may read ahead; images that are not finite
 
     def __init__(self, path: Path, resolution: int = 0) -> None:
-        self.path, (self.names, _, empty) = path, find_images(path)
-        if empty:
+        self.path, self.resolution = path, resolution
+        self.source = ImageFolder(path, resolution, flip=False, max_bad=1, side=None, annotated=False)
+        if empty := self.source.bad:
             raise UserError(f"{len(empty)} files of {path} are empty, e.g. {next(iter(empty))!r}; remove them")
-        self.jpegs = sum(name.lower().endswith((".jpg", ".jpeg")) for name in self.names)
-        self.square = None
-        if resolution:
-            self.square = ImageFolder(path, resolution, flip=False, max_bad=0, crop="center", classes=False)
+        self.jpegs = sum(name.lower().endswith((".jpg", ".jpeg")) for name in self.source.names)
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.source)
 
     def __call__(self, indices: np.ndarray) -> Tensor:
-        """Images number `indices` (B,) as uint8 (B, 3, H, W)."""
+        """Return images number `indices` (B,) as uint8 (B, 3, H, W)."""
         images = [self.read(int(k)) for k in indices]
         if len(shapes := {image.shape for image in images}) > 1:
             raise UserError(f"images of {self.path} have different sizes, e.g. {min(shapes)[:2]} and "
-                            f"{max(shapes)[:2]}; give --square=R to crop and resize them all")
+                            f"{max(shapes)[:2]}; give --center_crop=R to crop and resize them all")
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
     def read(self, index: int) -> np.ndarray:
-        """One image, uint8 (H, W, 3)."""
+        """Return one image, uint8 (H, W, 3)."""
+        file = self.path / self.source.names[index]
         try:
-            if self.square is None:
-                return np.asarray(open_image(self.path / self.names[index])[0])
-            image = (self.square.render(index, 0)["image"] + 1) * 127.5
-            return image.round().to(torch.uint8).permute(1, 2, 0).numpy()
+            if self.resolution:
+                return to_uint8(self.source.load_record(index, 0)["image"][None])[0]
+            return np.asarray(open_image(file)[0])
         except BadImage as e:
-            raise UserError(f"{self.path / self.names[index]} cannot be read: {e}") from e
+            raise UserError(f"{file} cannot be read: {e}") from e
 
 
 class ArrayImages:
@@ -301,7 +267,7 @@ class ArrayImages:
         return self.shape[0]
 
     def __call__(self, indices: np.ndarray) -> Tensor:
-        """Images number `indices` (B,), which are consecutive, as uint8 (B, 3, H, W)."""
+        """Return images number `indices` (B,), which are consecutive, as uint8 (B, 3, H, W)."""
         size = int(np.prod(self.shape[1:]))
         with self.open() as file:
             file.seek(self.start + int(indices[0]) * size)
@@ -313,7 +279,7 @@ class ArrayImages:
 
     @contextmanager
     def open(self) -> Iterator[BinaryIO]:
-        """The bytes of the array. An uncompressed .npz can seek, so nothing else is read."""
+        """Open the bytes of the array. An uncompressed .npz can seek, so nothing else is read."""
         try:
             if self.path.suffix == ".npy":
                 with open(self.path, "rb") as file:
@@ -326,12 +292,12 @@ class ArrayImages:
 
 
 def open_images(path: str, resolution: int = 0) -> FolderImages | ArrayImages:
-    """A folder of images, or an .npz or .npy of them. UserError for anything else."""
+    """Open a folder of images, or an .npz or .npy of them. UserError for anything else."""
     where = Path(path).expanduser()
     if where.is_dir():
         return FolderImages(where, resolution)
     if where.suffix not in (".npz", ".npy") or not where.is_file():
         raise UserError(f"no images at {path!r}; wanted a folder of PNG files, an .npz with arr_0 or an .npy")
     if resolution:
-        raise UserError(f"--square={resolution} is for folders; the images of {path} have one size already")
+        raise UserError(f"--center_crop={resolution} is for folders; the images of {path} have one size already")
     return ArrayImages(where)

@@ -21,8 +21,9 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from config import UserError
+from config import Config, UserError
 from rng import seed64, uniform
+from sources.images import CROPS
 from sources.shapes_grammar import BACKGROUNDS, COLORS, RELATIONS, SHAPES, SceneFacts, facts_to_caption
 
 SPLITS = ("train", "test", "held_out")
@@ -126,6 +127,22 @@ class Shapes:
         batch = self.records([index], epoch)
         scene = {key: value[0] for key, value in batch.pop("scene").items()}
         return {**{key: value[0] for key, value in batch.items()}, "scene": scene}
+
+    can_have_classes = True
+
+    @staticmethod
+    def takes(where: str) -> bool:
+        return where == "shapes"
+
+    @classmethod
+    def open(cls, cfg: Config, split: str = "train") -> "Shapes":
+        """Open a split. A global crop is as wide as the image and moves over a wider canvas, so it cuts too."""
+        n, layout, varied = cfg.shapes.objects, cfg.shapes.layout, cfg.augment.split("+")
+        if layout == "sides" and n != 2:
+            raise UserError(f"shapes.layout='sides' needs shapes.objects=2, got shapes.objects={n}")
+        side = (1.0, 1.0) if cfg.crop == "global" else CROPS[cfg.crop]
+        return cls(cfg.model.resolution, cfg.seed, split, tuple(range(1, n + 1)),
+                   *(name in varied for name in ("size", "crop", "flip")), side, layout)
 
 
 def project_scene(scene: dict[str, np.ndarray], S: np.ndarray, top: np.ndarray, left: np.ndarray, flip: np.ndarray,

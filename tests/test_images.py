@@ -9,8 +9,8 @@ from PIL import Image
 from sources import images
 
 
-def smooth(h, w):
-    """A picture in which red says how far right a pixel is and green how far down."""
+def smooth(h=40, w=52):
+    """An image in which red says how far right a pixel is and green how far down."""
     x, y = np.meshgrid(np.arange(w) / (w - 1), np.arange(h) / (h - 1))
     return Image.fromarray(np.stack([255 * x, 255 * y, 0 * x], axis=-1).round().astype(np.uint8))
 
@@ -29,9 +29,9 @@ def rgb(content):
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
 def test_three_formats_are_read(format):
-    picture, size = images.open_image(io.BytesIO(encoded(smooth(40, 52), format, quality=95)))
-    assert picture.mode == "RGB" and size == (40, 52)
-    assert np.abs(np.asarray(picture).astype(float) - np.asarray(smooth(40, 52))).mean() < 4
+    image, size = images.open_image(io.BytesIO(encoded(smooth(40, 52), format, quality=95)))
+    assert image.mode == "RGB" and size == (40, 52)
+    assert np.abs(np.asarray(image).astype(float) - np.asarray(smooth(40, 52))).mean() < 4
 
 
 @pytest.mark.parametrize("format", ["GIF", "BMP", "TIFF"])
@@ -92,9 +92,9 @@ def test_damaged_exif_still_turns_the_image(at, byte):
 
 def test_big_jpegs_are_decoded_smaller_but_keep_their_size():
     content = encoded(smooth(801, 1003), "JPEG", quality=95)
-    picture, size = images.open_image(io.BytesIO(content), short=150)
-    assert size == (801, 1003) and 150 <= min(picture.size) <= 300
-    enlarged = np.asarray(picture.resize((1003, 801))).astype(float)
+    image, size = images.open_image(io.BytesIO(content), short=150)
+    assert size == (801, 1003) and 150 <= min(image.size) <= 300
+    enlarged = np.asarray(image.resize((1003, 801))).astype(float)
     assert np.abs(enlarged - np.asarray(smooth(801, 1003))).mean() < 3
     assert images.open_image(io.BytesIO(content), short=500)[0].size == (1003, 801)
 
@@ -107,11 +107,11 @@ def test_floating_point_pixels_are_refused():
 @pytest.mark.filterwarnings("ignore")
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 900), st.integers(0, 900), st.integers(0, 255), st.sampled_from(images.FORMATS))
-def test_any_bytes_give_a_picture_or_badimage(cut, at, byte, kind):
+def test_any_bytes_give_an_image_or_badimage(cut, at, byte, kind):
     content = bytearray(encoded(smooth(40, 52), kind))
     content[at % len(content)] = byte
     try:
-        picture, size = images.open_image(io.BytesIO(bytes(content[:max(cut, 1) if cut < 450 else None])))
-        assert picture.mode == "RGB" and min(size) >= 8
+        image, size = images.open_image(io.BytesIO(bytes(content[:max(cut, 1) if cut < 450 else None])))
+        assert image.mode == "RGB" and min(size) >= 8
     except images.BadImage:
         pass

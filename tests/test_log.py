@@ -276,6 +276,6 @@ def test_the_messages_lead_to_the_file(tmp_path, capsys):
     follow(source, tmp_path)
     with pytest.raises(UserError, match=f"28 of 31 images .*all are in .*{SKIPPED}.*--max_bad_fraction=0.9"):
         for k in range(len(source)):
-            source.note_bad(source.name(k), "x")
+            source.mark_bad(source.name(k), "x")
     assert capsys.readouterr().err.splitlines()[-1].endswith(f"all are in {tmp_path / SKIPPED}")
     assert len(skipped(tmp_path)) == 28

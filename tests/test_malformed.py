@@ -1,7 +1,7 @@
-"""Malformed pictures, captions and tars, one row each: taken as it is meant, passed over by name, or refused at once.
+"""Malformed images, captions and tars, one row each: taken as it is meant, passed over by name, or refused at once.
 
 outcome   what a folder or shard with one such file among good ones gives
-taken     its sample is there, and is what it should be
+taken     its sample exists, and is what it should be
 skipped   it is in `bad` by name and another takes its place; with max_bad=0 it is an error
 ignored   as if it were not there
 refused   UserError before there is a source, so before the first step
@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 import os
+import posixpath
 import struct
 import sys
 import tarfile
@@ -25,21 +26,10 @@ from PIL import Image
 
 import data
 from config import UserError
-from sources import images, shards
+from sources import folders, images, shards
+from test_images import encoded, smooth
 
 GOOD = 3
-
-
-def encoded(image, format, **options):
-    file = io.BytesIO()
-    image.save(file, format, **options)
-    return file.getvalue()
-
-
-def smooth(h=40, w=52):
-    """A picture in which red says how far right a pixel is and green how far down."""
-    x, y = np.meshgrid(np.arange(w) / (w - 1), np.arange(h) / (h - 1))
-    return Image.fromarray(np.stack([255 * x, 255 * y, 0 * x], axis=-1).round().astype(np.uint8))
 
 
 def chunk(kind, body):
@@ -66,11 +56,11 @@ def oriented(n, cut=None):
     return encoded(smooth(), "JPEG", quality=95, exif=exif.tobytes()[:cut] + b"\xff" * 9 * (cut is not None))
 
 
-TRUE, WHITE = "true", "white"           # what a picture that is taken looks like: `smooth`, or white all over
+TRUE, WHITE = "true", "white"           # what an image that is taken looks like: `smooth`, or white all over
 
 
 @lru_cache
-def pictures():
+def image_files():
     """name: (content of a file, outcome, what its message says or what it looks like; None = anything)."""
     image, grey = smooth(), smooth().convert("L")
     jpeg, png = encoded(image, "JPEG", quality=95), encoded(image, "PNG")
@@ -133,16 +123,16 @@ def passed_over(root, name, match, make=data.ImageFolder):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", pictures())
-def test_a_picture(tmp_path, name):
-    content, outcome, look = pictures()[name]
+@pytest.mark.parametrize("name", image_files())
+def test_an_image_file(tmp_path, name):
+    content, outcome, look = image_files()[name]
     root = folder(tmp_path / "set")
     (root / "c" / "x.png").write_bytes(content)
     tracemalloc.start()
     if outcome == "skipped":
         passed_over(root, "c/x.png", look)
     else:
-        source = data.ImageFolder(root, 40, crop="center", flip=False)
+        source = data.ImageFolder(root, 40, side=None, flip=False)
         row = source.record(3, 0)
         assert row["index"] == 3 and not source.bad and row["image"].shape == (3, 40, 40)
         if look is not None:
@@ -157,7 +147,7 @@ def test_a_picture(tmp_path, name):
 
 
 @pytest.mark.parametrize("what", ["folder", "broken link", "pipe", "unreadable"])
-def test_what_is_called_like_a_picture(tmp_path, what):
+def test_what_is_called_like_an_image(tmp_path, what):
     root = folder(tmp_path / "set")
     path = root / "c" / "x.jpg"
     if what == "folder":
@@ -203,8 +193,8 @@ def captioned(root):
 
 def check_caption(root, want):
     if want is None:
-        return passed_over(root, "c/x.png", None, data.CaptionFolder)
-    source = data.CaptionFolder(root, 16)
+        return passed_over(root, "c/x.png", None, folders.CaptionFolder)
+    source = folders.CaptionFolder(root, 16)
     assert source.record(3, 0)["caption"] == want and not source.bad
 
 
@@ -227,9 +217,9 @@ def test_a_caption_in_metadata(tmp_path, name):
 
 
 @pytest.mark.parametrize("line, match", [
-    (b"{", "not JSON"), (b"[" * 100_000, "not JSON"), (b"7", "not an object"),
-    (b'{"text": "x"}', "wants file_name and text"),
-    (b'{"file_name": "a9.png", "txt": "x"}', "wants file_name and text"), (b'{"file_name": 7, "text": "x"}', "wants"),
+    (b"{", "not JSON"), (b"[" * 100_000, "not JSON"), (b"7", "not a JSON object"),
+    (b'{"text": "x"}', "lacks file_name or text"),
+    (b'{"file_name": "a9.png", "txt": "x"}', "lacks file_name or text"), (b'{"file_name": 7, "text": "x"}', "lacks"),
     ('{"file_name": "a9.png", "text": "é"}'.encode("latin-1"), "not UTF-8"),
     (b'{"file_name": "../../x.png", "text": "x"}', "outside"),
     (b'{"file_name": "/etc/x.png", "text": "x"}', "outside"), (b'{"file_name": "gone.png", "text": "x"}', "no such"),
@@ -240,10 +230,10 @@ def test_a_line_of_metadata(tmp_path, line, match):
     root = captioned(tmp_path / "set")
     (root / "c" / "x.png").unlink()
     (root / "c" / "metadata.jsonl").write_bytes(line)
-    source = data.CaptionFolder(root, 16, max_bad=0.5)
+    source = folders.CaptionFolder(root, 16, max_bad=0.5)
     assert len(source) == GOOD and len(source.bad) == 1 and match in str(source.bad)
     with pytest.raises(UserError, match="1 of 4"):
-        data.CaptionFolder(root, 16, max_bad=0.0)
+        folders.CaptionFolder(root, 16, max_bad=0.0)
 
 
 @settings(max_examples=40, deadline=None)
@@ -253,8 +243,12 @@ def test_any_metadata_is_captions_or_named_lines(content):
     assert all(isinstance(name, str) for name in texts) and all(line.startswith("line ") for line in bad)
 
 
+NAMES = st.text(min_size=1, max_size=9).filter(
+    lambda name: posixpath.normpath(name) == name and not name.startswith(("/", "..")))
+
+
 @settings(max_examples=40, deadline=None)
-@given(st.dictionaries(st.text(min_size=1, max_size=9), st.text(max_size=30), max_size=5), st.booleans())
+@given(st.dictionaries(NAMES, st.text(max_size=30), max_size=5), st.booleans())
 def test_metadata_is_read_back(rows, ascii_only):
     lines = [json.dumps({"text": text, "file_name": name}, ensure_ascii=ascii_only) for name, text in rows.items()]
     content = "\n".join(lines).encode("utf-8", "surrogatepass")
@@ -268,7 +262,7 @@ def test_metadata_is_read_back(rows, ascii_only):
 def test_a_clean_caption_is_one_line_and_stays_as_it_is(text):
     out = images.clean_caption(text)
     assert out == images.clean_caption(out) == images.clean_caption(unicodedata.normalize("NFD", text))
-    assert len(out) <= images.LONGEST
+    assert len(out) <= images.MAX_CHARACTERS
     assert out == " ".join(out.split()) and all(unicodedata.category(c) not in ("Cc", "Cs") for c in out)
     out.encode()
 
@@ -309,7 +303,7 @@ def tars():
     damaged[1024 + 124] ^= 1
     flipped = whole[:1024] + bytes([whole[1024] ^ 1]) + whole[1025:]
     odd = [member("caf\udce9.png", jpg), member("caf\udce9.txt", b"text d")]
-    cuts = {f"cut at {at}": (whole[:at], "refused", "cut or damaged after entry")
+    cuts = {f"cut at {at}": (whole[:at], "refused", "cut, damaged or compressed after byte")
             for at in (100, 512, 1024, 1100, end - 512, end - 1)}
     links = {kind: (tar_of([*three, member("x.jpg", kind=code, **evil)]), "taken", fine)
              for kind, code in (("symlink", tarfile.SYMTYPE), ("hard link", tarfile.LNKTYPE),
@@ -318,26 +312,27 @@ def tars():
         "no end mark": (whole[:end], "refused", "no end mark"),
         "half an end mark": (whole[:end + 512], "refused", "end mark"),
         "content after the end": (whole + whole, "refused", "content after it"),
-        "a flipped bit of a header": (flipped, "refused", "damaged after entry 1"),
-        "a flipped bit of a size": (bytes(damaged), "refused", "damaged after entry 1"),
+        "a flipped bit of a header": (flipped, "refused", "after byte 1,024 of"),
+        "a flipped bit of a size": (bytes(damaged), "refused", "after byte 1,024 of"),
         "a way up": (tar_of([*three, member("../../x.jpg", jpg)]), "taken", fine),
         "a way up inside": (tar_of([*three, member("a/../../x.jpg", jpg)]), "taken", fine),
         "from the root": (tar_of([*three, member("/abs.jpg", jpg)]), "taken", fine),
-        "twice": (tar_of([*three, *pair("a")]), "refused", "there twice"),
-        "twice in a row": (tar_of([*three[:2], *three[:2]]), "refused", "there twice"),
-        "two pictures": (tar_of([*pair("a"), member("a.jpg", jpg)]), "refused", "second image"),
+        "twice": (tar_of([*three, *pair("a")]), "refused", "comes twice"),
+        "twice in a row": (tar_of([*three[:2], *three[:2]]), "refused", "comes twice"),
+        "two images": (tar_of([*pair("a"), member("a.jpg", jpg)]), "refused", "second image"),
         "mixed": (tar_of([three[0], three[2], three[1], three[3]]), "refused", "lies apart"),
-        "picture without text": (tar_of([*three, member("d.png", jpg)]), "skipped", "d.png: no caption"),
-        "text without picture": (tar_of([*three, member("d.txt", b"x")]), "skipped", "d.txt: no image"),
+        "image without text": (tar_of([*three, member("d.png", jpg)]), "skipped", "d.png: no caption"),
+        "text without image": (tar_of([*three, member("d.txt", b"x")]), "skipped", "d.txt: no image"),
         "json that is none": (tar_of([*three, *pair("d"), member("d.json", b"{")]), "skipped", "d.png: not JSON"),
         "json of a wrong size": (tar_of([*three, *pair("d"), member("d.json", b'{"original_width": -3}')]), "skipped",
                                  "d.png: original_height"),
-        "picture of 0 bytes": (tar_of([*three, member("d.png"), member("d.txt", b"x")]), "skipped", "d.png: "),
+        "image of 0 bytes": (tar_of([*three, member("d.png"), member("d.txt", b"x")]), "skipped", "d.png: "),
         "no members": (tar_of([]), "refused", "no samples"),
         "no samples": (tar_of([member("x.pkl", b"x")]), "refused", "no samples"),
-        "0 bytes": (b"", "refused", "cut or damaged after entry 0"),
+        "0 bytes": (b"", "refused", "after byte 0 of"),
         "not a tar": (b"<html>" * 999, "refused", "damaged"),
-        "gzip": (gzip.compress(whole), "refused", "entry 0 .*unpack it"), "size of 2^60": (pax, "refused", "damaged"),
+        "gzip": (gzip.compress(whole), "refused", "compressed after byte 0 "),
+        "size of 2^60": (pax, "refused", "damaged"),
         "size below zero": (tar_of([member("d.png", jpg, pax_headers={"size": "-1024"})]), "refused", "damaged"),
         "upper case": (tar_of([member("a.PNG", jpg), member("a.TXT", b"text a")]), "taken", ["text a"]),
         "two folders": (tar_of([*pair("a", "x/"), *pair("a", "y/")]), "taken", ["text a", "text a"]),
@@ -372,12 +367,12 @@ def test_a_tar(tmp_path, name):
 @given(st.binary(max_size=3000), st.integers(0, 9), st.integers(0, 6000))
 def test_any_bytes_are_an_index_or_an_error(tmp_path_factory, noise, piece, at):
     base = tars()["symlink"][0]
-    at %= len(base)                                             # put between, or in place of what is there
+    at %= len(base)                                             # put between, or in place of some
     content = noise if piece == 0 else base[:at] + noise + base[at + len(noise) * (piece % 2):]
     path = tmp_path_factory.mktemp("t") / "x.tar"
     path.write_bytes(content)
     try:
-        table = shards.index(path)[0].astype(np.int64)
+        table = shards.index(path).astype(np.int64)
         assert (table[:, 1::2] + 512 * table[:, ::2] <= len(content)).all()
     except UserError:
         pass

@@ -1,10 +1,9 @@
-"""Tar shards and COCO: what a pattern stands for, where samples lie in a tar, one order for all readers, damage."""
+"""Tar shards: what a pattern stands for, where samples lie in a tar, one order for all readers, damage."""
 import io
 import itertools
 import json
 import os
 import pickle
-import sys
 import tarfile
 import threading
 import tracemalloc
@@ -18,14 +17,15 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 import data
-from config import Config, ModelConfig, UserError
-from sources import coco, shards
+from config import UserError
+from sources import folders, shards
+from test_folders import same
 
 ROOT = Path(__file__).parent.parent
 
 
-def picture(k, h=24, w=30):
-    """The bytes of a picture in a colour of its own."""
+def png(k, h=24, w=30):
+    """The bytes of an image in a colour of its own."""
     file = io.BytesIO()
     Image.new("RGB", (w, h), (9 * k % 256, 200 - 3 * k % 200, 7)).save(file, "PNG")
     return file.getvalue()
@@ -34,7 +34,7 @@ def picture(k, h=24, w=30):
 def sample(k, **about):
     """The three members of a sample."""
     about = {"caption": f"json {k}", "original_height": 300 + k, "original_width": 400, **about}
-    members = {"png": picture(k), "txt": f"number {k}".encode(), "json": json.dumps(about).encode()}
+    members = {"png": png(k), "txt": f"number {k}".encode(), "json": json.dumps(about).encode()}
     return {f"{k:09}.{suffix}": content for suffix, content in members.items()}
 
 
@@ -54,11 +54,6 @@ def write_shards(root, counts):
         parts = [sample(k) for k in itertools.islice(numbers, count)]
         write_tar(root / f"{s:05}.tar", {name: body for part in parts for name, body in part.items()})
     return root
-
-
-def equal(a, b):
-    return a.keys() == b.keys() and all(
-        torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a)
 
 
 # ---------------------------------------------------------------- patterns
@@ -110,12 +105,12 @@ def test_which_files_a_path_means(tmp_path):
     (root / ".00009.tar").write_bytes(b"")
     both = [root / "00000.tar", root / "00001.tar"]
     for where in (root, root / "{00000..00001}.tar", root / "{00000,00001}.tar"):
-        assert shards.is_shards(str(where)) and shards.find_shards(str(where)) == both
+        assert data.TarShards.takes(str(where)) and shards.find_shards(str(where)) == both
     assert shards.find_shards(str(root / "00001.tar")) == both[1:]
     with pytest.raises(UserError, match="2 of the 4 tar shards .*00002.tar"):
         shards.find_shards(str(root / "{00000..00003}.tar"))
     (tmp_path / "b{1}").mkdir()
-    assert not shards.is_shards(str(tmp_path / "b{1}")) and not shards.is_shards(str(tmp_path))
+    assert not data.TarShards.takes(str(tmp_path / "b{1}")) and not data.TarShards.takes(str(tmp_path))
 
 
 # ---------------------------------------------------------------- what is where in a tar
@@ -128,13 +123,12 @@ NAMES = st.text("abcdefé0123456789_", min_size=1, max_size=12)
     ["jpg", "JPEG", "txt", "json", "seg.png", "pkl"]), min_size=1), st.integers(0, 1500)), min_size=1, max_size=6,
     unique_by=lambda row: row[:2]), st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]))
 def test_an_index_points_at_what_was_written(tmp_path_factory, rows, format):
-    rng, members, want, others = np.random.default_rng(0), {}, [], 0
+    rng, members, want = np.random.default_rng(0), {}, []
     for folder, stem, suffixes, size in rows:
         suffixes = suffixes - ({"JPEG"} if "jpg" in suffixes else set())
         found = {}
         for suffix in sorted(suffixes):
             members[f"{folder}{stem}.{suffix}"] = found[suffix.lower()] = rng.bytes(size)
-        others += len({"seg.png", "pkl"} & suffixes)
         if kept := {"jpg", "jpeg", "txt", "json"} & found.keys():
             want.append([found.get("jpg", found.get("jpeg")), found.get("txt"), found.get("json")])
             assert kept
@@ -143,10 +137,10 @@ def test_an_index_points_at_what_was_written(tmp_path_factory, rows, format):
         with pytest.raises(UserError, match="holds no samples"):
             shards.index(path)
         return
-    table, ignored = shards.index(path)
+    table = shards.index(path)
     with open(path, "rb") as file:
         got = [[shards.read_member(file, *row[k:k + 2]) for k in (0, 2, 4)] for row in table.tolist()]
-    assert got == want and ignored == others
+    assert got == want
 
 
 @settings(max_examples=20, deadline=None)
@@ -155,9 +149,9 @@ def test_a_cut_tar_is_an_error_wherever_it_is_cut(tmp_path_factory, cut):
     path = tmp_path_factory.mktemp("t") / "x.tar"
     write_tar(path, {name: body for k in range(6) for name, body in sample(k).items()})
     content = path.read_bytes()
-    end = (int(shards.index(path)[0][:, ::2].max()) + 1) * 512          # of the last member; then comes the end mark
+    end = (int(shards.index(path)[:, ::2].max()) + 1) * 512          # of the last member; then comes the end mark
     path.write_bytes(content[:cut % (end + 1024)])
-    with pytest.raises(UserError, match="cut or damaged after entry"):
+    with pytest.raises(UserError, match="cut, damaged or compressed after byte"):
         shards.index(path)
 
 
@@ -166,13 +160,13 @@ def test_a_cut_tar_is_an_error_wherever_it_is_cut(tmp_path_factory, cut):
 def test_a_flipped_bit_of_a_header_is_an_error_or_changes_nothing(tmp_path_factory, which, bit):
     path = tmp_path_factory.mktemp("t") / "x.tar"
     write_tar(path, {name: body for k in range(6) for name, body in sample(k).items()})
-    table, _ = shards.index(path)
+    table = shards.index(path)
     content = bytearray(path.read_bytes())
     starts = np.sort(table[:, ::2].ravel()) - 1
     content[int(starts[which]) * 512 + bit // 8] ^= 1 << bit % 8
     path.write_bytes(bytes(content))
     try:
-        assert np.array_equal(shards.index(path)[0], table)
+        assert np.array_equal(shards.index(path), table)
     except UserError:
         pass
 
@@ -183,17 +177,17 @@ def test_the_index_is_kept_and_made_again_when_the_tar_or_it_has_changed(tmp_pat
     monkeypatch.setattr(shards, "members", lambda path: walks.append(path) or real(path))
     tar, kept = root / "00000.tar", root / ".index" / "00000.tar.npy"
     first = shards.cached_index(tar)
-    assert np.array_equal(shards.cached_index(tar)[0], first[0]) and len(walks) == 1
+    assert np.array_equal(shards.cached_index(tar), first) and len(walks) == 1
     for damage in (b"", kept.read_bytes()[:-7], b"x" * 300, kept.read_bytes()[:-1] + b"\x07"):
         kept.write_bytes(damage)
-        assert np.array_equal(shards.cached_index(tar)[0], first[0])
+        assert np.array_equal(shards.cached_index(tar), first)
     objects = io.BytesIO()
     np.save(objects, np.array([{}], dtype=object), allow_pickle=True)
     kept.write_bytes(objects.getvalue())
-    assert np.array_equal(shards.cached_index(tar)[0], first[0]) and len(walks) == 6
+    assert np.array_equal(shards.cached_index(tar), first) and len(walks) == 6
     write_tar(tar, {**sample(1), **sample(2)})
     os.utime(tar, (1, 1))
-    assert len(shards.cached_index(tar)[0]) == 2 and len(walks) == 7
+    assert len(shards.cached_index(tar)) == 2 and len(walks) == 7
 
 
 def test_an_index_that_cannot_be_kept_is_a_warning(tmp_path, capsys):
@@ -204,7 +198,7 @@ def test_an_index_that_cannot_be_kept_is_a_warning(tmp_path, capsys):
 
 # ---------------------------------------------------------------- the source
 
-def test_a_sample_is_the_picture_the_text_and_the_size_of_the_original(tmp_path):
+def test_a_sample_is_the_image_the_text_and_the_size_of_the_original(tmp_path):
     source = data.TarShards(write_shards(tmp_path / "set", [3, 1, 2]), 16)
     assert len(source) == 6 and source.channels == 3 and source.classes == []
     batch = data.records(source, [4, 0, 3], [0, 0, 1])
@@ -217,18 +211,18 @@ def test_a_sample_is_the_picture_the_text_and_the_size_of_the_original(tmp_path)
 
 
 def test_size_and_caption_of_the_json(tmp_path):
-    bare, odd = {"a.png": picture(1), "a.json": b"{}"}, {"b.png": picture(2), "b.json": b'{"caption": "from json"}'}
+    bare, odd = {"a.png": png(1), "a.json": b"{}"}, {"b.png": png(2), "b.json": b'{"caption": "from json"}'}
     turned = sample(3, original_height=900, original_width=1600)
-    turned["000000003.png"] = picture(3, h=40, w=24)                        # stored upright, its original was not
+    turned["000000003.png"] = png(3, h=40, w=24)                        # stored upright, its original was not
     source = data.TarShards(write_tar(tmp_path / "x.tar", {**odd, **turned, **bare, **sample(5)}), 8, max_bad=0.5)
-    row = source.render(0, 0)
+    row = source.load_record(0, 0)
     assert row["caption"] == "from json" and row["size"] == (24, 30)
-    assert source.render(1, 0)["size"] == (1600, 900)
-    square = {**sample(4), "000000004.png": picture(4, h=24, w=24)}         # nothing says that it was turned
-    assert data.TarShards(write_tar(tmp_path / "y.tar", square), 8).render(0, 0)["size"] == (304, 400)
+    assert source.load_record(1, 0)["size"] == (1600, 900)
+    square = {**sample(4), "000000004.png": png(4, h=24, w=24)}         # nothing says that it was turned
+    assert data.TarShards(write_tar(tmp_path / "y.tar", square), 8).load_record(0, 0)["size"] == (304, 400)
     with pytest.raises(ValueError, match="a caption is text"):
-        source.render(2, 0)
-    plain = data.TarShards(tmp_path / "x.tar", 8, captions=False)
+        source.load_record(2, 0)
+    plain = data.TarShards(tmp_path / "x.tar", 8, annotated=False)
     assert len(plain) == 4 and "caption" not in plain.record(2, 0) and plain.fingerprint != source.fingerprint
 
 
@@ -238,12 +232,12 @@ def test_tars_and_a_folder_of_the_same_files_give_the_same_records(tmp_path):
     for k in range(12):
         for name, body in list(sample(k).items())[:2]:
             (tmp_path / "loose" / name).write_bytes(body)
-    loose = data.CaptionFolder(tmp_path / "loose", 16, seed=3)
+    loose = folders.CaptionFolder(tmp_path / "loose", 16, seed=3)
     keys = [(source, step, m) for source in (tars, loose) for step in (0, 1) for m in range(3)]
     rows = [data.load_microbatch(source, None, 7, 12, 4, step, m) for source, step, m in keys]
     for a, b in zip(rows[:6], rows[6:]):
-        a.pop("size"), b.pop("size")                            # of the original, and of the stored picture
-        assert equal(a, b)
+        a.pop("size"), b.pop("size")                            # of the original, and of the stored image
+        assert same(a, b)
 
 
 def test_order_does_not_depend_on_micro_workers_or_what_was_read_before(tmp_path):
@@ -253,7 +247,7 @@ def test_order_does_not_depend_on_micro_workers_or_what_was_read_before(tmp_path
         keys = [(step, m) for step in range(3) for m in range(12 // micro)]
         parts = list(data.prefetch(fetch, keys, workers))
         seen[micro] = {k: torch.cat([p[k] for p in parts]) for k in ("image", "index", "crop", "flip", "size")}
-    assert equal(seen[12], seen[4]) and equal(seen[12], seen[1])
+    assert same(seen[12], seen[4]) and same(seen[12], seen[1])
     late = data.load_microbatch(data.TarShards(root, 8, seed=1), None, 5, 12, 12, 2, 0)           # resumed at step 2
     assert torch.equal(late["image"], seen[12]["image"][24:])
 
@@ -263,7 +257,7 @@ def test_the_fingerprint_is_of_names_and_members(tmp_path):
     first = data.TarShards(root, 8).fingerprint
     os.utime(root / "00000.tar", (5, 5))
     assert data.TarShards(root, 32, seed=4).fingerprint == first
-    write_tar(root / "00001.tar", {**sample(3), **sample(4), "5.png": picture(5), "5.txt": b"other"})
+    write_tar(root / "00001.tar", {**sample(3), **sample(4), "5.png": png(5), "5.txt": b"other"})
     assert data.TarShards(root, 8).fingerprint != first
 
 
@@ -284,7 +278,7 @@ def test_nothing_is_extracted_or_unpickled(tmp_path, monkeypatch):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "canary"),)
 
-    bad = {**sample(0), "000000000.pkl": pickle.dumps(Canary()), "../out.jpg": picture(1), "/etc/x.jpg": picture(1)}
+    bad = {**sample(0), "000000000.pkl": pickle.dumps(Canary()), "../out.jpg": png(1), "/etc/x.jpg": png(1)}
     path = write_tar(tmp_path / "x.tar", {**bad, **sample(2)})
     def refuse(*args, **kwargs):
         raise AssertionError("unsafe")
@@ -309,60 +303,8 @@ def test_many_members_take_little_memory(tmp_path):
     head = [tarfile.TarInfo(f"{k:09}.{suffix}").tobuf() for k in range(n) for suffix in ("jpg", "txt")]
     (tmp_path / "x.tar").write_bytes(b"".join(head) + bytes(1024))
     tracemalloc.start()
-    table, others = shards.index(tmp_path / "x.tar")
+    table = shards.index(tmp_path / "x.tar")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert table.shape == (n, 6) and others == 0 and (table[:, 2] == table[:, 0] + 1).all()
+    assert table.shape == (n, 6) and (table[:, 2] == table[:, 0] + 1).all()
     assert peak < 1000 * n                                      # a TarInfo takes more than this, and a sample has two
-
-
-# ---------------------------------------------------------------- COCO
-
-def write_coco(root, n=5, **changes):
-    (root / "annotations").mkdir(parents=True)
-    (root / "val2014").mkdir()
-    names = {10 * k: f"COCO_{k}.jpg" for k in range(n)}
-    for k, name in enumerate(names.values()):
-        (root / "val2014" / name).write_bytes(picture(k))
-    rows = [{"id": 7 * number + j, "image_id": number, "caption": f"image {number}  text {j}\n"}
-            for j in (2, 0, 1) for number in names]
-    images = [{"id": number, "file_name": name} for number, name in names.items()][::-1]
-    tree = {"images": images, "annotations": rows}
-    (root / "annotations" / "captions_val2014.json").write_text(json.dumps({**tree, **changes}), encoding="utf-8")
-    return root
-
-
-def test_coco_gives_an_image_one_caption_by_seed(tmp_path):
-    root = write_coco(tmp_path / "coco", 40)
-    (root / "annotations" / "captions_train2014.json").write_text("{}")
-    file = root / "annotations" / "captions_val2014.json"
-    picks = {seed: [source.load(k, 0)[1]["caption"] for k in range(40)]
-             for seed in (0, 1) for source in [data.CocoCaptions(root, 8, seed)]}
-    again = [source.load(k, 5)[1]["caption"] for source in [data.CocoCaptions(file, 8, 0)] for k in range(40)]
-    assert picks[0] == again != picks[1]
-    assert [c.split(" text ")[0] for c in picks[0]] == [f"image {10 * k}" for k in range(40)]
-    counts = np.bincount([int(c[-1]) for c in picks[0] + picks[1]], minlength=3)
-    assert ((counts - 80 / 3) ** 2 / (80 / 3)).sum() < 14                       # chi2 with 2 degrees, p = 0.001
-    source = data.open_source(Config(data=f"coco:{root}", model=ModelConfig(resolution=8)))
-    assert source.names[3] == "COCO_3.jpg" and data.captions(source, [42, 2]) == [picks[0][2]] * 2
-
-
-def test_what_is_wrong_with_coco_is_said(tmp_path):
-    root = write_coco(tmp_path / "coco", 6)
-    (root / "val2014" / "COCO_2.jpg").unlink()
-    source = data.CocoCaptions(root, 8, max_bad=0.2)
-    assert len(source) == 5 and list(source.bad) == ["COCO_2.jpg"]
-    with pytest.raises(UserError, match="captions json, or a folder"):
-        data.CocoCaptions(tmp_path, 8)
-    image = [{"id": 1, "file_name": "x.jpg"}]
-    for number, (changes, match) in enumerate((
-            ({"images": 3}, "not a COCO"), ({"annotations": [{"id": 1}]}, "not a COCO"),
-            ({"images": [{"id": 1, "file_name": "../x.jpg"}]}, "leads out"), ({"images": image * 2}, "not|none"),
-            ({"images": image + [{"id": 2, "file_name": "x.jpg"}]}, "twice"),
-            ({"images": [{"id": "1", "file_name": "x.jpg"}]}, "whole number"), ({"images": []}, "none of the 0"))):
-        with pytest.raises(UserError, match=match):
-            data.CocoCaptions(write_coco(tmp_path / str(number), **changes), 8)
-    for content in (b"", b"\xff\xfe", b"[" * 100_000, b"[]"):
-        (tmp_path / "x.json").write_bytes(content)
-        with pytest.raises(UserError, match="not a COCO"):
-            coco.read(tmp_path / "x.json")

@@ -18,7 +18,8 @@ import sample
 import text
 import train
 from runtime import distributed
-from test_shards import sample as members, write_coco, write_tar
+from test_coco import write_coco
+from test_shards import sample as members, write_tar
 
 N, R = 12, 16
 COLOURS = ("red", "blue", "green")
@@ -30,22 +31,22 @@ def caption(k):
     return f"a {COLOURS[k % 3]} ring"
 
 
-def pictures(root, suffix="jpg"):
-    """N pictures in three folders; all are named by number."""
+def image_files(root, suffix="jpg"):
+    """N images in three folders, named by number."""
     for k in range(N):
         (root / COLOURS[k % 3]).mkdir(parents=True, exist_ok=True)
-        picture = Image.linear_gradient("L").rotate(30 * k).resize((20 + k, 19 + 2 * k)).convert("RGB")
-        picture.save(root / COLOURS[k % 3] / f"{k}.{suffix}")
+        image = Image.linear_gradient("L").rotate(30 * k).resize((20 + k, 19 + 2 * k)).convert("RGB")
+        image.save(root / COLOURS[k % 3] / f"{k}.{suffix}")
     return root
 
 
 def classes(tmp):
-    return [f"--data={pictures(tmp / 'set')}", *CLASS]
+    return [f"--data={image_files(tmp / 'set')}", *CLASS]
 
 
 def texts(tmp):
     """Half of the captions in .txt files, half in a metadata.jsonl."""
-    for k, path in enumerate(sorted(pictures(tmp / "set", "png").rglob("*.png"))):
+    for k, path in enumerate(sorted(image_files(tmp / "set", "png").rglob("*.png"))):
         if k % 2:
             path.with_suffix(".txt").write_text(caption(k))
         else:
@@ -73,7 +74,7 @@ def latents(tmp, *flags):
     import latents
     from test_latents import C, SIDE, save_autoencoder
     save_autoencoder(tmp / "vae")
-    flags = flags or (f"--data={pictures(tmp / 'pictures')}",)
+    flags = flags or (f"--data={image_files(tmp / 'images')}",)
     latents.main(["encode", f"--out={tmp / 'set'}", f"--autoencoder={tmp / 'vae'}", f"--resolution={R}", "--shard=5",
                   "--batch=3", "--workers=0", "--threads=1", *flags])
     return [f"--data={tmp / 'set'}", *CLASS, f"--model.resolution={SIDE}", f"--model.channels={C}", "--model.patch=2"]
@@ -83,7 +84,7 @@ def tokens(tmp):
     """With the tokens of a CLIP of random weights beside them."""
     from test_text import make, write
     clip = f"--encoder=clip:{write(tmp / 'clip', make(False), False)}"
-    captions = texts(tmp / "pictures")[0]
+    captions = texts(tmp / "images")[0]
     flags = latents(tmp, captions, "--semantics=text", clip)
     return [flags[0], *TEXT, clip, "--padding=noisy", *flags[1 + len(CLASS):]]
 
@@ -124,14 +125,14 @@ def test_two_steps_a_resume_and_samples(tmp_path, made, kind):
         assert (whole / name / "state.safetensors").read_bytes() == (parts / name / "state.safetensors").read_bytes()
     assert (whole / "samples" / "round-trip.png").exists() == (kind in ("latents", "tokens"))
 
-    asked = ["--label=blue;1"] if "--model.semantics=class" in flags else ["--prompt=a red ring; a blue ring"]
-    for wishes, towers in (([], 0), (asked, kind == "tokens")):
-        sample.main([f"--out={parts}", "--n=3", "--steps=2", "--name=x", "--batch=2", "--threads=1", *wishes])
+    requested = ["--label=blue;1"] if "--model.semantics=class" in flags else ["--prompt=a red ring; a blue ring"]
+    for options, towers in (([], 0), (requested, kind == "tokens")):
+        sample.main([f"--out={parts}", "--n=3", "--steps=2", "--name=x", "--batch=2", "--threads=1", *options])
         with np.load(parts / "samples" / "x.npz") as file:
             assert file["arr_0"].shape == (3, R, R, 3) and file["arr_0"].std() > 0
         titles = (parts / "samples" / "x.txt").read_text().splitlines()
         assert len(titles) == 3 and len(set(titles)) > 1 and len(made) == towers
-    assert titles == (["blue", "green", "blue"] if asked[0] == "--label=blue;1" else
+    assert titles == (["blue", "green", "blue"] if requested[0] == "--label=blue;1" else
                       ["a red ring", "a blue ring", "a red ring"])
 
 
