@@ -1,4 +1,4 @@
-"""The notebooks: what is stored is what the code gives, nothing is copied from the library, the index leads somewhere.
+"""The notebooks: stored outputs belong to the code, nothing is copied from the library, links and index are right.
 
 Quick tests read the stored files; a slow one runs every notebook again, from top to bottom in a fresh process.
 """
@@ -21,13 +21,16 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "notebooks"))
 
 import build                                                # noqa: E402
+import config                                               # noqa: E402
 
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NOTEBOOKS = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in PATHS}
 INDEX = ROOT / "notebooks" / "README.md"
 CELLS, LINES, COLUMNS = 20, 22, 120     # most code cells of a notebook, lines of one, characters of a line
-ROOMS = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in ROOT.glob("*.py")}
-OURS = {n.name for tree in ROOMS.values() for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+FOLDERS = ("sources", "baselines", "evaluation", "runtime", "experiments")
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): ast.parse(path.read_text(encoding="utf-8"))
+           for folder in (".", *FOLDERS) for path in (ROOT / folder).glob("*.py")}
+OURS = {n.name for tree in MODULES.values() for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
 
 each_notebook = pytest.mark.parametrize("name", NOTEBOOKS)
 
@@ -40,12 +43,30 @@ def source(cell):
     return "".join(cell["source"])
 
 
+def prose(notebook):
+    return "\n".join(source(cell) for cell in notebook["cells"] if cell["cell_type"] == "markdown")
+
+
 def printed(cell):
     return "".join("".join(out["text"]) for out in cell["outputs"] if out["output_type"] == "stream")
 
 
 def tree(notebook):
     return ast.parse("\n".join(source(cell) for cell in code_cells(notebook)))
+
+
+def library_names(notebook):
+    """{name in the notebook: module, class or function} of everything that it imports from the library."""
+    names = {}
+    for node in ast.walk(tree(notebook)):
+        if isinstance(node, ast.Import):
+            names |= {a.asname or a.name: importlib.import_module(a.name) for a in node.names if a.name in MODULES}
+        if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] in {*MODULES, *FOLDERS}:
+            for a in node.names:
+                whole = f"{node.module}.{a.name}"
+                names[a.asname or a.name] = (importlib.import_module(whole) if whole in MODULES
+                                             else getattr(importlib.import_module(node.module), a.name))
+    return names
 
 
 def small(body):
@@ -57,7 +78,7 @@ def small(body):
 @cache
 def bodies():
     """Of every function of the library."""
-    return {small(n.body) for room in ROOMS.values() for n in ast.walk(room) if isinstance(n, ast.FunctionDef)}
+    return {small(n.body) for module in MODULES.values() for n in ast.walk(module) if isinstance(n, ast.FunctionDef)}
 
 
 # ---------------------------------------------------------------- stored outputs
@@ -86,12 +107,7 @@ def test_outputs_belong_to_the_code_above_them(name):
 def test_library_code_that_is_shown_is_todays(name):
     """Every print(inspect.getsource(X)) printed what X is now."""
     notebook, seen = NOTEBOOKS[name], 0
-    names = {}
-    for node in tree(notebook).body:
-        if isinstance(node, ast.Import):
-            names |= {a.asname or a.name: importlib.import_module(a.name) for a in node.names if a.name in ROOMS}
-        if isinstance(node, ast.ImportFrom) and node.module in ROOMS:
-            names |= {a.asname or a.name: getattr(importlib.import_module(node.module), a.name) for a in node.names}
+    names = library_names(notebook)
     for cell in code_cells(notebook):
         for shown in re.findall(r"inspect\.getsource\(([\w.]+)\)", source(cell)):
             first, *rest = shown.split(".")
@@ -103,6 +119,19 @@ def test_library_code_that_is_shown_is_todays(name):
             assert inspect.getsource(thing) in printed(cell), (
                 f"{shown} has changed; run python notebooks/build.py --only={name[:2]}")
     assert seen, "a notebook shows code of the library"
+
+
+@each_notebook
+def test_every_library_name_exists(name):
+    """Every module.name and every imported name is one of the library; flags of train.py are options."""
+    names, found = library_names(NOTEBOOKS[name]), tree(NOTEBOOKS[name])
+    assert not [f"{n.value.id}.{n.attr}" for n in ast.walk(found)
+                if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)
+                and inspect.ismodule(names.get(n.value.id)) and not hasattr(names[n.value.id], n.attr)]
+    options = {key for key, *_ in config.fields(config.Config())} | {"config"}
+    dicts = [{k.value for k in n.keys if isinstance(k, ast.Constant)} for n in ast.walk(found) if isinstance(n, ast.Dict)]
+    flags = [keys for keys in dicts if keys & {"config", "lr", "lr_mp", "forced_weight_norm"}]
+    assert not [keys - options for keys in flags if not keys <= options]
 
 
 @each_notebook
@@ -130,7 +159,7 @@ def test_imports_are_the_library_and_what_is_required(name):
     nodes = [n for n in ast.walk(tree(NOTEBOOKS[name])) if isinstance(n, (ast.Import, ast.ImportFrom))]
     names = {a.name.split(".")[0] for n in nodes if isinstance(n, ast.Import) for a in n.names}
     names |= {n.module.split(".")[0] for n in nodes if isinstance(n, ast.ImportFrom)}
-    assert names <= set(sys.stdlib_module_names) | set(ROOMS) | {"torch", "numpy", "PIL", "matplotlib", "configs"}
+    assert names <= set(sys.stdlib_module_names) | {*MODULES, *FOLDERS} | {"torch", "numpy", "PIL", "safetensors", "matplotlib"}
 
 
 # ---------------------------------------------------------------- fit to be read
@@ -144,27 +173,26 @@ def test_cells_fit_a_screen(name):
 
 
 @each_notebook
-def test_there_is_something_to_see_to_ask_and_to_check(name):
-    """Pictures that are not blank, equations, questions with answers, and claims that would stop the notebook."""
-    notebook = NOTEBOOKS[name]
-    prose = "\n".join(source(c) for c in notebook["cells"] if c["cell_type"] == "markdown")
-    pictures = [out["data"]["image/png"] for c in code_cells(notebook) for out in c["outputs"]
-                if "image/png" in out.get("data", {})]
-    assert len(pictures) >= 3 and "$" in prose and "/work" not in prose
-    for png in pictures:
+def test_there_are_figures_equations_questions_and_checks(name):
+    """Figures that are not blank, equations, questions with answers, and claims that would stop the notebook."""
+    notebook, text = NOTEBOOKS[name], prose(NOTEBOOKS[name])
+    figures = [out["data"]["image/png"] for c in code_cells(notebook) for out in c["outputs"]
+               if "image/png" in out.get("data", {})]
+    assert len(figures) >= 3 and "$" in text and "/work" not in text
+    for png in figures:
         shown = Image.open(io.BytesIO(base64.b64decode("".join(png)))).convert("L")
         assert shown.getextrema()[0] < shown.getextrema()[1]
-    assert prose.count("**Question.**") == prose.count("**Answer.**") >= 1
+    assert text.count("**Question.**") == text.count("**Answer.**") >= 1
     assert [n for n in ast.walk(tree(notebook)) if isinstance(n, ast.Assert)]
 
 
 @each_notebook
 def test_keys_and_links_in_the_prose_lead_somewhere(name):
-    prose = "\n".join(source(c) for c in NOTEBOOKS[name]["cells"] if c["cell_type"] == "markdown")
-    known = set(re.findall(r"^- \[(\w+)\] ", (ROOT / "README.md").read_text(encoding="utf-8"), re.M))
-    cited = set(re.findall(r"\[([A-Z][A-Za-z]+\d*)\](?!\()", re.sub(r"\$[^$]+\$", "", prose)))
-    assert cited <= known, f"{sorted(cited - known)} are not among the references of README.md"
-    links = re.findall(r"\]\(([^)#]+)\)", prose)
+    text = prose(NOTEBOOKS[name])
+    known = set(re.findall(r"^- \[(\w+)\] ", (ROOT / "docs/references.md").read_text(encoding="utf-8"), re.M))
+    cited = set(re.findall(r"\[([A-Z][A-Za-z]+\d*)\](?!\()", re.sub(r"\$[^$]+\$", "", text)))
+    assert cited <= known, f"{sorted(cited - known)} are not in docs/references.md"
+    links = re.findall(r"\]\(([^)#]+)\)", text)
     assert links and not [k for k in links if "://" not in k and not (ROOT / "notebooks" / k).exists()]
 
 
@@ -182,9 +210,14 @@ def linked(cell):
     return [(link, re.findall(r"[\w.]+", text)) for text, link in re.findall(r"\[([^]]+)\]\(([^)]+)\)", cell)]
 
 
+@cache
+def parsed(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def defined(path, dotted):
     """Does a file of the library define this name, or this Class.method?"""
-    found = ast.parse(path.read_text(encoding="utf-8"))
+    found = parsed(path)
     for part in dotted.split("."):
         inside = [n for n in found.body
                   if getattr(n, "name", None) == part or isinstance(n, (ast.Assign, ast.AnnAssign))
@@ -201,7 +234,7 @@ def test_the_index_leads_to_functions_tests_and_notebooks(row):
     _, functions, tests, notebooks = (linked(cell) for cell in row)
     assert functions and tests and notebooks, row
     for link, names in functions + tests:
-        path = INDEX.parent / link
+        path = (INDEX.parent / link).resolve()
         assert path.is_file() and names, link
         assert not [n for n in names if not defined(path, n)], f"{path.name} does not define {names}"
     code = ""
@@ -235,4 +268,4 @@ def test_a_notebook_runs_from_top_to_bottom_and_says_the_same(name, tmp_path):
         assert words(old) == words(new), source(old)
         kinds = [[out["output_type"] for out in cell["outputs"] if out["output_type"] != "stream"]
                  for cell in (old, new)]
-        assert kinds[0] == kinds[1]                         # as many pictures
+        assert kinds[0] == kinds[1]                         # as many figures
