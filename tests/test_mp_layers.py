@@ -348,7 +348,7 @@ def test_parts_lie_side_by_side_as_in_dit():
 @pytest.mark.parametrize("parts", SUBSETS, ids="+".join)
 def test_modulation_by_any_parts_is_scale_then_shift_then_rotate_and_a_gate_after(parts):
     torch.manual_seed(0)
-    modulation, x, c = mp_layers.Modulation(D, parts), normal(B, N, D), normal(B, D, seed=1)
+    modulation, x, c = mp_layers.MPModulation(D, parts), normal(B, N, D), normal(B, D, seed=1)
     assert torch.equal(layers.modulate(x, modulation(c)), x)   # at first, to the last bit
     for layer in modulation.layers.values():
         layer.gain.data.fill_(0.7)

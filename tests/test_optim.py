@@ -410,7 +410,7 @@ def test_the_average_of_unit_rows_is_normalised_on_use():
 
 
 def test_a_network_without_such_weights_says_so():
-    with pytest.raises(UserError, match="normalize=true needs magnitude-preserving weights; model.arch='mmdit'"):
+    with pytest.raises(UserError, match="forced_weight_norm=true needs magnitude-preserving weights; model.arch='mmdit'"):
         optim.normalized_rows(nn.Linear(3, 2), Config(forced_weight_norm=True))
     assert optim.normalized_rows(nn.Linear(3, 2), Config()) == []
 
