@@ -127,8 +127,8 @@ def solve_coefficients(snapshots: list[Snapshot], std: float) -> tuple[Tensor, f
     |sum_s x_s p_s - p| / |p|. UserError for fewer than two steps or an impossible width."""
     gamma_r = torch.tensor(std_to_gamma(std), dtype=torch.float64)
     if len({s.step for s in snapshots}) < 2:
-        raise UserError(f"one snapshot, {snapshots[0].path.name}, is too few: another width needs two or more; train.py "
-                        "writes as many as --ema_snapshots")
+        raise UserError(f"one snapshot, {snapshots[0].path.name}, is too few: another width needs two or more; "
+                        "train.py writes as many as --ema_snapshots")
     last = max(s.step for s in snapshots)
     t = torch.tensor([s.step / last for s in snapshots], dtype=torch.float64)               # (S,)
     gamma = torch.tensor([std_to_gamma(s.std) for s in snapshots], dtype=torch.float64)

@@ -104,7 +104,7 @@ def table_mag() -> str:
     return "\n".join(rows) + """
 
 sc scale, sh shift, rot rotate. Counted with a variance beside every output channel, as in the paper; ours has none
-saved    by sc+rot+gate of sc+sh+gate: depth D^2 + D^2 / 2 parameters, in the paper about 5.4 % without the last layer"""
+saved    by sc+rot+gate of sc+sh+gate: depth D^2 + D^2 / 2 parameters; the paper says about 5.4 %"""
 
 
 def main(argv: list[str]) -> None:

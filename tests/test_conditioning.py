@@ -205,11 +205,11 @@ def keyed(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def captions(lengths, room=L, seed=3):
-    """Random tokens (len(lengths), room, E), zeros after each end, with a different spread in every channel."""
+def captions(lengths, length=L, seed=3):
+    """Random tokens (len(lengths), length, E), zeros after each end, with a different spread in every channel."""
     lengths = torch.tensor(lengths)
-    tokens = normal(len(lengths), room, E, seed=seed) * torch.arange(1, E + 1) + 5
-    return torch.where(torch.arange(room)[:, None] < lengths[:, None, None], tokens, 0), lengths
+    tokens = normal(len(lengths), length, E, seed=seed) * torch.arange(1, E + 1) + 5
+    return torch.where(torch.arange(length)[:, None] < lengths[:, None, None], tokens, 0), lengths
 
 
 @pytest.mark.parametrize("length", [3, 7, 10, 77])
@@ -232,7 +232,7 @@ def test_what_stands_after_the_end_of_a_caption_is_not_read():
 
 
 def test_a_length_beyond_the_tokens_counts_the_tokens():
-    tokens, _ = captions([3, 3], room=3)
+    tokens, _ = captions([3, 3], length=3)
     out = replicate_pad(tokens, torch.tensor([3, 9]), 8, beta=0)
     assert torch.equal(out[1], tokens[1][torch.arange(8) % 3])
 
@@ -253,7 +253,7 @@ def test_noise_has_the_standard_deviation_of_equation_7_in_every_channel_and_pos
 
 @pytest.mark.parametrize("n, m", [(1, 77), (2, 39), (38, 3), (39, 2), (76, 2), (77, 1), (90, 1)])
 def test_noise_grows_with_the_number_of_copies_and_a_cut_copy_counts(n, m):
-    tokens, lengths = captions([n], room=90)
+    tokens, lengths = captions([n], length=90)
     clean, noisy = replicate_pad(tokens, lengths, 77, 0), replicate_pad(tokens, lengths, 77, 0.1, keyed())
     eps = torch.randn(1, 77, E, generator=keyed())
     want = 0.1 * math.sqrt(m - 1) * tokens[0, :n].std(0, correction=0) * eps
@@ -362,7 +362,8 @@ def test_concatenate_keeps_order_and_absence():
 
 @pytest.mark.parametrize("semantics, controls, there", [
     ("none", (), set()), ("class", (), {"label"}), ("text", (), {"text"}),
-    ("text", ("crop", "size"), {"text", "crop", "size", "has_controls"}), ("none", ("flip",), {"flip", "has_controls"})])
+    ("text", ("crop", "size"), {"text", "crop", "size", "has_controls"}),
+    ("none", ("flip",), {"flip", "has_controls"})])
 def test_a_condition_has_what_the_model_reads(semantics, controls, there):
     batch = vars(full()) | {"image": torch.zeros(B, 3, 4, 4), "caption": ["a"] * B}
     del batch["has_controls"]

@@ -144,7 +144,7 @@ def test_sixteen_processes_share_the_batch_of_a_recipe(name):
 
 
 @recipe
-def test_a_folder_of_pictures_is_refused_as_the_docstring_says(name, tmp_path):
+def test_a_folder_of_images_is_refused_as_the_docstring_says(name, tmp_path):
     (tmp_path / "ring").mkdir()
     Image.new("RGB", (99, 80)).save(tmp_path / "ring" / "0.png")
     cfg = dataclasses.replace(complete(name), data=str(tmp_path), encoder="words")
@@ -155,7 +155,7 @@ def test_a_folder_of_pictures_is_refused_as_the_docstring_says(name, tmp_path):
 # ---------------------------------------------------------------- low and high resolution
 
 @pair
-def test_the_high_resolution_run_goes_on_from_the_low_one(low, high):
+def test_the_high_resolution_run_starts_from_the_low_one(low, high):
     """Sigma, guidance and positions follow s = 2; nothing else of the model changes."""
     a, b = complete(low), complete(high)
     s = b.model.resolution / a.model.resolution

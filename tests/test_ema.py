@@ -208,7 +208,8 @@ def test_a_snapshot_is_a_weights_file_of_its_own(tmp_path):
 def test_the_same_run_writes_the_same_files_and_keeps_those_that_exist(tmp_path):
     record(tmp_path / "a", 20, 4)
     record(tmp_path / "b", 20, 4)
-    a, b = ({s.path.name: checkpoint.read_header(s.path)["sha256"] for s in find_snapshots(tmp_path / name)} for name in "ab")
+    a, b = ({s.path.name: checkpoint.read_header(s.path)["sha256"] for s in find_snapshots(tmp_path / name)}
+            for name in "ab")
     assert len(a) == 8 and a == b
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "a" / "snapshots").iterdir()}
     record(tmp_path / "a", 20, 4)
@@ -276,7 +277,8 @@ def test_another_width_is_the_average_of_that_width_up_to_the_error_that_is_stat
     kept, seen = record(tmp_path, steps, 10, P)
     x, error = solve_coefficients(find_snapshots(tmp_path), 0.08)
     got = posthoc(find_snapshots(tmp_path), 0.08)["w"].double()
-    missed = sum(v * profile(s.std, s.step, steps) for v, s in zip(x, find_snapshots(tmp_path))) - profile(0.08, steps, steps)
+    found = sum(v * profile(s.std, s.step, steps) for v, s in zip(x, find_snapshots(tmp_path)))
+    missed = found - profile(0.08, steps, steps)
     off, five = got - kept[0.08].net.w.double(), 5 / math.sqrt(2 * P)
     assert torch.allclose(off, missed @ seen, atol=2e-6)    # fp32 rounding of 400 updates of numbers near 1
     assert off.square().mean().sqrt().item() == pytest.approx(missed.norm().item(), rel=five + 0.01)

@@ -283,7 +283,8 @@ def test_resampled_positions_run_from_0_to_base_at_any_size(base):
 
 
 def test_interpolated_positions_are_the_resized_table_and_shorter():
-    net, base = position_net(positions="interpolate", pos_base=8), sincos_2d(8, 8, D).view(1, 8, 8, D).permute(0, 3, 1, 2)
+    net = position_net(positions="interpolate", pos_base=8)
+    base = sincos_2d(8, 8, D).view(1, 8, 8, D).permute(0, 3, 1, 2)
     for rows, columns in GRIDS:
         found = net.positions(rows, columns)
         exact = F.interpolate(base, (rows, columns), mode="bilinear")[0].flatten(1).T

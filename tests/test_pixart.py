@@ -83,7 +83,8 @@ def test_the_block_is_dit_s_with_cross_attention_without_norm_modulation_or_gate
 
 
 def test_attention_to_one_token_does_not_depend_on_the_query_so_it_has_no_q_and_k():
-    full, one, x, ctx = randomize(CrossAttention(D, H, False)), CrossAttention(D, H, True), normal(B, 6, D), normal(B, 1, D)
+    full, one = randomize(CrossAttention(D, H, False)), CrossAttention(D, H, True)
+    x, ctx = normal(B, 6, D), normal(B, 1, D)
     one.proj.load_state_dict(full.proj.state_dict())
     one.v.weight.data, one.v.bias.data = full.kv.weight[D:].detach(), full.kv.bias[D:].detach()
     assert torch.allclose(full(x, ctx), one(x, ctx).expand(B, 6, D), atol=1e-5)
@@ -100,7 +101,7 @@ def test_a_network_with_one_context_token_has_no_q_and_k():
 @torch.no_grad()
 def test_the_block_equals_diffusers():
     """Their block has no norm of q and k, so ours goes without too; their modulation is table plus t0, as ours."""
-    attention = pytest.importorskip("diffusers.models.attention", reason="the other implementation: pip install diffusers")
+    attention = pytest.importorskip("diffusers.models.attention", reason="needs pip install diffusers")
     ours = randomize(model.PixArtBlock(D, H, False))
     for module in (ours.attn, ours.cross_attn):
         module.q_norm = module.k_norm = nn.Identity()
@@ -192,14 +193,14 @@ class PublishedBlock(model.PixArtBlock):
         super().__init__(D, H, last, parts, one=False)
 
 
-@pytest.mark.parametrize("changes, count", [(dict(semantics="class"), 611_698_192), (dict(semantics="text"), 610_102_672)])
-def test_parameters_are_those_of_the_closed_form_to_the_last_digit(changes, count, monkeypatch):
+@pytest.mark.parametrize("semantics, count", [("class", 611_698_192), ("text", 610_102_672)])
+def test_parameters_are_those_of_the_closed_form_to_the_last_digit(semantics, count, monkeypatch):
     """One control MLP of six scalars, as in the paper, and without the gains of RMSNorm: 4 d a block."""
     monkeypatch.setattr(model, "PixArtBlock", PublishedBlock)
-    cfg = replace(XL2, **changes, controls="")
+    cfg = replace(XL2, semantics=semantics, controls="")
     gains = 28 * 4 * (1152 // 16)
     assert tables.parameters(cfg) - gains + tables.control_parameters(6, 1152) == count
-    assert count / 1e6 == pytest.approx({"class": 611.7, "text": 610.12}[cfg.semantics], abs=0.02)
+    assert count / 1e6 == pytest.approx({"class": 611.7, "text": 610.12}[semantics], abs=0.02)
 
 
 def test_a_class_saves_q_and_k_of_every_cross_attention(monkeypatch):

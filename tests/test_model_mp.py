@@ -1,4 +1,4 @@
-"""The magnitude-preserving blocks and trunks against direct formulas, their invariants, the ladder and its configs.
+"""Magnitude-preserving attention, blocks and networks against direct formulas, their invariants, the ladder of configs.
 
 No two sizes are equal: B 4, C 3, P 2, h 6, w 9, N 54, L 7, E 11, D 40, H 5, d 8, training grid 12.
 """
@@ -124,7 +124,8 @@ def test_attention_of_correlated_tokens_averages_less_and_the_squared_weights_no
     p = (mp_layers.normalize(q) @ mp_layers.normalize(k).transpose(-1, -2) / math.sqrt(d)).softmax(-1)
     s = p.square().sum(-1).mean().item()
     out = layers.attention(mp_layers.normalize(q), mp_layers.normalize(k), v)
-    assert mp_layers.magnitude(out).item() == pytest.approx(math.sqrt(rho + (1 - rho) * s), rel=5 / math.sqrt(2 * S * d))
+    exact = math.sqrt(rho + (1 - rho) * s)
+    assert mp_layers.magnitude(out).item() == pytest.approx(exact, rel=5 / math.sqrt(2 * S * d))
     assert mp_layers.magnitude(out).item() / math.sqrt(s) > 3
     assert mp_layers.magnitude(mp_layers.normalize_heads(out, 1)).item() == pytest.approx(1, abs=0.002)
 
@@ -264,7 +265,7 @@ def test_adaln_and_rotation_start_as_one_function():
 
 @pytest.mark.parametrize("cfg", [BASE, TEXT, replace(TEXT, semantics="class"), replace(TEXT, semantics="none")],
                          ids=["dit", "text", "class", "none"])
-def test_no_bias_anywhere_and_row_lengths_have_no_say(cfg):
+def test_there_is_no_bias_and_row_lengths_have_no_effect(cfg):
     net, (x, i, cond) = build(cfg), inputs(cfg)
     assert not [n for n in net.state_dict() if "bias" in n]
     assert not [n for n, m in net.named_modules() if isinstance(m, (nn.Linear, nn.Embedding, nn.LayerNorm, nn.Conv2d))]
@@ -462,7 +463,8 @@ def read(name):
 @pytest.mark.parametrize("data", ["shapes", "imagenet128"])
 def test_the_ladder_and_the_modulations_are_one_config_but_for_what_they_vary(data):
     e = read(f"{data}_e")
-    assert e.forced_weight_norm and model.mp_features(e.model) == mp_layers.FULL and e.model.modulation == "scale+shift+gate"
+    assert e.forced_weight_norm and model.mp_features(e.model) == mp_layers.FULL
+    assert e.model.modulation == "scale+shift+gate"
     rungs = {k: (replace(e.model, mp=LADDER["c" if k == "d" else k]), k == "d") for k in "abcd"}
     rungs |= {k: (replace(e.model, modulation=k.replace("_", "+") + "+gate"), True)
               for k in ("scale", "rotate", "scale_rotate")}
