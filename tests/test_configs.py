@@ -27,6 +27,7 @@ A100, SHARE = 312e12, 0.4               # dense bf16 FLOP/s, and the part of it 
 
 each = pytest.mark.parametrize("name", FILES)
 recipe = pytest.mark.parametrize("name", RECIPES)
+counted = [pytest.param(name, marks=pytest.mark.slow if name.endswith("512") else ()) for name in RECIPES]
 pair = pytest.mark.parametrize("low, high", PAIRS)
 
 
@@ -71,7 +72,7 @@ def test_its_run_may_begin(name):
 @each
 def test_its_model_can_be_built_and_agrees_with_what_is_varied(name):
     cfg = complete(name)
-    assert parameters(cfg.model) > 0 and model.flops(cfg.model) > 0
+    assert parameters(cfg.model) > 0
     assert {*model.control_names(cfg.model)} <= {*cfg.augment.split("+")}, "a control that does not vary"
 
 
@@ -88,7 +89,7 @@ def test_rounding_is_judged_by_the_digits_that_are_written():
 
 # ---------------------------------------------------------------- size and time
 
-@pytest.mark.parametrize("name", [*RECIPES, "shapes32", "shapes64"])
+@pytest.mark.parametrize("name", [*counted, "shapes32", "shapes64"])
 def test_the_docstring_counts_parameters_operations_and_images(name):
     cfg = complete(name)
     assert agrees(stated(name, r"([\d.]+) M parameters")[0], parameters(cfg.model) / 1e6)
@@ -96,7 +97,7 @@ def test_the_docstring_counts_parameters_operations_and_images(name):
     assert agrees(gflop, model.flops(cfg.model) / 1e9) and (int(batch), int(steps)) == (cfg.batch, cfg.steps)
 
 
-@recipe
+@pytest.mark.parametrize("name", counted)
 def test_hours_are_three_forward_passes_at_the_share_of_peak_that_is_stated(name):
     cfg = complete(name)
     hours, machines, peak, share = stated(
