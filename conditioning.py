@@ -245,21 +245,16 @@ def control_weight(t: Tensor, kind: str = "cosine", alpha: float = 8.0, sigma: T
     the table before any rescale, which keeps gamma a function of the index; ValueError without it."""
     if kind not in CONTROL_WEIGHTS:
         raise ValueError(f"unknown control weight {kind!r}; there are {', '.join(CONTROL_WEIGHTS)}")
-    return CONTROL_WEIGHTS[kind](t, alpha, sigma)
-
-
-def _step(t: Tensor, alpha: float, sigma: Tensor | None) -> Tensor:
-    if sigma is None:
+    if kind == "step" and sigma is None:
         raise ValueError("the control weight 'step' is a threshold on sigma and needs its table")
-    i = (t * (len(sigma) - 1)).round().long()
-    return (sigma[i] <= alpha).to(t.dtype)
+    return CONTROL_WEIGHTS[kind](t, alpha, sigma)
 
 
 CONTROL_WEIGHTS: dict[str, Callable[[Tensor, float, Tensor | None], Tensor]] = {
     "cosine": lambda t, alpha, sigma: torch.sin(math.pi / 2 * (1 - t) ** alpha) ** 2,
     "uniform": lambda t, alpha, sigma: torch.ones_like(t),
     "linear": lambda t, alpha, sigma: 1 - t,
-    "step": _step,
+    "step": lambda t, alpha, sigma: (sigma[(t * (len(sigma) - 1)).round().long()] <= alpha).to(t.dtype),
     "zero": lambda t, alpha, sigma: torch.zeros_like(t),
 }
 
@@ -281,9 +276,7 @@ class ControlEmbedding(nn.Module):
 
     def forward(self, cond: Condition, t: Tensor) -> Tensor:
         gamma = control_weight(t, self.kind, self.alpha, self.sigma)[:, None]   # (B, 1)
-        c_emb = 0
-        if self.high:
-            c_emb = self.mlps["high"](self.features(cond, self.high))           # (B, D)
+        c_emb = self.mlps["high"](self.features(cond, self.high)) if self.high else 0   # (B, D)
         if self.low:
             c_emb = c_emb + gamma * self.mlps["low"](self.features(cond, self.low))
         return cond.has_controls[:, None] * c_emb
