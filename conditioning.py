@@ -1,10 +1,10 @@
 """Conditioning: one typed value, `Condition`, and the modules that embed time, class, text and controls.
 
 cond = make_condition(batch, "text", ("size",), "noisy", 0.02, generator)      from tokens, lengths and controls
-cond.drop(semantics=mask)                       without class or caption where the mask is true
+cond.drop(semantics=mask)                       no class or caption where the mask is true
 
-Semantics say what an image shows: a class (`label`) or a caption (`text`). Controls say how it was taken: where it was
-cropped, whether it was mirrored, how large the original was. Only `Condition.drop` removes either, in training and in
+Semantics are what an image shows: a class (`label`) or a caption (`text`). Controls are how it was taken: where it was
+cropped, whether it was mirrored, how large the original was. `Condition.drop` alone removes them, in training and in
 guidance.
 Dimensions: B batch, L context tokens, n tokens of one caption, E width of a text token, D width, h x w image tokens,
 T noise levels.
@@ -24,12 +24,12 @@ from mp_layers import FULL, MPMLP, MPEmbedding, MPFourier, normalize
 
 NULL_LABEL = -1                         # "no class"; the embedding maps it to the last row of its table
 TIME_FEATURES = 256                     # width of the sinusoid that an MLP turns into the time vector, [DiT]
-BANDWIDTH = 3.0                         # of MPFourier over t in [0, 1]: as much as [EDM2]'s 1 over ln(sigma)/4
-PADDINGS = ("zero", "replicate", "noisy")       # how the positions after a short caption are filled
+BANDWIDTH = 3.0                         # of MPFourier over t in [0, 1]: as [EDM2]'s 1 over ln(sigma)/4
+PADDINGS = ("zero", "replicate", "noisy")       # what fills the positions after a short caption
 
 
 class Control(NamedTuple):
-    """A row of CONTROLS: the field of Condition by that name has `width` numbers an image.
+    """A row of CONTROLS: the field of that name in Condition has `width` numbers an image.
 
     group: "high" controls composition at every noise level; "low" controls detail alone, weighted by gamma_c(t)."""
     width: int
@@ -44,26 +44,26 @@ class Condition:
     """The condition of B images; fields that the model does not use are None.
 
     label (B,) int64, -1 = none; text (B, L, E) float, zeros = none; crop (B, 2) top and left, in pixels of the resized
-    original; flip (B,) 0 or 1; size (B, 2) height and width of the original in pixels; steered (B,) 1, or 0 = no
-    controls."""
+    original; flip (B,) 0 or 1; size (B, 2) height and width of the original in pixels; has_controls (B,) 1,
+    or 0 = no controls."""
     label: Tensor | None = None
     text: Tensor | None = None
     crop: Tensor | None = None
     flip: Tensor | None = None
     size: Tensor | None = None
-    steered: Tensor | None = None
+    has_controls: Tensor | None = None
 
     def map(self, f: Callable[[Tensor], Tensor]) -> "Condition":
-        """The same condition with f applied to every tensor in it."""
+        """Apply f to every tensor of the condition."""
         return replace(self, **{k.name: f(v) for k in fields(self) if (v := getattr(self, k.name)) is not None})
 
     def to(self, device: torch.device) -> "Condition":
         return self.map(lambda v: v.to(device, non_blocking=True))
 
     def drop(self, semantics: Tensor | bool = False, controls: Tensor | bool = False) -> "Condition":
-        """[COND] sec. 2.4: without semantics, or without controls, where the mask (B,) is true (or everywhere)."""
+        """[COND] sec. 2.1: remove semantics or controls where a mask (B,) is true, or from all images."""
         return replace(self, label=_blank(self.label, semantics, NULL_LABEL), text=_blank(self.text, semantics, 0),
-                       steered=_blank(self.steered, controls, 0))
+                       has_controls=_blank(self.has_controls, controls, 0))
 
 
 def _blank(v: Tensor | None, where: Tensor | bool, empty: float) -> Tensor | None:
@@ -74,7 +74,7 @@ def _blank(v: Tensor | None, where: Tensor | bool, empty: float) -> Tensor | Non
 
 
 def concatenate(conditions: list[Condition]) -> Condition:
-    """Conditions of B1, B2, ... images as one of B1 + B2 + ..., in order."""
+    """Join conditions of B1, B2, ... images into one of B1 + B2 + ..., in order."""
     parts = {k.name: [getattr(c, k.name) for c in conditions] for k in fields(Condition)}
     return Condition(**{k: torch.cat(v) for k, v in parts.items() if v[0] is not None})
 
@@ -82,13 +82,13 @@ def concatenate(conditions: list[Condition]) -> Condition:
 def make_condition(batch: Mapping[str, Tensor], semantics: str, controls: Sequence[str], padding: str = "zero",
                    padding_noise: float = 0.0, generator: torch.Generator | Sequence[torch.Generator] | None = None,
                    device: torch.device | None = None) -> Condition:
-    """The condition of B images: what a model with these semantics and controls reads of `batch`, moved to `device`.
+    """Make the condition of B images from what a model with these semantics and controls reads of `batch`, on `device`.
 
     batch has label (B,) for a class; text (B, L, E) and, to pad it, lengths (B,) for captions; and a tensor for each
-    control. It may have more. The arguments from padding to generator are pad_text's."""
+    control. Other keys are ignored. padding, padding_noise and generator are those of pad_text."""
     names = (*{"class": ("label",), "text": ("text",), "none": ()}[semantics], *controls)
-    steered = torch.ones(len(batch[controls[0]])) if controls else None
-    cond = Condition(steered=steered, **{k: batch[k] for k in names}).to(device)
+    has_controls = torch.ones(len(batch[controls[0]])) if controls else None
+    cond = Condition(has_controls=has_controls, **{k: batch[k] for k in names}).to(device)
     if semantics != "text" or padding == "zero":
         return cond
     lengths = batch["lengths"].to(device, non_blocking=True)
@@ -105,7 +105,7 @@ def guide(eps_cs: Tensor, eps_s: Tensor, eps_null: Tensor, lam: float, beta: flo
 # ---------------------------------------------------------------- time, class, text
 
 def timestep_embedding(x: Tensor, dim: int) -> Tensor:
-    """[DiT], [COND] 1.2: [cos(x f_k), sin(x f_k)], f_k = 10000^(-2k/dim), k < dim/2. x (B,) -> (B, dim), fp32"""
+    """[DiT]: [cos(x f_k), sin(x f_k)], f_k = 10000^(-2k/dim), k < dim/2. x (B,) -> (B, dim), fp32"""
     f = torch.exp(-math.log(10000) / (dim // 2) * torch.arange(dim // 2, dtype=torch.float32, device=x.device))
     angle = x.float()[:, None] * f                                              # (B, dim/2)
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
@@ -122,21 +122,21 @@ class TimestepEmbedder(nn.Module):
 
 
 class MPTimestepEmbedder(nn.Module):
-    """[MAG] MPMLP(features(i)): of random waves, smooth in i, with "stream", else of [DiT]'s. i (B,) -> (B, D)"""
-    def __init__(self, D: int, T: int, preserve: tuple[str, ...]) -> None:
+    """[MAG] MPMLP(features(i)): random Fourier features, smooth in i, with "stream", else [DiT]'s. i (B,) -> (B, D)"""
+    def __init__(self, D: int, T: int, mp: tuple[str, ...]) -> None:
         super().__init__()
-        waves = partial(timestep_embedding, dim=TIME_FEATURES)
-        self.features = MPFourier(TIME_FEATURES, BANDWIDTH / (T - 1)) if "stream" in preserve else waves
-        self.mlp = MPMLP(TIME_FEATURES, D, D, preserve)
+        sinusoid = partial(timestep_embedding, dim=TIME_FEATURES)
+        self.features = MPFourier(TIME_FEATURES, BANDWIDTH / (T - 1)) if "stream" in mp else sinusoid
+        self.mlp = MPMLP(TIME_FEATURES, D, D, mp)
 
     def forward(self, i: Tensor) -> Tensor:
         return self.mlp(self.features(i))
 
 
 class LabelEmbedder(nn.Module):
-    """[DiT] sec. 3.2: a table of classes + 1 rows, the last one for "no class". label (B,) -> (B, D)
+    """[DiT] sec. 3.2: a table of classes + 1 rows, the last for "no class". label (B,) -> (B, D)
 
-    `mp`, here and in what follows, chooses rows and layers that preserve magnitude, [MAG]."""
+    mp, here and below: rows and layers that preserve magnitude, [MAG]."""
     def __init__(self, classes: int, D: int, mp: bool = False) -> None:
         super().__init__()
         self.embedding_table = (MPEmbedding if mp else nn.Embedding)(classes + 1, D)
@@ -147,7 +147,7 @@ class LabelEmbedder(nn.Module):
 
 
 class ClassContext(nn.Module):
-    """[COND] sec. 2: the class as one context token, an embedding and a two-layer MLP. label (B,) -> (B, 1, D)"""
+    """[COND] sec. 2: the class as one context token, by a table and a two-layer MLP. label (B,) -> (B, 1, D)"""
     def __init__(self, classes: int, D: int, mp: bool = False) -> None:
         super().__init__()
         self.mp, self.table = mp, LabelEmbedder(classes, D, mp)
@@ -159,10 +159,10 @@ class ClassContext(nn.Module):
 
 
 class TextContext(nn.Module):
-    """[COND] sec. 2: every text token through one two-layer MLP. text (B, L, E) -> (B, L, D)
+    """[COND] sec. 2: one two-layer MLP on every text token. text (B, L, E) -> (B, L, D)
 
-    mp: tokens have unit magnitude, each with the number 1 beside it, and the pair is brought to unit magnitude too. So
-    an empty token, all zeros, is a vector to be learned."""
+    mp: tokens have unit magnitude, each with the number 1 beside it, and so has the pair. An empty token, all zeros, is
+    thus a learned vector."""
     def __init__(self, E: int, D: int, mp: bool = False) -> None:
         super().__init__()
         self.mp = mp
@@ -177,7 +177,7 @@ class TextContext(nn.Module):
 
 
 class UnconditionalContext(nn.Module):
-    """No semantics: one learned context token, so that every block keeps its form. -> (1, 1, D)"""
+    """Without semantics: one learned context token, so that blocks stay the same. -> (1, 1, D)"""
     def __init__(self, D: int, mp: bool = False) -> None:
         super().__init__()
         self.mp = mp
@@ -195,10 +195,10 @@ def replicate_pad(tokens: Tensor, lengths: Tensor, length: int = 77, beta: float
                   generator: torch.Generator | None = None) -> Tensor:
     """[COND] sec. 2.1, eq. 7: phi[j mod n] + beta sqrt(m-1) sigma_ch eps, m = ceil(length / n). (B, length, E) fp32
 
-    The first n = lengths (B,) of tokens (B, any, E) count. They are repeated to the end; noise then falls on every
-    position, the first n too. sigma_ch (E,) is their population standard deviation. A caption that fills all positions
-    gets no noise (m = 1), nor does a single token (sigma_ch = 0). n = 0, the null condition, stays all zeros. beta = 0
-    repeats without noise; ValueError for noise without a generator."""
+    Repeats the first n = lengths (B,) of tokens (B, any, E) to the end, then adds noise to every position, the first n
+    too. sigma_ch (E,) is their population standard deviation. A caption that fills all positions gets no noise (m = 1),
+    nor does a single token (sigma_ch = 0). n = 0, the null condition, stays all zeros. beta = 0 repeats without noise.
+    ValueError for noise without a generator."""
     if beta and generator is None:
         raise ValueError(f"noise on repeated tokens (beta={beta}) needs a generator")
     tokens = tokens.float()
@@ -221,8 +221,8 @@ def pad_text(tokens: Tensor, lengths: Tensor, mode: str, beta: float = 0.02,
              generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
     """[COND] table 3: fill the positions after short captions (B, L, E), which hold zeros, by one of PADDINGS.
 
-    zero leaves them, replicate repeats a caption's tokens, noisy adds noise of beta as well. The noise comes from one
-    generator for all, or from one for each caption. ValueError for an unknown mode."""
+    zero leaves them, replicate repeats the tokens, noisy adds noise of beta too, from one generator for all captions or
+    one for each. ValueError for an unknown mode."""
     if mode not in PADDINGS:
         raise ValueError(f"unknown padding {mode!r}; there are {', '.join(PADDINGS)}")
     if mode == "zero":
@@ -241,25 +241,20 @@ def control_weight(t: Tensor, kind: str = "cosine", alpha: float = 8.0, sigma: T
     """[COND] table A4: gamma_c(t) = [1 - cos(pi (1-t)^alpha)] / 2, computed as sin^2(pi (1-t)^alpha / 2). t in [0, 1]
 
     Zero at t = 1 (noise), one at t = 0: size acts on detail once the composition stands. The other kinds of table A6:
-    uniform 1; linear 1-t; zero 0; step 1 where sigma(t) <= alpha, in the paper 1 or 2. Only step reads sigma (T,), the
-    table before any rescale, which keeps gamma a function of the index; ValueError without it."""
+    uniform 1; linear 1-t; zero 0; step 1 where sigma(t) <= alpha, in the paper 1, 2 or 6. Only step reads sigma (T,),
+    the table before any rescale, which keeps gamma a function of the index; ValueError without it."""
     if kind not in CONTROL_WEIGHTS:
         raise ValueError(f"unknown control weight {kind!r}; there are {', '.join(CONTROL_WEIGHTS)}")
-    return CONTROL_WEIGHTS[kind](t, alpha, sigma)
-
-
-def _step(t: Tensor, alpha: float, sigma: Tensor | None) -> Tensor:
-    if sigma is None:
+    if kind == "step" and sigma is None:
         raise ValueError("the control weight 'step' is a threshold on sigma and needs its table")
-    i = (t * (len(sigma) - 1)).round().long()
-    return (sigma[i] <= alpha).to(t.dtype)
+    return CONTROL_WEIGHTS[kind](t, alpha, sigma)
 
 
 CONTROL_WEIGHTS: dict[str, Callable[[Tensor, float, Tensor | None], Tensor]] = {
     "cosine": lambda t, alpha, sigma: torch.sin(math.pi / 2 * (1 - t) ** alpha) ** 2,
     "uniform": lambda t, alpha, sigma: torch.ones_like(t),
     "linear": lambda t, alpha, sigma: 1 - t,
-    "step": _step,
+    "step": lambda t, alpha, sigma: (sigma[(t * (len(sigma) - 1)).round().long()] <= alpha).to(t.dtype),
     "zero": lambda t, alpha, sigma: torch.zeros_like(t),
 }
 
@@ -267,8 +262,8 @@ CONTROL_WEIGHTS: dict[str, Callable[[Tensor, float, Tensor | None], Tensor]] = {
 class ControlEmbedding(nn.Module):
     """[COND] eq. 1: c_emb = E_h(phi_h) + gamma_c(t) E_l(phi_l), added to the time vector. -> (B, D)
 
-    Every scalar becomes a sinusoid; the sinusoids of a group are concatenated and go through one two-layer MLP, whose
-    last layer starts at zero, so that at first the controls have no effect. kind, alpha, sigma: see control_weight."""
+    Every scalar becomes a sinusoid; one two-layer MLP reads the sinusoids of a group together. Its last layer starts at
+    zero, so at first controls have no effect. kind, alpha, sigma: see control_weight."""
     mlp = staticmethod(mlp)
 
     def __init__(self, controls: tuple[str, ...], D: int, kind: str, alpha: float, sigma: Tensor | None = None) -> None:
@@ -281,12 +276,10 @@ class ControlEmbedding(nn.Module):
 
     def forward(self, cond: Condition, t: Tensor) -> Tensor:
         gamma = control_weight(t, self.kind, self.alpha, self.sigma)[:, None]   # (B, 1)
-        c_emb = 0
-        if self.high:
-            c_emb = self.mlps["high"](self.features(cond, self.high))           # (B, D)
+        c_emb = self.mlps["high"](self.features(cond, self.high)) if self.high else 0   # (B, D)
         if self.low:
             c_emb = c_emb + gamma * self.mlps["low"](self.features(cond, self.low))
-        return cond.steered[:, None] * c_emb
+        return cond.has_controls[:, None] * c_emb
 
     def features(self, cond: Condition, group: list[str]) -> Tensor:
         values = [getattr(cond, c).reshape(-1, CONTROLS[c].width) for c in group]
@@ -297,18 +290,18 @@ class ControlEmbedding(nn.Module):
 class MPControlEmbedding(ControlEmbedding):
     """[COND] eq. 1 blended by magnitude: (c + w_h e_h + w_l e_l) / sqrt(1 + w_h^2 + w_l^2), c and e of magnitude 1.
 
-    w_h is a gain to be learned, w_l another times gamma_c(t): mp_sum whose t is learned. At first both are zero and c
-    is given back to the last bit, as it is without controls and, for size, where gamma_c is zero. -> (B, D)"""
+    w_h is a learned gain, w_l another times gamma_c(t): mp_sum with a learned t. Where both are zero, as at first and
+    without controls, c is returned to the last bit. -> (B, D)"""
     @staticmethod
     def mlp(K: int, D: int) -> MPMLP:
-        """Unit-magnitude features to a vector of the magnitude of its gain, zero at first."""
+        """An MLP whose output has the magnitude of its gain, zero at first."""
         return MPMLP(K, D, D, FULL, gain=0.0)
 
     def forward(self, c: Tensor, cond: Condition, t: Tensor) -> Tensor:
         gamma = control_weight(t, self.kind, self.alpha, self.sigma)
         power = 1.0
         for name, mlp in self.mlps.items():
-            group, share = (self.high, cond.steered) if name == "high" else (self.low, cond.steered * gamma)
+            group, share = (self.high, cond.has_controls) if name == "high" else (self.low, cond.has_controls * gamma)
             share = share[:, None]                                              # (B, 1)
             c = c + share * mlp(math.sqrt(2) * self.features(cond, group))      # a sinusoid has magnitude 1/sqrt(2)
             power = power + (share * mlp.fc2.gain).square()
@@ -318,10 +311,10 @@ class MPControlEmbedding(ControlEmbedding):
 # ---------------------------------------------------------------- position
 
 def sincos_2d(h: int, w: int, dim: int, base: int | None = None) -> Tensor:
-    """[DiT], [COND] sec. 2.3: fixed sines and cosines of column (first dim/2) and row (last dim/2). (h w, dim) fp32
+    """[DiT], [COND] sec. 2.2: fixed sines and cosines of column (first dim/2) and row (last dim/2). (h w, dim) fp32
 
-    base None: coordinates 0, 1, 2, ... A base extent: linspace(0, base, n) on both axes, so that a finer grid spans the
-    same positions. Every row has norm sqrt(dim/2)."""
+    base None: coordinates 0, 1, 2, ... Otherwise linspace(0, base, n) on both axes, so that a finer grid spans the same
+    extent. Every row has norm sqrt(dim/2)."""
     if dim % 4:
         raise ValueError(f"the width of positions must be divisible by 4, got {dim}")
     rows, columns = (torch.arange(n, dtype=torch.float64) if base is None else
@@ -334,8 +327,8 @@ def sincos_2d(h: int, w: int, dim: int, base: int | None = None) -> Tensor:
 
 
 def interpolate_2d(h: int, w: int, dim: int, base: int) -> Tensor:
-    """[COND] sec. 2.3, the comparison: the table of base x base patches resized bilinearly. (h w, dim) fp32
+    """[COND] sec. 2.2, to compare: the table of base x base patches, resized bilinearly. (h w, dim) fp32
 
-    Averages of neighbours are shorter than sqrt(dim/2), the length that every row of sincos_2d has."""
+    Averages of neighbours are shorter than sqrt(dim/2), the norm of every row of sincos_2d."""
     table = sincos_2d(base, base, dim).unflatten(0, (base, base)).permute(2, 0, 1)      # (dim, base, base)
     return F.interpolate(table[None], size=(h, w), mode="bilinear")[0].flatten(1).T.contiguous()

@@ -1,10 +1,10 @@
-"""The parts of which plain diffusion transformers are made: linear layers, attention, MLP, norms, patches, modulation.
+"""The parts of plain diffusion transformers: linear layers, attention, MLP, norms, patches, modulation.
 
-attention, mlp = split_parts(modulation(c), ADALN, ADALN)       # shift, scale and gate of two sub-layers
-x = gated_sum(x, attention, self.attn(steer(norm(x), attention)))
+a, m = split_modulation(self.adaLN_modulation(c), ADALN, ADALN)       # shift, scale and gate of two sub-layers
+x = gated_residual(x, a, self.attn(modulate(norm(x), a)))
 
 Layers keep their weights in fp32 and compute in the type of their input. mp_layers.py has their magnitude-preserving
-counterparts, model.py the blocks made of both.
+counterparts, model.py the blocks.
 Dimensions: B batch, N = h w image tokens, L context tokens, M keys, D width, H heads, d = D/H, C channels, P patch.
 """
 import torch
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 MLP_RATIO = 4                           # hidden width of a block's MLP over D, [DiT]
-MAX_TOKENS_EXPLICIT_ATTENTION = 1024       # up to this many tokens a CPU's fused bf16 attention loses to plain products
+MAX_TOKENS_EXPLICIT_ATTENTION = 1024    # up to this many tokens plain products beat a CPU's fused bf16 attention
 MODULATION_PARTS = {"shift": 2, "scale": 2, "rotate": 1, "gate": 2}  # rows of each part of a modulation, in halves of D
 ADALN = ("shift", "scale", "gate")      # the parts of [DiT]
 
@@ -20,7 +20,7 @@ ADALN = ("shift", "scale", "gate")      # the parts of [DiT]
 # ---------------------------------------------------------------- linear layers and norms
 
 class Linear(nn.Linear):
-    """A linear layer that computes in the type of its input and keeps its weights in fp32. (..., K) -> (..., M)"""
+    """nn.Linear whose weights stay in fp32 and whose products have the type of its input. (..., K) -> (..., M)"""
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
@@ -75,7 +75,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def split_heads(x: Tensor, n: int, H: int) -> tuple[Tensor, ...]:
-    """(B, N, n D) -> n tensors (B, H, N, d): the q, k, v that one projection gives."""
+    """Split one projection into its q, k, v by head. (B, N, n D) -> n tensors (B, H, N, d)"""
     return x.unflatten(-1, (n, H, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
@@ -103,7 +103,7 @@ class QKNormAttention(Attention):
 
 
 class JointAttention(nn.Module):
-    """[SD3] eq. 6, [COND] table A1: attention over [context; image] with RMSNorm on the q and k of every head.
+    """[SD3] fig. 2, [COND] table A1: attention over [context; image] with RMSNorm on the q and k of every head.
 
     Context has its own q, k, v and shares the output projection. `last`: context gives only k and v and stays as it is.
     x (B, N, D), ctx (B, L, D) -> (B, N, D), (B, L, D) or None"""
@@ -151,15 +151,37 @@ class DualStreamAttention(nn.Module):
         return self.proj(a), self.ctx_proj(a_ctx)
 
 
+class CrossAttention(nn.Module):
+    """[PIXART] fig. 4: image tokens attend to context, with RMSNorm on the q and k of every head, which [COND] needs.
+
+    `one`: the context is one token, whose weight is 1 in any softmax, so there are no q and k and all image tokens get
+    the same vector. x (B, N, D), ctx (B, L, D) -> (B, N, D), one: (B, 1, D)"""
+    def __init__(self, D: int, H: int, one: bool) -> None:
+        super().__init__()
+        self.H, self.one = H, one
+        self.proj = Linear(D, D)
+        if one:
+            self.v = Linear(D, D)
+        else:
+            self.q, self.kv = Linear(D, D), Linear(D, 2 * D)
+            self.q_norm, self.k_norm = RMSNorm(D // H), RMSNorm(D // H)
+
+    def forward(self, x: Tensor, ctx: Tensor) -> Tensor:
+        if self.one:
+            return self.proj(self.v(ctx))
+        (q,), (k, v) = split_heads(self.q(x), 1, self.H), split_heads(self.kv(ctx), 2, self.H)
+        return self.proj(attention(self.q_norm(q), self.k_norm(k), v))
+
+
 # ---------------------------------------------------------------- modulation
 
 def modulation(D: int, *groups: tuple[str, ...]) -> nn.Sequential:
-    """[DiT] adaLN-Zero: one layer, zero at first, gives all parts of all groups; split_parts splits them."""
+    """[DiT] adaLN-Zero: one layer, zero at first, makes all parts of all groups for split_modulation."""
     return nn.Sequential(nn.SiLU(), Linear(D, sum(modulation_width(parts, D) for parts in groups)))
 
 
 def input_parts(parts: tuple[str, ...]) -> tuple[str, ...]:
-    """The parts that act before a sub-layer."""
+    """The parts that act on the input of a sub-layer: all but the gate."""
     return tuple(part for part in parts if part != "gate")
 
 
@@ -169,30 +191,30 @@ def modulation_width(parts: tuple[str, ...], D: int) -> int:
 
 
 def split_modulation(m: Tensor, *groups: tuple[str, ...]) -> list[dict[str, Tensor]]:
-    """One dict a group that maps parts to their vectors in m (B, all rows): (B, 1, D) each, rotate (B, 1, D/2)."""
+    """Split m (B, all parts) into one dict a group, {part: vector}: (B, 1, D) each, rotate (B, 1, D/2)."""
     named = [(k, part) for k, group in enumerate(groups) for part in group]
     half = m.shape[-1] // sum(MODULATION_PARTS[part] for _, part in named)
-    found: list[dict[str, Tensor]] = [{} for _ in groups]
+    split: list[dict[str, Tensor]] = [{} for _ in groups]
     for (k, part), v in zip(named, m[:, None].split([half * MODULATION_PARTS[part] for _, part in named], dim=-1)):
-        found[k][part] = v
-    return found
+        split[k][part] = v
+    return split
 
 
 def rotate(x: Tensor, theta: Tensor) -> Tensor:
-    """[MAG] eq. 6: turn every pair (x_2i, x_2i+1) by theta_i, in fp32. x (..., D), theta (..., D/2) -> (..., D)
+    """[MAG] eq. 6: rotate every pair (x_2i, x_2i+1) by theta_i, in fp32. x (..., D), theta (..., D/2) -> (..., D)
 
-    A pair is a complex number, times e^(i theta). Lengths stay; theta = 0 is the identity to the last bit."""
+    A pair is a complex number, multiplied by e^(i theta). Lengths stay; theta = 0 is the identity to the last bit."""
     theta, pairs = at_least_fp32(theta), at_least_fp32(x).contiguous().unflatten(-1, (-1, 2))       # (..., D/2, 2)
     if torch.compiler.is_compiling():                       # torch.compile makes no code for complex numbers
         a, b, c, s = *pairs.unbind(-1), theta.cos(), theta.sin()
-        turned = torch.stack([a * c - b * s, a * s + b * c], dim=-1)
+        rotated = torch.stack([a * c - b * s, a * s + b * c], dim=-1)
     else:                                                   # 20 times as fast as the above on a CPU
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.polar(torch.ones_like(theta), theta))
-    return turned.flatten(-2).to(x.dtype)
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.polar(torch.ones_like(theta), theta))
+    return rotated.flatten(-2).to(x.dtype)
 
 
 def modulate(x: Tensor, m: dict[str, Tensor]) -> Tensor:
-    """[MAG] eqs. 4, 6: R(rotate) (x (1 + scale) + shift), with those parts that m has. (B, N, D)"""
+    """[MAG] eqs. 4, 6: R(rotate) (x (1 + scale) + shift), with the parts that m has. (B, N, D)"""
     if "scale" in m and "shift" in m:
         x = torch.addcmul(m["shift"].to(x.dtype), x, (1 + m["scale"]).to(x.dtype))
     elif "scale" in m:
@@ -210,19 +232,19 @@ def gated_residual(x: Tensor, m: dict[str, Tensor], branch: Tensor) -> Tensor:
 # ---------------------------------------------------------------- patches and the final layer
 
 def patchify(x: Tensor, P: int) -> Tensor:
-    """(B, C, h P, w P) -> (B, h w, C P P), every P x P patch as a vector."""
+    """Flatten every P x P patch into a vector. (B, C, h P, w P) -> (B, h w, C P P)"""
     x = x.unflatten(3, (-1, P)).unflatten(2, (-1, P))                           # (B, C, h, P, w, P)
     return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def unpatchify(x: Tensor, P: int, h: int, w: int) -> Tensor:
-    """(B, h w, P P C) -> (B, C, h P, w P). In an output vector the channel is last, as in [DiT]'s weights."""
+    """Inverse of patchify, but the channel is last, as in [DiT]'s weights. (B, h w, P P C) -> (B, C, h P, w P)"""
     x = x.unflatten(2, (P, P, -1)).unflatten(1, (h, w))                         # (B, h, w, P, P, C)
     return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
 class PatchEmbed(nn.Module):
-    """[DiT] sec. 3.2: every P x P patch through one linear layer. (B, C, h P, w P) -> (B, h w, D)
+    """[DiT] sec. 3.2: one linear layer on every P x P patch. (B, C, h P, w P) -> (B, h w, D)
 
     The weight has the shape of the equivalent convolution, (D, C, P, P), as in published weights."""
     def __init__(self, C: int, P: int, D: int) -> None:

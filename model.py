@@ -1,9 +1,9 @@
-"""Denoisers: one trunk, one small class a block, plain and magnitude preserving side by side. net(x_t, i, cond) -> eps
+"""Denoisers net(x_t, i, cond) -> eps: one trunk and one small class a block, plain and magnitude preserving.
 
 net = build(ModelConfig(arch="mmdit", semantics="text", text_dim=24, text_length=16))
 net, cfg = load("out/shapes")
 
-To add an architecture, add a class and a row of ARCHS. Its class says which semantics and options it takes.
+To add an architecture, add a class, which says what semantics and options it takes, and a row of ARCHS.
 Dimensions: B batch, N = h w image tokens, L context tokens, D width, H heads, C channels, P patch, T noise steps.
 """
 from functools import lru_cache, partial
@@ -19,16 +19,16 @@ from conditioning import (CONTROLS, CONTROL_WEIGHTS, ClassContext, Condition, Co
                           MPControlEmbedding, MPTimestepEmbedder, TextContext, TimestepEmbedder, UnconditionalContext,
                           interpolate_2d, sincos_2d)
 from config import Config, ModelConfig, UserError, from_json
-from layers import (ADALN, MLP, MLP_RATIO, MODULATION_PARTS, Attention, DualStreamAttention, FinalLayer,
-                    JointAttention, PatchEmbed, QKNormAttention, gated_residual, input_parts, modulate, modulation,
-                    norm, split_modulation)
-from mp_layers import (EMBED_BALANCE, FULL, MPMLP, PRESERVE, RES_BALANCE, MPAttention, MPFinalLayer, MPJointAttention,
-                       MPPatchEmbed, Modulation, identity, mp_gated_residual, mp_sum, normalize)
+from layers import (ADALN, MLP, MLP_RATIO, MODULATION_PARTS, Attention, CrossAttention, DualStreamAttention, FinalLayer,
+                    JointAttention, Linear, PatchEmbed, QKNormAttention, gated_residual, input_parts, modulate,
+                    modulation, modulation_width, norm, split_modulation, unpatchify)
+from mp_layers import (EMBED_BALANCE, FULL, MP_FEATURES, MPMLP, RES_BALANCE, MPAttention, MPFinalLayer,
+                       MPJointAttention, MPModulation, MPPatchEmbed, identity, mp_gated_residual, mp_sum, normalize)
 from runtime import checkpoint
 from schedule import PREDICTIONS, SCHEDULES, alpha_bar_table, to_sigma
 
 SEMANTICS = ("none", "class", "text")
-OPTIONS = ("mp",)                       # fields of ModelConfig that an architecture takes only if its class lists them
+OPTIONS = ("mp",)                       # fields of ModelConfig for the architectures whose class lists them
 POSITIONS = {                           # (h, w, D, base) -> (h w, D), base in patches a side
     "grid": lambda h, w, D, base: sincos_2d(h, w, D),
     "resample": sincos_2d,
@@ -39,7 +39,7 @@ POSITIONS = {                           # (h, w, D, base) -> (h w, D), base in p
 # ---------------------------------------------------------------- lists in a config
 
 def parse_list(cfg: ModelConfig, key: str, known: tuple[str, ...]) -> tuple[str, ...]:
-    """The list in field `key` of a config ("crop+flip"), in the order of `known`. UserError for an unknown name."""
+    """Split field `key` of a config ("crop+flip"), in the order of `known`. UserError for an unknown name."""
     listed = [name for name in getattr(cfg, key).split("+") if name]
     if unknown := [name for name in listed if name not in known]:
         raise UserError(f"model.{key}={getattr(cfg, key)!r} names {unknown[0]!r}; there are {', '.join(known)}")
@@ -52,20 +52,19 @@ def control_names(cfg: ModelConfig) -> tuple[str, ...]:
 
 
 def modulation_parts(cfg: ModelConfig) -> tuple[str, ...]:
-    """The parts by which time and class modulate a sub-layer, in the order of their weights."""
+    """The parts of every modulation, in the order of their weights."""
     return parse_list(cfg, "modulation", tuple(MODULATION_PARTS))
 
 
 def mp_features(cfg: ModelConfig) -> tuple[str, ...]:
-    """The magnitude-preserving changes of a network that has them: all of [MAG]'s unless the config lists some."""
-    return FULL if not cfg.mp else () if cfg.mp == "none" else parse_list(cfg, "mp", PRESERVE)
+    """The magnitude-preserving parts of an mp architecture: all of [MAG]'s unless the config lists some."""
+    return FULL if not cfg.mp else () if cfg.mp == "none" else parse_list(cfg, "mp", MP_FEATURES)
 
 
 # ---------------------------------------------------------------- blocks
 
-# A block is Block(D, H, last, parts), forward(x, ctx, c) -> x, ctx with x (B, N, D) image tokens, ctx (B, L, D) context
-# tokens and c (B, D) the modulation vector; `parts` of LAYOUT say how c modulates. DiTBlock does not use context and
-# returns it unchanged. So does the last block of any network (`last`), which owns no weights that nothing reads.
+# Block(D, H, last, parts), forward(x, ctx, c) -> x, ctx: x (B, N, D) image tokens, ctx (B, L, D) context tokens,
+# c (B, D) modulates by `parts` of MODULATION_PARTS. `last`: context stays as it is, so no weights update it.
 
 class DiTBlock(nn.Module):
     """[DiT] fig. 3, adaLN-Zero: attention and MLP, each shifted, scaled and gated by c."""
@@ -83,15 +82,14 @@ class DiTBlock(nn.Module):
 
 
 class MPDiTBlock(nn.Module):
-    """[MAG] DiTBlock's twin: x <- mp_sum(x, (1 + gate) attn(R (x (1 + scale) + shift))), the same with the MLP."""
-    def __init__(self, D: int, H: int, last: bool, parts: tuple[str, ...] = ADALN,
-                 preserve: tuple[str, ...] = FULL) -> None:
+    """[MAG] the counterpart of DiTBlock: x <- mp_sum(x, (1 + gate) attn(R (x (1 + scale) + shift))), then the MLP."""
+    def __init__(self, D: int, H: int, last: bool, parts: tuple[str, ...] = ADALN, mp: tuple[str, ...] = FULL) -> None:
         super().__init__()
-        self.norm, self.add = (identity, mp_gated_residual) if "stream" in preserve else (norm, gated_residual)
-        self.attn = MPAttention(D, H, preserve)
-        self.mlp = MPMLP(D, MLP_RATIO * D, D, preserve)
-        self.attn_modulation = Modulation(D, parts, preserve)
-        self.mlp_modulation = Modulation(D, parts, preserve)
+        self.norm, self.add = (identity, mp_gated_residual) if "stream" in mp else (norm, gated_residual)
+        self.attn = MPAttention(D, H, mp)
+        self.mlp = MPMLP(D, MLP_RATIO * D, D, mp)
+        self.attn_modulation = MPModulation(D, parts, mp)
+        self.mlp_modulation = MPModulation(D, parts, mp)
 
     def forward(self, x: Tensor, ctx: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         a, m = self.attn_modulation(c), self.mlp_modulation(c)
@@ -100,9 +98,9 @@ class MPDiTBlock(nn.Module):
 
 
 class DiTAttBlock(nn.Module):
-    """[COND] table A1, DiT by attention: the class is one more token of DiTBlock's attention, under the same weights.
+    """[COND] table A1, DiT by attention: the class is one more token of the attention of DiTBlock.
 
-    Its token has a shift, scale and gate of its own, also from c, and no MLP. `last`: no gate."""
+    c gives the class token a shift, scale and gate of its own; it has no MLP. `last`: no gate."""
     def __init__(self, D: int, H: int, last: bool, parts: tuple[str, ...] = ADALN) -> None:
         super().__init__()
         self.last = last
@@ -122,7 +120,7 @@ class DiTAttBlock(nn.Module):
 class MMDiTBlock(nn.Module):
     """[COND] sec. 2, the block that its parameter counts suggest: DiTBlock with joint attention.
 
-    Context is normalised, not modulated; attention alone updates it, without an MLP."""
+    Context is normalised, not modulated; attention alone updates it."""
     def __init__(self, D: int, H: int, last: bool, parts: tuple[str, ...] = ADALN) -> None:
         super().__init__()
         self.last = last
@@ -140,17 +138,16 @@ class MMDiTBlock(nn.Module):
 
 
 class MPMMDiTBlock(nn.Module):
-    """MMDiTBlock's twin: MPDiTBlock with joint cosine attention. Attention alone updates context, in mp_sum.
+    """The counterpart of MMDiTBlock: MPDiTBlock with joint cosine attention, which alone updates context, by mp_sum.
 
-    It has every change but heads, which `preserve` may add."""
-    def __init__(self, D: int, H: int, last: bool, parts: tuple[str, ...] = ADALN,
-                 preserve: tuple[str, ...] = FULL) -> None:
+    It preserves magnitude throughout; `mp` may only add heads."""
+    def __init__(self, D: int, H: int, last: bool, parts: tuple[str, ...] = ADALN, mp: tuple[str, ...] = FULL) -> None:
         super().__init__()
         self.last = last
-        self.attn = MPJointAttention(D, H, last, preserve)
-        self.mlp = MPMLP(D, MLP_RATIO * D, D, preserve)
-        self.attn_modulation = Modulation(D, parts, preserve)
-        self.mlp_modulation = Modulation(D, parts, preserve)
+        self.attn = MPJointAttention(D, H, last, mp)
+        self.mlp = MPMLP(D, MLP_RATIO * D, D, mp)
+        self.attn_modulation = MPModulation(D, parts, mp)
+        self.mlp_modulation = MPModulation(D, parts, mp)
 
     def forward(self, x: Tensor, ctx: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         a, m = self.attn_modulation(c), self.mlp_modulation(c)
@@ -186,14 +183,48 @@ class SD3Block(nn.Module):
         return x, gated_residual(ctx, *m_ctx, self.ctx_mlp(modulate(norm(ctx), *m_ctx)))
 
 
+class PixArtBlock(nn.Module):
+    """[PIXART] fig. 4, adaLN-single: DiTBlock with cross-attention to context between attention and MLP.
+
+    A modulation t that all blocks share (B, all parts) plus the block's own table modulates attention and MLP; nothing
+    modulates, normalises or gates the cross-attention, and nothing updates context. `one`: as in CrossAttention."""
+    def __init__(self, D: int, H: int, last: bool, parts: tuple[str, ...] = ADALN, one: bool = False) -> None:
+        super().__init__()
+        self.groups = parts, parts
+        self.table = nn.Parameter(torch.randn(2 * modulation_width(parts, D)) / D ** 0.5)
+        self.attn = QKNormAttention(D, H)
+        self.cross_attn = CrossAttention(D, H, one)
+        self.mlp = MLP(D)
+
+    def forward(self, x: Tensor, ctx: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        a, m = split_modulation(t + self.table.to(t.dtype), *self.groups)
+        x = gated_residual(x, a, self.attn(modulate(norm(x), a)))
+        x = x + self.cross_attn(x, ctx)
+        return gated_residual(x, m, self.mlp(modulate(norm(x), m))), ctx
+
+
+class PixArtFinalLayer(nn.Module):
+    """[PIXART] FinalLayer modulated by a table plus c itself. (B, h w, D) -> (B, C, h P, w P)"""
+    def __init__(self, D: int, P: int, C: int, parts: tuple[str, ...] = ADALN) -> None:
+        super().__init__()
+        self.P, self.parts = P, input_parts(parts)
+        self.table = nn.Parameter(torch.randn(modulation_width(self.parts, D)) / D ** 0.5)
+        self.linear = Linear(D, P * P * C)
+
+    def forward(self, x: Tensor, c: Tensor, h: int, w: int) -> Tensor:
+        m, = split_modulation(c.repeat(1, len(self.parts)) + self.table.to(c.dtype), self.parts)
+        return unpatchify(self.linear(modulate(norm(x), m)), self.P, h, w)
+
+
 # ---------------------------------------------------------------- trunk
 
 class Denoiser(nn.Module):
-    """The trunk: patches and positions in, `blocks`, patches out. x_t (B, C, h P, w P), i (B,) index -> eps like x_t
+    """The trunk: embed patches, run `blocks`, map to patches. x_t (B, C, h P, w P), i (B,) index -> eps like x_t
 
-    `semantics` and `options` (of OPTIONS) are those that the architecture takes. `dtype` is the type of the tokens;
-    weights, angles and the returned eps stay fp32."""
+    `semantics` and `options` (of OPTIONS): what the architecture takes. `dtype`: the type of the tokens; weights,
+    angles and eps stay fp32."""
     Block: type[nn.Module]
+    Final: type[nn.Module] = FinalLayer
     semantics: tuple[str, ...] = SEMANTICS
     options: tuple[str, ...] = ()
 
@@ -201,7 +232,7 @@ class Denoiser(nn.Module):
         super().__init__()
         self.cfg, self.dtype = cfg, torch.float32
         grid = cfg.resolution // cfg.patch
-        self.make(cfg)
+        self.build_layers(cfg)
         self.register_buffer("pos_embed", position_table(cfg, grid, grid), persistent=False)
         table = alpha_bar_table(cfg.schedule, cfg.timesteps, cfg.sigma_scale).float()
         self.register_buffer("alpha_bar", table, persistent=False)              # (T,)
@@ -209,67 +240,76 @@ class Denoiser(nn.Module):
 
     @staticmethod
     def check_options(cfg: ModelConfig) -> None:
-        """Raise a UserError for options that this architecture cannot combine."""
+        """Raise a UserError for values that this architecture cannot combine."""
 
-    def make(self, cfg: ModelConfig) -> None:
-        """Make the layers; their order decides which weights the generator draws for each."""
-        D, P, parts = cfg.width, cfg.patch, modulation_parts(cfg)
+    def build_layers(self, cfg: ModelConfig) -> None:
+        """Build the layers; their order decides which random weights each gets."""
+        D, P = cfg.width, cfg.patch
         self.x_embedder = PatchEmbed(cfg.channels, P, D)
         self.t_embedder = TimestepEmbedder(D)
         self.y_embedder = self.make_y_embedder(cfg)
-        self.control_embedder = control_embedding(ControlEmbedding, cfg)
-        self.blocks = nn.ModuleList(self.Block(D, cfg.heads, k == cfg.depth - 1, parts) for k in range(cfg.depth))
-        self.final_layer = FinalLayer(D, P, cfg.channels, parts)
+        self.control_embedder = make_control_embedder(ControlEmbedding, cfg)
+        self.blocks = nn.ModuleList(self.make_block(cfg, k == cfg.depth - 1) for k in range(cfg.depth))
+        self.final_layer = self.Final(D, P, cfg.channels, modulation_parts(cfg))
+
+    def make_block(self, cfg: ModelConfig, last: bool) -> nn.Module:
+        """Build one block."""
+        return self.Block(cfg.width, cfg.heads, last, modulation_parts(cfg))
 
     @staticmethod
     def make_y_embedder(cfg: ModelConfig) -> nn.Module | None:
-        """The module that reads the class or the caption."""
-        return context(cfg, mp=False)
+        """Build what embeds the class or the caption."""
+        return make_context(cfg, mp=False)
 
-    def condition(self, i: Tensor, cond: Condition) -> tuple[Tensor, Tensor | None]:
-        """c (B, D), which modulates the blocks, and ctx (B, L, D), to which they attend."""
+    def embed_condition(self, i: Tensor, cond: Condition) -> tuple[Tensor, Tensor | None]:
+        """Return c (B, D), which modulates the blocks, and ctx (B, L, D), to which they attend."""
         ctx = self.y_embedder(cond, self.dtype)                                 # (B or 1, L, D)
         return self.time(i, cond).to(self.dtype), ctx.expand(len(i), -1, -1)
 
     def initialize(self) -> None:
-        """[DiT] sec. 3.2: Xavier for linear layers, 0.02 for the class table, zero for layers that must not act yet."""
+        """[DiT] sec. 3.2: Xavier for linear layers, deviation 0.02 for the class table, zero for zero_init_layers."""
         for m in self.modules():
             if isinstance(m, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(m.weight.view(m.weight.shape[0], -1))
                 nn.init.zeros_(m.bias)
             elif isinstance(m, nn.Embedding):
                 nn.init.normal_(m.weight, std=0.02)
-        for layer in self.zero_layers():
+        for layer in self.zero_init_layers():
             nn.init.zeros_(layer.weight)
 
-    def zero_layers(self) -> list[nn.Module]:
-        """The layers that start at zero: every modulation, the output, the end of every control MLP."""
+    def zero_init_layers(self) -> list[nn.Module]:
+        """The layers that start at zero: every modulation, the output, the last layer of every control MLP."""
         ends = [m[1] for name, m in self.named_modules() if name.endswith("adaLN_modulation")]
         ends += [mlp[2] for mlp in self.control_embedder.mlps.values()] if self.control_embedder is not None else []
         return ends + [self.final_layer.linear]
 
     def time(self, i: Tensor, cond: Condition) -> Tensor:
-        """[COND] eq. 1: MLP(sinusoid(i)), plus the controls. (B, D)"""
+        """[COND] eq. 1: MLP(sinusoid(i)) plus the controls. (B, D)"""
         c = self.t_embedder(i)
         if self.control_embedder is not None:
             c = c + self.control_embedder(cond, i / (self.cfg.timesteps - 1))
         return c
 
+    def for_blocks(self, c: Tensor) -> Tensor:
+        """What every block gets of c (B, D)."""
+        return c
+
     def positions(self, h: int, w: int) -> Tensor:
-        """(h w, D): the stored table of the training resolution, or a new one for any other grid."""
+        """The stored table at the training resolution, a new one for any other grid. (h w, D)"""
         grid = self.cfg.resolution // self.cfg.patch
         return self.pos_embed if (h, w) == (grid, grid) else position_table(self.cfg, h, w).to(self.pos_embed)
 
     def embed(self, x_t: Tensor, h: int, w: int) -> Tensor:
-        """Patches plus their positions. (B, C, h P, w P) -> (B, h w, D)"""
+        """Embed patches and add their positions. (B, C, h P, w P) -> (B, h w, D)"""
         return self.x_embedder(x_t.to(self.dtype)) + self.positions(h, w).to(self.dtype)
 
     def forward(self, x_t: Tensor, i: Tensor, cond: Condition) -> Tensor:
         h, w = (n // self.cfg.patch for n in x_t.shape[2:])
         x = self.embed(x_t, h, w)                                               # (B, N, D)
-        c, ctx = self.condition(i, cond)
+        c, ctx = self.embed_condition(i, cond)
+        m = self.for_blocks(c)
         for block in self.blocks:
-            x, ctx = block(x, ctx, c)
+            x, ctx = block(x, ctx, m)
         out = self.final_layer(x, c, h, w).float()                              # (B, C, h P, w P)
         return PREDICTIONS[self.cfg.prediction](out, x_t, self.alpha_bar[i.long()])
 
@@ -283,7 +323,7 @@ class DiT(Denoiser):
     def make_y_embedder(cfg: ModelConfig) -> LabelEmbedder | None:
         return LabelEmbedder(cfg.classes, cfg.width) if cfg.semantics == "class" else None
 
-    def condition(self, i: Tensor, cond: Condition) -> tuple[Tensor, None]:
+    def embed_condition(self, i: Tensor, cond: Condition) -> tuple[Tensor, None]:
         c = self.time(i, cond)
         if self.y_embedder is not None:
             c = c + self.y_embedder(cond.label)
@@ -296,7 +336,7 @@ class MMDiT(Denoiser):
 
 
 class DiTAtt(Denoiser):
-    """[COND] table A1, DiT by attention: a class token or a learned one joins the image's in self-attention."""
+    """[COND] table A1, DiT by attention: a class token or a learned one joins the self-attention of the image."""
     Block = DiTAttBlock
     semantics = ("none", "class")
 
@@ -306,52 +346,83 @@ class SD3(Denoiser):
     Block = SD3Block
 
 
+class PixArt(Denoiser):
+    """[PIXART]: cross-attention to the class or the caption; one modulation of time and controls for all blocks."""
+    Block, Final = PixArtBlock, PixArtFinalLayer
+
+    @staticmethod
+    def check_options(cfg: ModelConfig) -> None:
+        if "rotate" in modulation_parts(cfg):
+            raise UserError(f"model.modulation={cfg.modulation!r}: model.arch={cfg.arch!r} takes no rotate, only "
+                            "shift, scale and gate")
+
+    def build_layers(self, cfg: ModelConfig) -> None:
+        super().build_layers(cfg)
+        self.shared_modulation = modulation(cfg.width, modulation_parts(cfg), modulation_parts(cfg))
+
+    def make_block(self, cfg: ModelConfig, last: bool) -> PixArtBlock:
+        one = cfg.semantics != "text" or cfg.text_length == 1
+        return PixArtBlock(cfg.width, cfg.heads, last, modulation_parts(cfg), one)
+
+    def initialize(self) -> None:
+        """Gates are not zero at first: only the cross-attention and the output are."""
+        super().initialize()
+        nn.init.normal_(self.shared_modulation[1].weight, std=0.02)
+
+    def zero_init_layers(self) -> list[nn.Module]:
+        return [block.cross_attn.proj for block in self.blocks] + super().zero_init_layers()
+
+    def for_blocks(self, c: Tensor) -> Tensor:
+        return self.shared_modulation(c)
+
+
 # ---------------------------------------------------------------- the magnitude-preserving trunk
 
 class MPDenoiser(Denoiser):
-    """[MAG]: the trunk of layers that preserve magnitude, as far as cfg.preserve says (mp_layers.py). c stays in fp32.
+    """[MAG]: the trunk of layers that preserve magnitude, as far as cfg.mp says (mp_layers.py). c stays in fp32.
 
-    x_t has magnitude 1 at every noise level where images have: standardised latents do. Each layer draws its own
-    weights."""
+    x_t has magnitude 1 at every noise level if images have; standardised latents do."""
     options = ("mp",)
 
     @staticmethod
     def check_options(cfg: ModelConfig) -> None:
-        have = mp_features(cfg)
-        if "stream" in have and "weights" not in have:
+        mp = mp_features(cfg)
+        if "stream" in mp and "weights" not in mp:
             raise UserError(f"model.mp={cfg.mp!r}: stream, without a norm between layers, needs weights")
-        if control_names(cfg) and "stream" not in have:
+        if control_names(cfg) and "stream" not in mp:
             raise UserError(f"model.controls={cfg.controls!r} of model.arch={cfg.arch!r} needs stream, got "
                             f"model.mp={cfg.mp!r}")
 
-    def make(self, cfg: ModelConfig) -> None:
-        D, P, parts, preserve = cfg.width, cfg.patch, modulation_parts(cfg), mp_features(cfg)
-        self.x_embedder = MPPatchEmbed(cfg.channels, P, D, preserve)
-        self.t_embedder = MPTimestepEmbedder(D, cfg.timesteps, preserve)
+    def build_layers(self, cfg: ModelConfig) -> None:
+        D, P, mp = cfg.width, cfg.patch, mp_features(cfg)
+        self.x_embedder = MPPatchEmbed(cfg.channels, P, D, mp)
+        self.t_embedder = MPTimestepEmbedder(D, cfg.timesteps, mp)
         self.y_embedder = self.make_y_embedder(cfg)
-        self.control_embedder = control_embedding(MPControlEmbedding, cfg)
-        last = cfg.depth - 1
-        self.blocks = nn.ModuleList(self.Block(D, cfg.heads, k == last, parts, preserve) for k in range(cfg.depth))
-        self.final_layer = MPFinalLayer(D, P, cfg.channels, parts, preserve)
-        self.stream = "stream" in preserve
+        self.control_embedder = make_control_embedder(MPControlEmbedding, cfg)
+        self.blocks = nn.ModuleList(self.make_block(cfg, k == cfg.depth - 1) for k in range(cfg.depth))
+        self.final_layer = MPFinalLayer(D, P, cfg.channels, modulation_parts(cfg), mp)
+        self.stream = "stream" in mp
         self.join = partial(mp_sum, t=EMBED_BALANCE) if self.stream else torch.add
 
+    def make_block(self, cfg: ModelConfig, last: bool) -> nn.Module:
+        return self.Block(cfg.width, cfg.heads, last, modulation_parts(cfg), mp_features(cfg))
+
     def initialize(self) -> None:
-        """Only a class table without unit rows needs it: 0.02, as in [DiT]."""
+        """Layers draw their own weights; only a class table without unit rows needs [DiT]'s deviation, 0.02."""
         for m in self.modules():
             if isinstance(m, nn.Embedding):
                 nn.init.normal_(m.weight, std=0.02)
 
-    def zero_layers(self) -> list[nn.Module]:
+    def zero_init_layers(self) -> list[nn.Module]:
         return [m for m in self.modules() if getattr(m, "zero", False)]
 
     def embed(self, x_t: Tensor, h: int, w: int) -> Tensor:
-        """Patches and their positions, with equal weights. (B, C, h P, w P) -> (B, h w, D)"""
-        where = normalize(self.positions(h, w)) if self.stream else self.positions(h, w)
-        return self.join(self.x_embedder(x_t.to(self.dtype)), where.to(self.dtype))
+        """Join patches and positions by equal weights. (B, C, h P, w P) -> (B, h w, D)"""
+        positions = normalize(self.positions(h, w)) if self.stream else self.positions(h, w)
+        return self.join(self.x_embedder(x_t.to(self.dtype)), positions.to(self.dtype))
 
     def time(self, i: Tensor, cond: Condition) -> Tensor:
-        """The time vector, that of the class (where it has no tokens), then the controls. (B, D)"""
+        """Join the vectors of time, of the class (if it has no token) and of the controls. (B, D)"""
         c = self.t_embedder(i)
         if isinstance(self.y_embedder, LabelEmbedder):
             c = self.join(c, self.y_embedder(cond.label))
@@ -361,21 +432,21 @@ class MPDenoiser(Denoiser):
 
 
 class MPDiT(MPDenoiser):
-    """[MAG]: DiT's twin. c = mp_sum(time, class, 0.5)."""
+    """[MAG]: the counterpart of DiT. c = mp_sum(time, class, 0.5)."""
     Block = MPDiTBlock
     semantics = ("none", "class")
 
     @staticmethod
     def make_y_embedder(cfg: ModelConfig) -> LabelEmbedder | None:
-        unit = "stream" in mp_features(cfg)
-        return LabelEmbedder(cfg.classes, cfg.width, mp=unit) if cfg.semantics == "class" else None
+        stream = "stream" in mp_features(cfg)
+        return LabelEmbedder(cfg.classes, cfg.width, mp=stream) if cfg.semantics == "class" else None
 
-    def condition(self, i: Tensor, cond: Condition) -> tuple[Tensor, None]:
+    def embed_condition(self, i: Tensor, cond: Condition) -> tuple[Tensor, None]:
         return self.time(i, cond), None
 
 
 class MPMMDiT(MPDenoiser):
-    """mmDiT's twin: the class or the caption enters as tokens of unit magnitude; time and controls modulate."""
+    """The counterpart of MMDiT: class or caption are tokens of unit magnitude; time and controls modulate."""
     Block = MPMMDiTBlock
 
     @staticmethod
@@ -386,42 +457,41 @@ class MPMMDiT(MPDenoiser):
 
     @staticmethod
     def make_y_embedder(cfg: ModelConfig) -> nn.Module:
-        return context(cfg, mp=True)
+        return make_context(cfg, mp=True)
 
-    def condition(self, i: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
+    def embed_condition(self, i: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
         return self.time(i, cond), self.y_embedder(cond, self.dtype).expand(len(i), -1, -1).contiguous()
 
 
-def context(cfg: ModelConfig, mp: bool) -> nn.Module:
-    """The module that makes context tokens of the class or the caption, magnitude preserving or not."""
+def make_context(cfg: ModelConfig, mp: bool) -> nn.Module:
+    """Build what turns the class or the caption into context tokens, magnitude preserving or not."""
     if cfg.semantics == "text":
         return TextContext(cfg.text_dim, cfg.width, mp)
     return ClassContext(cfg.classes, cfg.width, mp) if cfg.semantics == "class" else UnconditionalContext(cfg.width, mp)
 
 
-def control_embedding(kind: type[ControlEmbedding], cfg: ModelConfig) -> ControlEmbedding | None:
-    """The module that reads the controls of a config; None without controls."""
+def make_control_embedder(kind: type[ControlEmbedding], cfg: ModelConfig) -> ControlEmbedding | None:
+    """Build what embeds the controls of a config; None without controls."""
     if not (controls := control_names(cfg)):
         return None
-    sigma = to_sigma(alpha_bar_table(cfg.schedule, cfg.timesteps)).float()    # gamma_c is of i: no rescale
+    sigma = to_sigma(alpha_bar_table(cfg.schedule, cfg.timesteps)).float()      # unscaled: gamma_c is a function of i
     return kind(controls, cfg.width, cfg.control_weight, cfg.control_alpha, sigma)
 
 
 def position_table(cfg: ModelConfig, h: int, w: int) -> Tensor:
-    """[COND] sec. 2.3: the position vectors of h x w patches; cfg.positions relates them to resolution. (h w, D)"""
+    """[COND] sec. 2.2: the position vectors of h x w patches, by cfg.positions. (h w, D)"""
     return POSITIONS[cfg.positions](h, w, cfg.width, cfg.pos_base or cfg.resolution // cfg.patch)
 
 
 # ---------------------------------------------------------------- building, loading, counting
 
 # A class, or "module:Class" for a network whose trunk differs. Like Denoiser, every class has `semantics`, `options`,
-# `check_options` and `zero_layers`, and a network has `blocks`.
 ARCHS: dict[str, type[nn.Module] | str] = {
-    "dit": DiT, "mmdit": MMDiT, "ditatt": DiTAtt, "sd3": SD3, "mpdit": MPDiT, "mpmmdit": MPMMDiT}
+    "dit": DiT, "mmdit": MMDiT, "ditatt": DiTAtt, "sd3": SD3, "pixart": PixArt, "mpdit": MPDiT, "mpmmdit": MPMMDiT}
 
 
 def arch_class(arch: str) -> type[nn.Module]:
-    """The class of a row of ARCHS; a "module:Class" is imported."""
+    """Return the class of a row of ARCHS; import a "module:Class"."""
     row = ARCHS[arch]
     if isinstance(row, str):
         module, _, name = row.partition(":")
@@ -430,7 +500,7 @@ def arch_class(arch: str) -> type[nn.Module]:
 
 
 def check(cfg: ModelConfig) -> None:
-    """Raise a UserError for a model that cannot be built; it names the value and the alternatives."""
+    """Raise a UserError for a model that cannot be built."""
     for key, known in (("arch", ARCHS), ("semantics", SEMANTICS), ("schedule", SCHEDULES),
                        ("prediction", PREDICTIONS), ("positions", POSITIONS)):
         if getattr(cfg, key) not in known:
@@ -475,13 +545,13 @@ def check_arch(cfg: ModelConfig) -> None:
 
 
 def build(cfg: ModelConfig) -> Denoiser:
-    """A network with fresh weights from torch's default generator. UserError if the config cannot be built."""
+    """Build a network with fresh weights from torch's default generator. UserError if the config cannot be built."""
     check(cfg)
     return arch_class(cfg.arch)(cfg)
 
 
 def load(path: str | Path) -> tuple[Denoiser, Config]:
-    """The EMA network of a run folder or of its weights.safetensors, and the run's config. Runs no code from them."""
+    """Load the EMA network of a run folder or of its weights.safetensors, and its config. Runs no code from them."""
     path = Path(path)
     tensors, header = checkpoint.read_weights(path / "weights.safetensors" if path.is_dir() else path)
     cfg = from_json(header["config"])
@@ -490,22 +560,17 @@ def load(path: str | Path) -> tuple[Denoiser, Config]:
     return net.eval().requires_grad_(False), cfg
 
 
-def zero_layers(net: Denoiser) -> list[nn.Module]:
-    """The layers of a network that start at zero."""
-    return net.zero_layers()
-
-
 @lru_cache(maxsize=None)
 def flops(cfg: ModelConfig, h: int | None = None, w: int | None = None) -> int:
-    """FLOPs of one forward pass of one image, two for every multiply-add of a matrix product; nothing else counts.
+    """FLOPs of one forward pass of one image: two for every multiply-add of a matrix product, and nothing else.
 
-    Torch counts them on tensors without values. For DiT they are
+    Torch counts them on the meta device. For DiT they are
     2 [ depth (12 D^2 N + 2 N^2 D + 6 D^2) + N D P^2 2 C + 2 D^2 + (256 + D) D ].
-    A training step costs three of these, sampling costs steps x passes."""
+    A training step costs three times as much, sampling steps x passes."""
     with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         net, i = build(cfg).requires_grad_(False), torch.zeros(1)
         controls = {name: torch.zeros(1, CONTROLS[name].width) for name in control_names(cfg)}
         cond = Condition(label=torch.zeros(1, dtype=torch.long), text=torch.zeros(1, cfg.text_length, cfg.text_dim),
-                         steered=i, **controls)
+                         has_controls=i, **controls)
         net(torch.zeros(1, cfg.channels, h or cfg.resolution, w or cfg.resolution), i, cond)
     return counter.get_total_flops()

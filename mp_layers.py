@@ -5,7 +5,7 @@ if independent inputs of magnitude 1 give an output of magnitude 1, in expectati
 MPEmbedding divide their weights by the norms of their rows on every use, so row norms have no effect. Forward changes
 no weight. Norms, angles and Fourier features are in fp32, whatever the type of the tokens.
 
-`preserve` lists the changes of [MAG] that a network has:
+`mp` lists the changes that a network has (--model.mp):
 cosine    q and k of every head have unit magnitude
 weights   every linear layer divides its rows by their norms
 stream    sums, SiLU, embeddings and positions preserve magnitude, and no layer normalises tokens between them
@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from layers import (ADALN, at_least_fp32, attention, input_parts, modulate, modulation_width, norm as layer_norm,
                     patchify, rotate, split_heads, unpatchify)
 
-EPS = 1e-4                              # added to a norm before a division by it
+EPS = 1e-4                              # added to a norm before division by it
 SILU_MAGNITUDE = 0.5964692111227131     # sqrt(E[silu(z)^2]) of z ~ N(0, 1)
-RES_BALANCE = 0.3                          # t of mp_sum where a branch joins the trunk, [EDM2]
-EMBED_BALANCE = 0.5                              # t of mp_sum for patch and position, time and class
+RES_BALANCE = 0.3                       # t of mp_sum where a branch joins the trunk, [EDM2]
+EMBED_BALANCE = 0.5                     # t of mp_sum for patch and position, time and class
 FULL = ("cosine", "weights", "stream")  # [MAG]'s changes, configuration E
-PRESERVE = (*FULL, "heads")             # every change
+MP_FEATURES = (*FULL, "heads")          # every change
 
 
 # ---------------------------------------------------------------- operations
@@ -82,8 +82,8 @@ class MPLinear(nn.Module):
     """[MAG] lemma 3: W_i = gain w_i / (|w_i| + eps) for every row, without bias. (..., K) -> (..., M)
 
     M[W x] = M[x] if the rows' directions are random, or the x_i uncorrelated. w ~ N(0, 1); `gain` is a learned scalar,
-    or None for 1. A layer that must not act at first has gain 0, never zero weights. `normed`: the training step keeps
-    all rows at |w_i| = sqrt(K), and forward relies on it: W_i = gain w_i / sqrt(K)."""
+    or None for 1. A layer that must not act at first has gain 0, never zero weights. `normed`: the optimizer step
+    keeps all rows at |w_i| = sqrt(K), and forward relies on it: W_i = gain w_i / sqrt(K)."""
     def __init__(self, K: int, M: int, gain: float | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(M, K))
@@ -108,25 +108,25 @@ class PlainLinear(nn.Module):
         return F.linear(x, self.weight.to(x.dtype))
 
 
-def linear_of(preserve: tuple[str, ...]) -> type[MPLinear] | type[PlainLinear]:
-    """The class of a network's linear layers."""
-    return MPLinear if "weights" in preserve else PlainLinear
+def linear_of(mp: tuple[str, ...]) -> type[MPLinear] | type[PlainLinear]:
+    """The class of linear layers for these changes."""
+    return MPLinear if "weights" in mp else PlainLinear
 
 
 class MPMLP(nn.Module):
     """[MAG] W2 silu(W1 x), K -> H -> M; with "stream" mp_silu. (..., K) -> (..., M)"""
-    def __init__(self, K: int, H: int, M: int, preserve: tuple[str, ...], gain: float | None = None) -> None:
+    def __init__(self, K: int, H: int, M: int, mp: tuple[str, ...], gain: float | None = None) -> None:
         super().__init__()
-        linear = linear_of(preserve)
+        linear = linear_of(mp)
         self.fc1, self.fc2 = linear(K, H), linear(H, M, gain)
-        self.act = mp_silu if "stream" in preserve else F.silu
+        self.act = mp_silu if "stream" in mp else F.silu
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x)))
 
 
 class MPEmbedding(nn.Module):
-    """[MAG] a table with rows of unit magnitude. `normed` as in MPLinear. index (...) -> (..., D), fp32"""
+    """[MAG] a table whose rows have unit magnitude. `normed` as in MPLinear. index (...) -> (..., D), fp32"""
     def __init__(self, rows: int, D: int) -> None:
         super().__init__()
         self.num_embeddings, self.normed = rows, False
@@ -141,7 +141,7 @@ class MPFourier(nn.Module):
     """[EDM2] eq. 75: sqrt(2) cos(2 pi (f t + u)), f ~ N(0, bandwidth^2), u ~ U(0, 1). t (B,) -> (B, n), fp32
 
     Unit magnitude for every t. Features of t and t + d have correlation exp(-(2 pi bandwidth d)^2 / 2). f and u are
-    random, fixed, in fp32, and saved with the weights."""
+    random, fixed, fp32, and saved with the weights."""
     def __init__(self, n: int, bandwidth: float = 1.0) -> None:
         super().__init__()
         self.register_buffer("frequency", 2 * math.pi * bandwidth * torch.randn(n))
@@ -155,15 +155,15 @@ class MPFourier(nn.Module):
 def normalize_weights_(net: nn.Module) -> None:
     """[MAG] forced weight normalisation: every row of every MPLinear and MPEmbedding to unit magnitude, in place.
 
-    It does not change the function, and stops growing weights from making steps relatively smaller. The training step
-    does the same, once an optimizer step, with optim.renormalize_."""
+    The function stays the same, and growing weights no longer make steps relatively smaller. Training does it after
+    every optimizer step, by optim.renormalize_."""
     for m in net.modules():
         if isinstance(m, (MPLinear, MPEmbedding)):
             m.weight.copy_(normalize(m.weight))
 
 
 def assume_normalized_(net: nn.Module, normed: bool) -> None:
-    """Set `normed` of all layers: before training whose step keeps the rows normalised. Not for an average."""
+    """Set `normed` of all layers, for a network whose training step normalises its rows. Not for an EMA."""
     for m in net.modules():
         if isinstance(m, (MPLinear, MPEmbedding)):
             m.normed = normed
@@ -174,9 +174,8 @@ def assume_normalized_(net: nn.Module, normed: bool) -> None:
 def normalize_heads(a: Tensor, H: int) -> Tensor:
     """Bring each of the H parts of every token to unit magnitude. (B, N, H d) -> (B, N, H d)
 
-    A head gives sum_j p_j v_j: for uncorrelated v_j of magnitude 1 that is sqrt(sum_j p_j^2) < 1, and nearer to 1 for
-    correlated ones, as those of an image are. To divide by sqrt(sum_j p_j^2) is right only for the former; in a deep
-    network, where tokens grow alike, the error multiplies from block to block. This gives 1 in either case."""
+    A head returns sum_j p_j v_j. Its magnitude is sqrt(sum_j p_j^2) < 1 for uncorrelated v_j, and nearer to 1 for the
+    correlated ones of an image, so a division by sqrt(sum_j p_j^2) would overshoot, more in every block."""
     return normalize(a.unflatten(-1, (H, -1))).flatten(-2)
 
 
@@ -184,12 +183,12 @@ class MPAttention(nn.Module):
     """[MAG] cosine attention: softmax(N(q) N(k)^T / sqrt(d)) v, logits sqrt(d) cos(q, k). (B, N, D) -> (B, N, D)
 
     v is not normalised."""
-    def __init__(self, D: int, H: int, preserve: tuple[str, ...] = FULL) -> None:
+    def __init__(self, D: int, H: int, mp: tuple[str, ...] = FULL) -> None:
         super().__init__()
-        self.H, linear = H, linear_of(preserve)
+        self.H, linear = H, linear_of(mp)
         self.qkv, self.proj = linear(D, 3 * D), linear(D, D)
-        self.qk_norm = normalize if "cosine" in preserve else identity
-        self.heads = "heads" in preserve
+        self.qk_norm = normalize if "cosine" in mp else identity
+        self.heads = "heads" in mp
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = split_heads(self.qkv(x), 3, self.H)                           # (B, H, N, d) each
@@ -201,9 +200,9 @@ class MPJointAttention(nn.Module):
     """JointAttention as cosine attention: over [context; image], with one output projection.
 
     `last`: context gives only k and v and stays as it is. x (B, N, D), ctx (B, L, D) -> (B, N, D), (B, L, D) or None"""
-    def __init__(self, D: int, H: int, last: bool, preserve: tuple[str, ...] = FULL) -> None:
+    def __init__(self, D: int, H: int, last: bool, mp: tuple[str, ...] = FULL) -> None:
         super().__init__()
-        self.H, self.last, self.heads = H, last, "heads" in preserve
+        self.H, self.last, self.heads = H, last, "heads" in mp
         self.qkv = MPLinear(D, 3 * D)
         self.ctx_qkv = MPLinear(D, (2 if last else 3) * D)                      # last: k and v
         self.proj = MPLinear(D, D)
@@ -225,16 +224,16 @@ def mp_gated_residual(x: Tensor, m: dict[str, Tensor], branch: Tensor) -> Tensor
     return mp_sum(x, branch * (1 + m["gate"]).to(x.dtype) if "gate" in m else branch, RES_BALANCE)
 
 
-class Modulation(nn.Module):
-    """[MAG] sec. 3: modulation of a sub-layer by any parts of LAYOUT, one layer each. c (B, D) -> {part: v}
+class MPModulation(nn.Module):
+    """[MAG] sec. 3: modulation of a sub-layer by any of MODULATION_PARTS, one layer each. c (B, D) -> {part: v}
 
-    For steer before the sub-layer (scale, then shift, then rotate) and mp_gated_sum after it. Every layer has gain zero
-    at first, so steer gives x back to the last bit. v (B, 1, D), rotate (B, 1, D/2) in radians; of c's type."""
-    def __init__(self, D: int, parts: tuple[str, ...], preserve: tuple[str, ...] = FULL) -> None:
+    For modulate before the sub-layer and mp_gated_residual after it. Every gain starts at zero, so modulate returns
+    x to the last bit. v (B, 1, D), rotate (B, 1, D/2) in radians; of c's type."""
+    def __init__(self, D: int, parts: tuple[str, ...], mp: tuple[str, ...] = FULL) -> None:
         super().__init__()
-        linear = linear_of(preserve)
+        linear = linear_of(mp)
         self.layers = nn.ModuleDict({part: linear(D, modulation_width((part,), D), gain=0.0) for part in parts})
-        self.act = mp_silu if "stream" in preserve else F.silu
+        self.act = mp_silu if "stream" in mp else F.silu
 
     def forward(self, c: Tensor) -> dict[str, Tensor]:
         c = self.act(c)[:, None]                                                # (B, 1, D)
@@ -244,11 +243,11 @@ class Modulation(nn.Module):
 class MPPatchEmbed(nn.Module):
     """[MAG] a patch and the number 1, the network's only bias, through one layer. (B, C, h P, w P) -> (B, h w, D)
 
-    It has unit magnitude wherever the pixels have: for noise, and for images of unit variance."""
-    def __init__(self, C: int, P: int, D: int, preserve: tuple[str, ...] = FULL) -> None:
+    Unit magnitude for pixels of unit magnitude: noise, and images of unit variance."""
+    def __init__(self, C: int, P: int, D: int, mp: tuple[str, ...] = FULL) -> None:
         super().__init__()
         self.P = P
-        self.proj = linear_of(preserve)(P * P * C + 1, D)
+        self.proj = linear_of(mp)(P * P * C + 1, D)
 
     def forward(self, x: Tensor) -> Tensor:
         x = patchify(x, self.P)                                                 # (B, h w, C P P)
@@ -256,13 +255,12 @@ class MPPatchEmbed(nn.Module):
 
 
 class MPFinalLayer(nn.Module):
-    """[MAG] modulation, then one layer to patches of gain zero at first. (B, h w, D) -> (B, C, h P, w P)"""
-    def __init__(self, D: int, P: int, C: int, parts: tuple[str, ...] = ADALN,
-                 preserve: tuple[str, ...] = FULL) -> None:
+    """[MAG] modulation, then one layer to patches whose gain starts at zero. (B, h w, D) -> (B, C, h P, w P)"""
+    def __init__(self, D: int, P: int, C: int, parts: tuple[str, ...] = ADALN, mp: tuple[str, ...] = FULL) -> None:
         super().__init__()
-        self.P, self.norm = P, identity if "stream" in preserve else layer_norm
-        self.modulation = Modulation(D, input_parts(parts), preserve)
-        self.linear = linear_of(preserve)(D, P * P * C, gain=0.0)
+        self.P, self.norm = P, identity if "stream" in mp else layer_norm
+        self.modulation = MPModulation(D, input_parts(parts), mp)
+        self.linear = linear_of(mp)(D, P * P * C, gain=0.0)
 
     def forward(self, x: Tensor, c: Tensor, h: int, w: int) -> Tensor:
         return unpatchify(self.linear(modulate(self.norm(x), self.modulation(c))), self.P, h, w)

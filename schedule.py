@@ -1,4 +1,4 @@
-"""Noise levels: how much of the image is left at each of T steps, and what a network predicts of the noise.
+"""Noise levels: the share of the image at each of T steps, and how a prediction becomes eps.
 
     x_t = sqrt(alpha_bar_i) x0 + sqrt(1 - alpha_bar_i) eps,    sigma_i = sqrt((1 - alpha_bar_i) / alpha_bar_i)
 
@@ -15,12 +15,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# The last index of "leading" spacing is shifted by one, as Stable Diffusion's samplers do ([COND] 1.11).
-LEADING_OFFSET = 1
+LEADING_OFFSET = 1                      # added to the indices of "leading" spacing, as in Stable Diffusion
 
 
 def scaled_linear_alpha_bar(T: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> Tensor:
-    """[COND] app. A, [LDM]: beta_i = linspace(sqrt(b0), sqrt(b1), T)^2, alpha_bar_i = prod_{j<=i} (1 - beta_j). (T,)"""
+    """[COND] app. C, [LDM]: beta_i = linspace(sqrt(b0), sqrt(b1), T)^2, alpha_bar_i = prod_{j<=i} (1 - beta_j). (T,)"""
     return _alpha_bar(torch.linspace(math.sqrt(beta_start), math.sqrt(beta_end), T, dtype=torch.float64) ** 2)
 
 
@@ -36,16 +35,16 @@ def _alpha_bar(beta: Tensor) -> Tensor:
 SCHEDULES = {"scaled_linear": scaled_linear_alpha_bar, "linear": linear_alpha_bar}
 
 
-def alpha_bar_table(name: str, T: int, rescale: float = 1.0) -> Tensor:
-    """The table that a model trains and samples with: one of SCHEDULES, each sigma multiplied by `rescale`. (T,)"""
-    return rescale_alpha_bar(SCHEDULES[name](T), 1.0, rescale)
+def alpha_bar_table(name: str, T: int, scale: float = 1.0) -> Tensor:
+    """The table that a model trains and samples with: one of SCHEDULES, every sigma times `scale`. (T,)"""
+    return rescale_alpha_bar(SCHEDULES[name](T), 1.0, scale)
 
 
 def rescale_alpha_bar(alpha_bar: Tensor, s: float, s_new: float) -> Tensor:
     """[COND] eq. 3: alpha_bar' = s^2 alpha_bar / (s'^2 + alpha_bar (s^2 - s'^2)), from side s to side s'.
 
-    It multiplies sigma by s'/s: a patch of (s'/s)^2 pixels then leaves the same doubt about its mean as one pixel did
-    before. The network sees the same index; training and sampling use the new table."""
+    It multiplies sigma by s'/s: the mean of a patch of (s'/s)^2 pixels is then as uncertain as one pixel was before.
+    The network reads the same index; training and sampling use the new table."""
     return s ** 2 * alpha_bar / (s_new ** 2 + alpha_bar * (s ** 2 - s_new ** 2))
 
 
@@ -55,7 +54,7 @@ def rescale_guidance(lam: float, s: float) -> float:
 
 
 def to_sigma(alpha_bar: Tensor) -> Tensor:
-    """[COND] app. A: sigma = sqrt((1 - alpha_bar) / alpha_bar), noise over signal."""
+    """[COND] app. C: sigma = sqrt((1 - alpha_bar) / alpha_bar), noise over signal."""
     return ((1 - alpha_bar) / alpha_bar).sqrt()
 
 
@@ -68,7 +67,7 @@ def add_noise(x0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
 def velocity_to_eps(v: Tensor, x_t: Tensor, alpha_bar: Tensor) -> Tensor:
     """[PD] app. D: eps = sqrt(1-alpha_bar) x_t + sqrt(alpha_bar) v, v = sqrt(alpha_bar) eps - sqrt(1-alpha_bar) x0.
 
-    At high noise eps is nearly x_t; a network that predicts v need not copy it. v, x_t (B, ...), alpha_bar (B,)."""
+    At high noise eps is nearly x_t, which a network that predicts v need not copy. v, x_t (B, ...), alpha_bar (B,)."""
     alpha_bar = alpha_bar.view(-1, *[1] * (v.ndim - 1))                         # (B, 1, ...)
     return (1 - alpha_bar).sqrt() * x_t + alpha_bar.sqrt() * v
 
@@ -82,8 +81,8 @@ PREDICTIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {      # (o
 def loss_weights(alpha_bar: Tensor, power: float) -> Tensor:
     """The weight of the loss at index i: sigma_i^power over its mean over all i. (T,)
 
-    Power 0 is the plain loss of [DDPM] eq. 14. A higher power moves the gradient from the last traces of noise to
-    high noise, which decides the composition."""
+    Power 0 is the plain loss of [DDPM] eq. 14. A higher power moves the gradient from low noise to high noise,
+    which decides the composition."""
     weights = to_sigma(alpha_bar) ** power
     return weights / weights.mean()
 
@@ -91,7 +90,7 @@ def loss_weights(alpha_bar: Tensor, power: float) -> Tensor:
 def ddim_indices(T: int, steps: int, spacing: str = "trailing") -> Tensor:
     """[DDIM] sec. 4.2: the noise indices that a sampler visits in `steps` steps, noisiest first. (steps,) int64
 
-    leading   i = (T // steps) k + 1                    Stable Diffusion's: never sees the noisiest index
+    leading   i = (T // steps) k + 1               Stable Diffusion's: never visits the noisiest index
     trailing  i = round(T - k T / steps) - 1           starts at T-1, the level of pure noise
     linspace  i = round(linspace(T-1, 0, steps))       both ends"""
     if not 1 <= steps <= T:

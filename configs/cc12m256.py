@@ -5,8 +5,8 @@ python latents.py encode --data=cc12m --out=latents/cc12m256 --crop=local --sema
 torchrun --nnodes=2 --nproc_per_node=8 --node_rank=0 --master_addr=HEAD train.py --config=configs/cc12m256.py
 
 (--node_rank=1 on the second node; encoding, too, runs under torchrun.) `data` is a folder of 4-channel latents with
-captions, 0.36 TB for 11 million pictures with mirror images and one crop of each; of a folder of pictures without
-captions the error says so. --encoder stores the tokens of open_clip's ViT-L-14 with OpenAI's weights beside them,
+captions, 0.36 TB for 11 million images with mirror images and one crop of each; a folder of images without
+captions is refused. --encoder stores the tokens of open_clip's ViT-L-14 with OpenAI's weights beside them,
 0.42 TB if a caption has 25; without, the tower encodes every caption at every step while the network trains.
 
 Hardware    2 x 8 A100 of 80 GB
@@ -14,8 +14,8 @@ Size        790.3 M parameters, beside the text encoder's
 Hours       113.6 = 3 x 265.8 GFLOP x 2,048 x 500,000 images / (16 x 312 TFLOP/s x 40 %)
 Paper       FID 6.79 and CLIPScore 26.60; on COCO captions lambda is 5.0 and DDIM takes 25 steps
 
-Hours and micro are arithmetic, not measured: 40 % of the bf16 peak is assumed, and that the tokens are stored.
-Local crops are for the 512 px run that follows; --crop=global suits pictures at 256 px. Rate and warm-up are our
+Hours and microbatch are arithmetic, not measured: 40 % of the bf16 peak is assumed, and that the tokens are stored.
+Local crops are for the 512 px run that follows; --crop=global suits images at 256 px. Rate and warm-up are our
 choices: DEVIATIONS.md.
 """
 from config import Config, ModelConfig

@@ -1,14 +1,14 @@
-"""A few hundred pictures of your own with captions, on a laptop or one GPU, from scratch or from another run.
+"""A few hundred images of your own with captions, on a laptop or one GPU, from scratch or from another run.
 
 python data.py --check=mine
 python train.py --config=configs/finetune_folder.py --data=mine --encoder=clip:clip
 python train.py --config=configs/finetune_folder.py --data=mine --encoder=clip:clip --init_from=out/shapes64
 
-`mine` has pictures with a .txt beside each, or a metadata.jsonl; `clip` is the folder of CLIP's weights (README). A
-run to start from may have another resolution, other data, classes for captions: what fits is kept, the rest is listed.
+`mine` has images with a .txt beside each, or a metadata.jsonl; `clip` is the folder of CLIP's weights (README). A run
+to start from may have another resolution, other data, classes for captions: what fits is kept, the rest is listed.
 
-5.2 M parameters, 64 px. Every picture is seen some 400 times if there are 200 of them, each time cropped and mirrored
-anew: a model from scratch learns these pictures by heart; one that starts from a run on many pictures, less so.
+5.2 M parameters, 64 px. Of 200 images each is seen some 400 times, cropped and mirrored anew: a model from scratch
+memorises them; one that starts from a run on many images, less so.
 """
 from config import Config, ModelConfig
 

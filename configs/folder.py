@@ -1,4 +1,4 @@
-"""Your own pictures: a folder of class folders, at 64 px.
+"""Your own images: a folder of class folders, at 64 px.
 
 python train.py --config=configs/folder.py --data=path/to/folder --out=out/mine
 """

@@ -4,16 +4,16 @@ python latents.py encode --data=imagenet/train --out=latents/imagenet256 --crop=
 torchrun --nnodes=2 --nproc_per_node=8 --node_rank=0 --master_addr=HEAD train.py --config=configs/imagenet256.py
 
 (--node_rank=1 on the second node; encoding, too, runs under torchrun.) `data` is a folder of 4-channel latents with
-classes; of a folder of pictures, which has 3, the error says that model.channels=4 does not fit. Latents cannot be
-cropped, so local crops are drawn once: 42 GB with mirror images, and as much again for each of --variants.
+classes; a folder of images, which have 3, is refused, since model.channels=4. Latents cannot be cropped, so local
+crops are made once: 42 GB with mirror images, and as much again for each of --variants.
 
 Hardware    2 x 8 A100 of 80 GB
 Size        791.9 M parameters
 Hours       101.5 = 3 x 237.6 GFLOP x 2,048 x 500,000 images / (16 x 312 TFLOP/s x 40 %)
 Paper       FID 1.59 of 50,000 samples against the training set: DDIM, 250 steps, lambda 1.5, beta 1.375
 
-Hours and micro are arithmetic, not measured: 40 % of the bf16 peak is assumed. Local crops are for the 512 px run
-that follows; --crop=global suits pictures at 256 px. Rate and warm-up are our choices: DEVIATIONS.md.
+Hours and microbatch are arithmetic, not measured: 40 % of the bf16 peak is assumed. Local crops are for the 512 px run
+that follows; --crop=global suits images at 256 px. Rate and warm-up are our choices: DEVIATIONS.md.
 """
 from config import Config, ModelConfig
 

@@ -2,8 +2,8 @@
 
 python train.py --config=configs/shapes.py
 
-Two CPU cores: about 470 images/s compiled, 5 minutes. Scenes are on a grid of patches and the blocks' matrices are
-moved by Muon: without either, shapes stay blobs. See the README for what comes out and LOG.md for what was tried.
+Two CPU cores: about 470 images/s compiled, 5 minutes. Scenes are on a grid of patches and Muon updates the
+blocks' matrices: without either, shapes stay blobs. See the README for results and LOG.md for what was tried.
 """
 from config import Config, ModelConfig, ShapesConfig
 

@@ -1,11 +1,11 @@
-"""Captioned shapes at 64 px from the weights of 32 px: [COND] sec. 2.3 in minutes. Run configs/shapes32.py first.
+"""Captioned shapes at 64 px from the weights of 32 px: [COND] sec. 2.2 in minutes. Run configs/shapes32.py first.
 
 python train.py --config=configs/shapes64.py
 
 2.39 M parameters. Two CPU cores: 4.8 minutes = 3 x 0.840 GFLOP x 64 x 450 images / 0.25 TFLOP/s, the rate at which
 `make demo` trained (LOG.md).
 
-What changes with the side of the pictures, s = 64 / 32 = 2:
+What changes with the side of the images, s = 64 / 32 = 2:
 noise       eq. 3, sigma' = 2 sigma: model.sigma_scale=2
 guidance    eq. 4, lambda' = 1 + s (lambda - 1) = 1 + 2 (3 - 1) = 5
 positions   the same extent of 28, at 16 x 16 patches

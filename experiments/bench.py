@@ -122,14 +122,14 @@ def make_inputs(o: Options, device: torch.device) -> Inputs:
     controls = {c: normal(B, row.width).abs().squeeze(1) for c, row in CONTROLS.items() if c in model.control_names(m)}
     cond = Condition(label=whole(m.classes) if m.semantics == "class" else None,
                      text=normal(B, m.text_length, m.text_dim) if m.semantics == "text" else None,
-                     steered=torch.ones(B, device=device) if controls else None, **controls)
+                     has_controls=torch.ones(B, device=device) if controls else None, **controls)
     alpha_bar = alpha_bar_table(m.schedule, m.timesteps, m.sigma_scale).float().to(device)
     return Inputs(normal(B, m.channels, m.resolution, m.resolution), whole(m.timesteps).float(), cond, alpha_bar)
 
 
 def randomize(net: nn.Module) -> None:
     """Give the layers that start at zero random weights: products with zeros are faster, and hide other weights."""
-    for layer in model.zero_layers(net):
+    for layer in net.zero_init_layers():
         for p in layer.parameters():
             nn.init.normal_(p, std=0.02)
 

@@ -9,10 +9,12 @@ import torch
 import model
 from config import SIZES, ModelConfig, UserError, run
 
-# [COND] table A1: millions of parameters that our best reading of each model has, and that are printed; GFLOP printed
-# for 256 and for 512 pixels. 0 = not in the paper.
+# [COND] table A1: millions of parameters, by our best reading of each model and as printed; GFLOP printed for 256 and
+# for 512 pixels. 0 = not in the paper.
 TABLE_A1 = {
     "DiT class": (dict(arch="dit", semantics="class"), 678.210, 679.09, 237.4, 1050),
+    "PixArt class": (dict(arch="pixart", semantics="class"), 611.698, 611.7, 275.14, 1200),
+    "PixArt text": (dict(arch="pixart", semantics="text"), 610.103, 610.12, 314.68, 1140),
     "DiT by attention, class": (dict(arch="ditatt", semantics="class"), 792.440, 792.44, 237.93, 1050),
     "mmDiT class": (dict(arch="mmdit", semantics="class"), 792.440, 679.09, 237.93, 1050),
     "mmDiT text": (dict(arch="mmdit", semantics="text"), 790.845, 791.64, 397.06, 1260),
@@ -27,7 +29,7 @@ MAG_SIZES = ("XS/2", "S/4", "B/4", "XL/2")
 
 
 def parameters(cfg: ModelConfig) -> int:
-    """The number of parameters, without memory for them."""
+    """Count the parameters, without memory for them."""
     with torch.device("meta"):
         return sum(p.numel() for p in model.build(cfg).parameters())
 
@@ -38,11 +40,13 @@ def control_parameters(n: int, D: int) -> int:
 
 
 def counted_alike(cfg: ModelConfig) -> int:
-    """Parameters with [COND]'s baseline's one control MLP over six scalars in place of ours, and its position table.
+    """Count parameters as [COND] does: one control MLP of six scalars, the fixed position table of [DiT]'s code.
 
-    The table, which is fixed, counts among the weights of [DiT]'s code and is no parameter here."""
-    table = (cfg.resolution // cfg.patch) ** 2 * cfg.width
-    return parameters(replace(cfg, controls="")) + control_parameters(6, cfg.width) + table
+    PixArt's code has no such parameter, but the q and k of its cross-attention also where the context is one token."""
+    D, found = cfg.width, parameters(replace(cfg, controls="")) + control_parameters(6, cfg.width)
+    if cfg.arch != "pixart":
+        return found + (cfg.resolution // cfg.patch) ** 2 * D
+    return found + (cfg.depth * 2 * D * (D + 1) if cfg.semantics == "class" else 0)
 
 
 def table() -> str:
@@ -57,8 +61,7 @@ def table() -> str:
 
 def table_a1() -> str:
     """The XL/2 models beside [COND] table A1, each difference in percent of the number before it."""
-    share = lambda ours, theirs: f"{100 * (ours / theirs - 1):+6.2f}%"
-    beside = lambda ours, theirs: f"{theirs:8g} {share(ours, theirs)}" if theirs else f"{'-':>8} {'':7}"
+    beside = lambda ours, theirs: f"{theirs:8g} {100 * (ours / theirs - 1):+6.2f}%" if theirs else f"{'-':>8} {'':7}"
     ours, theirs = f"{'here':>8}", f"{'paper':>8} {'':7}"
     rows = [f"{'XL/2':23} {'millions of parameters':>26} {'':26}   {'GFLOP at 256':>20} {'':7} {'GFLOP at 512':>20}",
             f"{'':23} {ours} {'alike':>8} {'reading':>8} {'':7} {theirs}   {ours} {theirs}   {ours} {theirs}"]
@@ -68,17 +71,14 @@ def table_a1() -> str:
         rows.append(f"{name:23} {parameters(cfg) / 1e6:8.2f} {alike:8.2f} {beside(alike, reading)} "
                     f"{beside(alike, paper[0])}   {cost[0]:8.2f} {beside(cost[0], paper[1])}   "
                     f"{cost[1]:8.2f} {beside(cost[1], paper[2])}")
-    D, L = XL2.width, XL2.text_length
-    high, low, one = (control_parameters(n, D) for n in (3, 2, 6))
-    return "\n".join(row.rstrip() for row in rows) + f"""
+    return "\n".join(row.rstrip() for row in rows) + """
 
-here     with two control MLPs: {high:,} parameters for crop and flip, {low:,} for size
-alike    with the paper's one of six scalars instead, {one:,}, and with its fixed position table, {256 * D:,}
-reading  the model that the paper's parameters and FLOPs suggest; ours lacks what nothing would read in the last block
-         and has the gains of the RMSNorm of q and k
+here     with two control MLPs, of crop and flip and of size
+alike    as the paper counts: one control MLP of six scalars, [DiT]'s fixed position table, all q and k of PixArt
+reading  the model that the paper's parameters and FLOPs suggest; ours has no weights that nothing reads, and RMSNorm
 paper    table A1; 679.09 for mmDiT class is probably a slip, for its FLOPs are those of DiT by attention
-GFLOP    two for every multiply-add of a matrix product. In a block each of the {L} text tokens has 4 D^2 of them
-         here and probably 7 D^2 in the paper, where the image's q, k, v see it too"""
+GFLOP    two for every multiply-add of a matrix product, at 256 text tokens. mmDiT text: 4 D^2 a token and block here,
+         probably 7 D^2 in the paper, where the image's q, k, v see it too. PixArt class: the paper's q and k besides"""
 
 
 def mag_config(size: str, modulation: str) -> ModelConfig:
@@ -89,7 +89,7 @@ def mag_config(size: str, modulation: str) -> ModelConfig:
 
 
 def counted_as_mag(cfg: ModelConfig) -> int:
-    """Parameters with [MAG]'s output, which has a variance beside every channel: P^2 C rows of D more than ours."""
+    """Count parameters with [MAG]'s output, which has a variance beside every channel: P^2 C rows of D more."""
     return parameters(cfg) + cfg.patch ** 2 * cfg.channels * cfg.width
 
 
@@ -104,8 +104,7 @@ def table_mag() -> str:
     return "\n".join(rows) + """
 
 sc scale, sh shift, rot rotate. Counted with a variance beside every output channel, as in the paper; ours has none
-saved    by sc+rot+gate of sc+sh+gate: depth D^2 + D^2 / 2 parameters. The paper says about 5.4 %;
-         5.387 % at S/4 without the saving of the last layer"""
+saved    by sc+rot+gate of sc+sh+gate: depth D^2 + D^2 / 2 parameters; the paper says about 5.4 %"""
 
 
 def main(argv: list[str]) -> None:

@@ -121,7 +121,7 @@ def test_every_weight_is_felt_and_trained():
     o = bench.read_options([*TINY, *CLASSES])
     ours = bench.ours(o, bench.make_inputs(o, CPU), "float32", compiled=False)
     before = {k: p.detach().clone() for k, p in ours.net.named_parameters()}
-    assert all(p.any() for layer in model.zero_layers(ours.net) for p in layer.parameters())
+    assert all(p.any() for layer in ours.net.zero_init_layers() for p in layer.parameters())
     ours.steps["train"]()
     assert all((p != before[k]).any() for k, p in ours.net.named_parameters())
     assert all(p.grad is None for p in ours.net.parameters())

@@ -205,17 +205,18 @@ def test_a_snapshot_is_a_weights_file_of_its_own(tmp_path):
     assert [(s.step, s.std) for s in find_snapshots(tmp_path)] == [(12, 0.05), (12, 0.1)]
 
 
-def test_the_same_run_writes_the_same_files_and_leaves_those_that_are_there(tmp_path):
+def test_the_same_run_writes_the_same_files_and_keeps_those_that_exist(tmp_path):
     record(tmp_path / "a", 20, 4)
     record(tmp_path / "b", 20, 4)
-    a, b = ({s.path.name: checkpoint.read_header(s.path)["sha256"] for s in find_snapshots(tmp_path / name)} for name in "ab")
+    a, b = ({s.path.name: checkpoint.read_header(s.path)["sha256"] for s in find_snapshots(tmp_path / name)}
+            for name in "ab")
     assert len(a) == 8 and a == b
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "a" / "snapshots").iterdir()}
     record(tmp_path / "a", 20, 4)
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "a" / "snapshots").iterdir()}
 
 
-def test_a_disk_that_is_full_half_way_leaves_no_half_file_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+def test_a_full_disk_leaves_no_partial_file_and_training_continues(tmp_path, monkeypatch, capsys):
     real = checkpoint.save_file
     def full(tensors, path, metadata):
         Path(path).write_bytes(b"half")
@@ -229,7 +230,7 @@ def test_a_disk_that_is_full_half_way_leaves_no_half_file_and_the_run_goes_on(tm
     assert len(find_snapshots(tmp_path)) == 2
 
 
-def test_a_run_that_goes_back_takes_newer_and_unfinished_snapshots_with_it(tmp_path):
+def test_resuming_deletes_newer_and_unfinished_snapshots(tmp_path):
     drop_after(tmp_path, 5)                                     # there are none yet
     record(tmp_path, 20, 4)
     folder = tmp_path / "snapshots"
@@ -276,7 +277,8 @@ def test_another_width_is_the_average_of_that_width_up_to_the_error_that_is_stat
     kept, seen = record(tmp_path, steps, 10, P)
     x, error = solve_coefficients(find_snapshots(tmp_path), 0.08)
     got = posthoc(find_snapshots(tmp_path), 0.08)["w"].double()
-    missed = sum(v * profile(s.std, s.step, steps) for v, s in zip(x, find_snapshots(tmp_path))) - profile(0.08, steps, steps)
+    found = sum(v * profile(s.std, s.step, steps) for v, s in zip(x, find_snapshots(tmp_path)))
+    missed = found - profile(0.08, steps, steps)
     off, five = got - kept[0.08].net.w.double(), 5 / math.sqrt(2 * P)
     assert torch.allclose(off, missed @ seen, atol=2e-6)    # fp32 rounding of 400 updates of numbers near 1
     assert off.square().mean().sqrt().item() == pytest.approx(missed.norm().item(), rel=five + 0.01)
@@ -321,7 +323,7 @@ def test_the_command_writes_weights_that_say_their_width(tmp_path, capsys):
     (there,) = [s.path for s in find_snapshots(tmp_path) if (s.step, s.std) == (20, 0.1)]
     assert header["step"] == "20" and torch.allclose(early["w"], checkpoint.read_weights(there)[0]["w"], atol=1e-6)
     ema.main([f"--out={tmp_path}", "--std=0.28", "--name=wide"])
-    assert (tmp_path / "wide.safetensors").exists() and "rough" in capsys.readouterr().err
+    assert (tmp_path / "wide.safetensors").exists() and "error is large" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags, parts", [
@@ -330,7 +332,7 @@ def test_the_command_writes_weights_that_say_their_width(tmp_path, capsys):
     (["--name=a/b"], ["a/b", "folders"]), (["--name=weights"], ["weights"]), (["--sdt=1"], ["--std"]),
     (["--out=nowhere"], ["no snapshots", "nowhere", "--ema_snapshots"]),
 ])
-def test_what_cannot_be_made_is_said_before_anything_is_written(tmp_path, flags, parts):
+def test_an_impossible_request_is_an_error_before_anything_is_written(tmp_path, flags, parts):
     record(tmp_path, 40, 4)
     with pytest.raises(UserError) as e:
         ema.main([f"--out={tmp_path}", *flags])
@@ -338,7 +340,7 @@ def test_what_cannot_be_made_is_said_before_anything_is_written(tmp_path, flags,
     assert os.listdir(tmp_path) == ["snapshots"]
 
 
-def test_snapshots_that_are_damaged_renamed_or_of_another_model_are_named(tmp_path):
+def test_errors_name_snapshots_that_are_damaged_renamed_or_of_another_model(tmp_path):
     record(tmp_path, 40, 4)
     first = find_snapshots(tmp_path)[0].path
     whole = first.read_bytes()

@@ -25,6 +25,7 @@ B, C, P, h, w, L, E, D, H, classes = 4, 3, 2, 6, 9, 7, 11, 40, 5, 10
 BASE = ModelConfig(width=D, depth=2, heads=H, patch=P, channels=C, resolution=24)
 KINDS = [("dit", "none"), ("dit", "class"), ("mmdit", "none"), ("mmdit", "class"), ("mmdit", "text"),
          ("ditatt", "none"), ("ditatt", "class"), ("sd3", "none"), ("sd3", "class"), ("sd3", "text"),
+         ("pixart", "none"), ("pixart", "class"), ("pixart", "text"),
          ("mpdit", "none"), ("mpdit", "class"), ("mpmmdit", "none"), ("mpmmdit", "class"), ("mpmmdit", "text")]
 CONTROLS = "crop+flip+size"
 EVERY = [pytest.param(arch, semantics, controls, id=f"{arch}-{semantics}-{controls or 'free'}")
@@ -61,7 +62,7 @@ def inputs(cfg, rows=h, columns=w):
               "size": normal(B, 2, seed=3).abs() * 99}
     names = {"none": [], "class": ["label"], "text": ["text"]}[cfg.semantics]
     fields = {k: v for k, v in (tables | values).items() if k in names or k in cfg.controls.split("+")}
-    cond = Condition(steered=torch.ones(B) if cfg.controls else None, **fields)
+    cond = Condition(has_controls=torch.ones(B) if cfg.controls else None, **fields)
     return normal(B, cfg.channels, rows * P, columns * P), torch.tensor([0.0, 25.0, 500.0, 999.0]), cond
 
 
@@ -135,7 +136,7 @@ def test_images_of_a_batch_do_not_see_each_other(arch, semantics):
     assert torch.allclose(net(x[2:3], i[2:3], cond.map(lambda v: v[2:3])), eps[2:3], atol=1e-5)
 
 
-@pytest.mark.parametrize("arch", ["mmdit", "sd3", "mpmmdit"])
+@pytest.mark.parametrize("arch", ["mmdit", "sd3", "pixart", "mpmmdit"])
 def test_nothing_depends_on_the_order_of_context_tokens(arch):
     net, x, i, cond = ready(arch, "text")
     eps, order = net(x, i, cond), torch.randperm(L, generator=torch.Generator().manual_seed(1))
@@ -178,7 +179,7 @@ def test_bfloat16_tokens_give_nearly_the_same_and_weights_stay_fp32(arch, semant
 
 @pytest.mark.parametrize("modulation", ["scale+rotate+gate", *(
     pytest.param(m, marks=pytest.mark.slow) for m in ("scale", "rotate+gate", "scale+shift+rotate+gate"))])
-@each_arch
+@pytest.mark.parametrize("arch", [arch for arch in model.ARCHS if arch != "pixart"])
 def test_any_modulation_starts_at_zero_moves_every_weight_and_is_counted(arch, modulation):
     cfg = config(arch, "class", modulation=modulation)
     x, i, cond = inputs(cfg)
@@ -186,7 +187,7 @@ def test_any_modulation_starts_at_zero_moves_every_weight_and_is_counted(arch, m
     assert (fresh(x, i, cond) == 0).all()
     (net(x, i, cond) - normal(*x.shape, seed=9)).square().mean().backward()
     assert not [n for n, p in net.named_parameters() if p.grad is None or not p.grad.any()]
-    other = net(x, i + 1, cond)
+    other = net(x, (i + 1) % 1000, cond)
     assert model.flops(cfg, h * P, w * P) == formula(cfg, h * P, w * P)
     assert (other - net(x, i, cond)).flatten(1).abs().amax(1).min() > 1e-5
 
@@ -225,7 +226,7 @@ def test_time_modulates_context_only_in_dit_by_attention_and_sd3(arch, moves):
     out = [block(x, ctx, v)[1] for v in (c, c + 1)]
     assert torch.equal(*out) != moves
     i, labels = torch.full((B,), 7.0), [torch.tensor([3, 1, 3, -1]), torch.tensor([0, 2, 9, 4])]
-    (c1, ctx1), (c2, ctx2) = (net.condition(i, Condition(label=label)) for label in labels)
+    (c1, ctx1), (c2, ctx2) = (net.embed_condition(i, Condition(label=label)) for label in labels)
     assert torch.equal(c1, c2) and not torch.equal(ctx1, ctx2)
 
 
@@ -239,13 +240,13 @@ def test_blocks_compile_whole(arch):
     assert torch.allclose(net(x, i, cond), eps, atol=1e-5)
 
 
-@pytest.mark.parametrize("arch", ["mmdit", "ditatt", "sd3", "mpmmdit"])
+@pytest.mark.parametrize("arch", ["mmdit", "ditatt", "sd3", "pixart", "mpmmdit"])
 def test_a_class_is_one_context_token_and_no_semantics_one_learned_token(arch):
     i = torch.zeros(B)
-    _, ctx = build(config(arch, "class")).condition(i, Condition(label=torch.tensor([3, 1, 3, -1])))
+    _, ctx = build(config(arch, "class")).embed_condition(i, Condition(label=torch.tensor([3, 1, 3, -1])))
     assert ctx.shape == (B, 1, D) and torch.equal(ctx[0], ctx[2])
     assert min((ctx[0] - ctx[1]).abs().max(), (ctx[0] - ctx[3]).abs().max()) > 1e-3
-    _, ctx = build(config(arch, "none")).condition(i, Condition())
+    _, ctx = build(config(arch, "none")).embed_condition(i, Condition())
     assert ctx.shape == (B, 1, D) and torch.equal(ctx[0], ctx[3])
 
 
@@ -282,7 +283,8 @@ def test_resampled_positions_run_from_0_to_base_at_any_size(base):
 
 
 def test_interpolated_positions_are_the_resized_table_and_shorter():
-    net, base = position_net(positions="interpolate", pos_base=8), sincos_2d(8, 8, D).view(1, 8, 8, D).permute(0, 3, 1, 2)
+    net = position_net(positions="interpolate", pos_base=8)
+    base = sincos_2d(8, 8, D).view(1, 8, 8, D).permute(0, 3, 1, 2)
     for rows, columns in GRIDS:
         found = net.positions(rows, columns)
         exact = F.interpolate(base, (rows, columns), mode="bilinear")[0].flatten(1).T
@@ -432,7 +434,8 @@ def formula(cfg, height, width):
     L, one = {"none": 1, "class": 1, "text": cfg.text_length}[cfg.semantics], cfg.arch.startswith("mp")
     mac = sum(block_products(cfg, k == cfg.depth - 1, N, L) for k in range(cfg.depth))
     mac += N * D * (2 * P * P * cfg.channels + one) + (256 + D) * D
-    mac += sum(MODULATION_PARTS[part] for part in input_parts(model.modulation_parts(cfg))) * D * D // 2
+    m, before = halves(cfg)
+    mac += (2 * m if cfg.arch == "pixart" else before) * D * D // 2     # one layer for all blocks, or of the last layer
     if cfg.arch not in ("dit", "mpdit"):
         mac += {"none": 0, "class": 2 * D * D, "text": L * D * (cfg.text_dim + one + D)}[cfg.semantics]
     numbers, names = {"crop": 2, "flip": 1, "size": 2}, model.control_names(cfg)
@@ -440,21 +443,27 @@ def formula(cfg, height, width):
     return 2 * (mac + sum(256 * n * D + D * D for n in groups if n))
 
 
+def halves(cfg):
+    """The rows of one sub-layer's modulation, and of the parts before it, in halves of D."""
+    parts = model.modulation_parts(cfg)
+    return [sum(MODULATION_PARTS[part] for part in p) for p in (parts, input_parts(parts))]
+
+
 def block_products(cfg, last, N, L):
     """Multiply-adds of one block: modulation, then the layers on N image and L context tokens, then q k^T and a v."""
     D, M, Q = cfg.width, N + L, N if last else N + L        # keys; queries, in blocks whose last drops context's
-    parts = model.modulation_parts(cfg)
-    m, before = (sum(MODULATION_PARTS[part] for part in p) for p in (parts, input_parts(parts)))      # halves of D a sub-layer
+    m, before = halves(cfg)
     modulation, layers, attention = {
         "dit": (2 * m, 12 * N, N * N),
         "mmdit": (2 * m, 12 * N + (2 if last else 4) * L, Q * M),
         "ditatt": (2 * m + (before if last else m), 12 * N + 4 * L, M * M),
         "sd3": (2 * m + (before if last else 2 * m), 12 * N + (2 if last else 12) * L, Q * M),
+        "pixart": (0, 14 * N + 2 * L, N * M) if cfg.semantics == "text" else (0, 12 * N + 2 * L, N * N),
     }[cfg.arch.removeprefix("mp")]
     return modulation * D * D // 2 + layers * D * D + 2 * attention * D
 
 
-@pytest.mark.parametrize("arch, semantics, controls", EVERY)
+@pytest.mark.parametrize("arch, semantics, controls", [p for p in EVERY if p.values[2] or p.values[0] == "dit"])
 def test_flops_are_those_of_the_closed_formula(arch, semantics, controls):
     cfg = config(arch, semantics, controls)
     assert model.flops(cfg, h * P, w * P) == formula(cfg, h * P, w * P)
@@ -480,9 +489,9 @@ def test_the_formula_of_dit_is_that_of_the_docstring():
     assert "2 [ depth (12 D^2 N + 2 N^2 D + 6 D^2) + N D P^2 2 C" in model.flops.__doc__
 
 
-@each_kind
-def test_flops_of_three_blocks_of_xl_are_those_of_the_closed_formula(arch, semantics):
-    cfg = replace(tables.XL2, arch=arch, semantics=semantics, depth=3)
+@each_arch
+def test_flops_of_two_blocks_of_xl_are_those_of_the_closed_formula(arch):
+    cfg = replace(tables.XL2, arch=arch, semantics=model.arch_class(arch).semantics[-1], depth=2)
     assert model.flops(cfg, 32, 64) == formula(cfg, 32, 64)
 
 
@@ -504,8 +513,9 @@ def test_dit_has_the_published_size_and_cost(size, millions, gmac):
 
 
 def test_the_table_prints_every_architecture_and_size(monkeypatch):
-    sizes = {"XXS": dict(width=D, depth=2, heads=H), "XXL": dict(width=2 * D, depth=3, heads=H)}
+    sizes = {"XXS": dict(width=D, depth=1, heads=H), "XXL": dict(width=2 * D, depth=1, heads=H)}
     monkeypatch.setattr(tables, "SIZES", sizes)
+    monkeypatch.setattr(model, "ARCHS", {arch: model.ARCHS[arch] for arch in ("dit", "pixart", "mpmmdit")})
     lines = tables.table().splitlines()
     assert [line.split()[0] for line in lines[1:]] == [f"{a}-{s}/2" for a in model.ARCHS for s in sizes]
     for line, (arch, size) in zip(lines[1:], ((a, s) for a in model.ARCHS for s in sizes)):
@@ -524,14 +534,15 @@ def test_the_command_prints_three_tables_and_takes_no_options(monkeypatch, capsy
 
 # parameters of the reading; what our last block leaves out, in layers D -> D; streams with an RMSNorm of q and k
 READ = {"DiT class": (678.210, 0, 0), "DiT by attention, class": (792.440, 1, 1), "mmDiT class": (792.440, 1, 1),
-        "mmDiT text": (790.845, 1, 1), "mmDiT of SD3, text": (1331.351, 1, 2)}
+        "mmDiT text": (790.845, 1, 1), "mmDiT of SD3, text": (1331.351, 1, 2), "PixArt class": (611.698, 0, 1),
+        "PixArt text": (610.103, 0, 2)}
 
 
 @pytest.mark.parametrize("name", READ)
 def test_xl_models_have_the_parameters_of_the_reading(name):
     """But for one layer of the last block that nothing would read, and for 2 d gains a block and stream."""
     D, d, depth, (reading, layers, streams) = 1152, 72, 28, READ[name]
-    gains = 2 * d * depth * streams - (d if streams == 2 else 0)            # the last context has no q
+    gains = 2 * d * depth * streams - (d if "SD3" in name else 0)             # the last context has no q
     alike = tables.counted_alike(replace(tables.XL2, **tables.TABLE_A1[name][0]))
     assert alike - gains + layers * (D * D + D) == pytest.approx(reading * 1e6, abs=501)    # given to 1000
     assert alike == pytest.approx(reading * 1e6, rel=0.002) and tables.TABLE_A1[name][1] == reading
@@ -549,7 +560,9 @@ def test_the_controls_are_counted_as_one_mlp():
 
 
 @pytest.mark.slow
-def test_table_a1_prints_ours_the_reading_and_the_paper_with_their_differences():
+def test_table_a1_prints_ours_the_reading_and_the_paper_with_their_differences(monkeypatch):
+    """At depth 2: what the numbers are at depth 28 is tested beside."""
+    monkeypatch.setattr(tables, "XL2", replace(tables.XL2, depth=2))
     lines = tables.table_a1().splitlines()
     rows = {line[:23].strip(): line[23:].replace("%", "").split() for line in lines[2:lines.index("")]}
     assert list(rows) == list(tables.TABLE_A1)
@@ -627,7 +640,7 @@ def test_a_row_of_archs_may_name_a_class_with_a_trunk_of_its_own(tmp_path, monke
 
 
 @pytest.mark.parametrize("changes, parts", [
-    (dict(arch="ditt"), ["model.arch='ditt'", "dit, mmdit, ditatt, sd3"]),
+    (dict(arch="ditt"), ["model.arch='ditt'", "dit, mmdit, ditatt, sd3, pixart"]),
     (dict(semantics="words"), ["model.semantics='words'", "none, class, text"]),
     (dict(arch="dit", semantics="text"), ["model.arch='dit'", "'mmdit'", "'sd3'"]),
     (dict(arch="ditatt", semantics="text"), ["model.arch='ditatt'", "'mmdit'", "'sd3'"]),

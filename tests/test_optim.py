@@ -249,7 +249,8 @@ def test_in_the_step_is_equal_to_in_the_forward_pass_over_100_steps(forward, tol
 
     The other form: rows are set to unit RMS before every step, and the forward pass normalises them again inside its
     graph; Adam one tensor at a time. With the layers' own forward, eps 1e-4 beside norms from 2.2 up, nearly so."""
-    cfg = Config(steps=100, lr=3e-3, lr_mp=1e-2, warmup=20, lr_decay_start=0.3, grad_clip=0.2, weight_decay=0.1, forced_weight_norm=True)
+    cfg = Config(steps=100, lr=3e-3, lr_mp=1e-2, warmup=20, lr_decay_start=0.3, grad_clip=0.2, weight_decay=0.1,
+                 forced_weight_norm=True)
     ours, theirs = network(dtype=torch.float64), network(dtype=torch.float64)
     losses, _, _, _ = train(ours, cfg, 100, dtype=torch.float64)
 
@@ -410,7 +411,7 @@ def test_the_average_of_unit_rows_is_normalised_on_use():
 
 
 def test_a_network_without_such_weights_says_so():
-    with pytest.raises(UserError, match="normalize=true needs magnitude-preserving weights; model.arch='mmdit'"):
+    with pytest.raises(UserError, match="forced_weight_norm=true needs magnitude-preserving.* model.arch='mmdit'"):
         optim.normalized_rows(nn.Linear(3, 2), Config(forced_weight_norm=True))
     assert optim.normalized_rows(nn.Linear(3, 2), Config()) == []
 

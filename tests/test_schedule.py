@@ -51,7 +51,7 @@ def test_add_noise_is_the_scaled_sum_and_broadcasts_over_a_batch():
     assert add_noise(x0[..., 0, 0], eps[..., 0, 0], alpha_bar).shape == (5, 3)
 
 
-def test_add_noise_keeps_the_type_of_the_picture():
+def test_add_noise_keeps_the_type_of_the_image():
     x0 = torch.randn(2, 3)
     assert add_noise(x0, x0, scaled_linear_alpha_bar(2)).dtype == torch.float32
 

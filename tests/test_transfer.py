@@ -83,7 +83,7 @@ def test_an_initialized_network_computes_what_the_old_run_does(tmp_path):
     g = torch.Generator().manual_seed(0)
     x, i = torch.randn(4, 3, 18, 18, generator=g), torch.tensor([0.0, 25, 500, 999])
     cond = Condition(text=torch.randn(4, 7, 11, generator=g), crop=torch.rand(4, 2, generator=g),
-                     size=99 * torch.rand(4, 2, generator=g), steered=torch.ones(4))
+                     size=99 * torch.rand(4, 2, generator=g), has_controls=torch.ones(4))
     assert torch.equal(net(x, i, cond), old(x, i, cond))
 
 
@@ -179,7 +179,7 @@ def test_blocks_are_kept_from_the_first_on(arch, depth, tmp_path):
     rest = {n for n in fresh if n not in beyond}
     of_context = r"\.(attn\.ctx_\w+|ctx_\w+\.\w+|adaLN_modulation\.1)\.(weight|bias)"   # ditatt has one for all
     assert all(re.fullmatch(rf"blocks\.{common - 1}{of_context}", n) for n in rest)
-    assert bool(rest) == (arch not in ("dit", "mpdit")) and f"blocks.{common - 1}.attn.qkv.weight" in kept
+    assert bool(rest) == (arch not in ("dit", "pixart", "mpdit")) and f"blocks.{common - 1}.attn.qkv.weight" in kept
     assert ("left out" in report) == (depth < 5)
 
 

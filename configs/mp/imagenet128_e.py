@@ -1,6 +1,4 @@
-"""ImageNet-1k at 128 px: [MAG]'s S/4, configuration E, on latents of 4 x 16 x 16.
-
-The other files beside it vary this one.
+"""ImageNet-1k at 128 px: [MAG]'s S/4, configuration E, on latents of 4 x 16 x 16. The files beside it vary this one.
 
 torchrun --nproc_per_node=8 train.py --config=configs/mp/imagenet128_e.py
 

@@ -1,10 +1,10 @@
-"""Captioned shapes by class, MP-DiT: configuration E of [MAG] in minutes. The other files beside it vary this one.
+"""Captioned shapes by class, MP-DiT: configuration E of [MAG] in minutes. The files beside it vary this one.
 
 python train.py --config=configs/mp/shapes_e.py
 
 shapes_a to shapes_e                              the ladder, what mp_layers.py calls A to E
 shapes_e, _scale, _rotate, _scale_rotate          the modulation, each with gate; E has that of adaLN
---model.mp=cosine+weights+stream+heads      E with the output of every head brought back to unit magnitude
+--model.mp=cosine+weights+stream+heads            E with the output of every head normalised to unit magnitude
 """
 from config import Config, ModelConfig, ShapesConfig
 
