@@ -44,7 +44,7 @@ RENAMED = {
     "beta": "control_guidance", "interval": "guidance_interval", "file": "ema_file", "weights": "pretrained",  # sample
     "base": "pretrain_steps", "long": "pretrain_steps_flip", "fine": "finetune_steps", "tune": "tune_steps",  # claims
     "square": "center_crop", "to": "save", "arr0": "save_npz",                                                # fid
-    "most": "limit", "what": "parts", "vs": "against", "peer": "official_dit"}                             # data, bench
+    "most": "limit", "what": "parts", "vs": "against"}                                                   # data, bench
 # What people type out of habit: the option here, or a sentence.
 HABITS = {"cfg": "guidance", "cfg_scale": "guidance", "guidance_scale": "guidance", "batch_size": "batch",
           "global_batch_size": "batch", "learning_rate": "lr", "output_dir": "out", "results_dir": "out",
