@@ -44,14 +44,14 @@ class Condition:
     """The condition of B images; fields that the model does not use are None.
 
     label (B,) int64, -1 = none; text (B, L, E) float, zeros = none; crop (B, 2) top and left, in pixels of the resized
-    original; flip (B,) 0 or 1; size (B, 2) height and width of the original in pixels; steered (B,) 1, or 0 = no
-    controls."""
+    original; flip (B,) 0 or 1; size (B, 2) height and width of the original in pixels; has_controls (B,) 1,
+    or 0 = no controls."""
     label: Tensor | None = None
     text: Tensor | None = None
     crop: Tensor | None = None
     flip: Tensor | None = None
     size: Tensor | None = None
-    steered: Tensor | None = None
+    has_controls: Tensor | None = None
 
     def map(self, f: Callable[[Tensor], Tensor]) -> "Condition":
         """The same condition with f applied to every tensor in it."""
@@ -61,9 +61,9 @@ class Condition:
         return self.map(lambda v: v.to(device, non_blocking=True))
 
     def drop(self, semantics: Tensor | bool = False, controls: Tensor | bool = False) -> "Condition":
-        """[COND] sec. 2.4: without semantics, or without controls, where the mask (B,) is true (or everywhere)."""
+        """[COND] sec. 2.1: without semantics, or without controls, where the mask (B,) is true (or everywhere)."""
         return replace(self, label=_blank(self.label, semantics, NULL_LABEL), text=_blank(self.text, semantics, 0),
-                       steered=_blank(self.steered, controls, 0))
+                       has_controls=_blank(self.has_controls, controls, 0))
 
 
 def _blank(v: Tensor | None, where: Tensor | bool, empty: float) -> Tensor | None:
@@ -87,8 +87,8 @@ def make_condition(batch: Mapping[str, Tensor], semantics: str, controls: Sequen
     batch has label (B,) for a class; text (B, L, E) and, to pad it, lengths (B,) for captions; and a tensor for each
     control. It may have more. The arguments from padding to generator are pad_text's."""
     names = (*{"class": ("label",), "text": ("text",), "none": ()}[semantics], *controls)
-    steered = torch.ones(len(batch[controls[0]])) if controls else None
-    cond = Condition(steered=steered, **{k: batch[k] for k in names}).to(device)
+    has_controls = torch.ones(len(batch[controls[0]])) if controls else None
+    cond = Condition(has_controls=has_controls, **{k: batch[k] for k in names}).to(device)
     if semantics != "text" or padding == "zero":
         return cond
     lengths = batch["lengths"].to(device, non_blocking=True)
@@ -105,7 +105,7 @@ def guide(eps_cs: Tensor, eps_s: Tensor, eps_null: Tensor, lam: float, beta: flo
 # ---------------------------------------------------------------- time, class, text
 
 def timestep_embedding(x: Tensor, dim: int) -> Tensor:
-    """[DiT], [COND] 1.2: [cos(x f_k), sin(x f_k)], f_k = 10000^(-2k/dim), k < dim/2. x (B,) -> (B, dim), fp32"""
+    """[DiT]: [cos(x f_k), sin(x f_k)], f_k = 10000^(-2k/dim), k < dim/2. x (B,) -> (B, dim), fp32"""
     f = torch.exp(-math.log(10000) / (dim // 2) * torch.arange(dim // 2, dtype=torch.float32, device=x.device))
     angle = x.float()[:, None] * f                                              # (B, dim/2)
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
@@ -123,11 +123,11 @@ class TimestepEmbedder(nn.Module):
 
 class MPTimestepEmbedder(nn.Module):
     """[MAG] MPMLP(features(i)): of random waves, smooth in i, with "stream", else of [DiT]'s. i (B,) -> (B, D)"""
-    def __init__(self, D: int, T: int, preserve: tuple[str, ...]) -> None:
+    def __init__(self, D: int, T: int, mp: tuple[str, ...]) -> None:
         super().__init__()
         waves = partial(timestep_embedding, dim=TIME_FEATURES)
-        self.features = MPFourier(TIME_FEATURES, BANDWIDTH / (T - 1)) if "stream" in preserve else waves
-        self.mlp = MPMLP(TIME_FEATURES, D, D, preserve)
+        self.features = MPFourier(TIME_FEATURES, BANDWIDTH / (T - 1)) if "stream" in mp else waves
+        self.mlp = MPMLP(TIME_FEATURES, D, D, mp)
 
     def forward(self, i: Tensor) -> Tensor:
         return self.mlp(self.features(i))
@@ -136,7 +136,7 @@ class MPTimestepEmbedder(nn.Module):
 class LabelEmbedder(nn.Module):
     """[DiT] sec. 3.2: a table of classes + 1 rows, the last one for "no class". label (B,) -> (B, D)
 
-    `mp`, here and in what follows, chooses rows and layers that preserve magnitude, [MAG]."""
+    `mp`, here and in what follows, chooses rows and layers that mp magnitude, [MAG]."""
     def __init__(self, classes: int, D: int, mp: bool = False) -> None:
         super().__init__()
         self.embedding_table = (MPEmbedding if mp else nn.Embedding)(classes + 1, D)
@@ -286,7 +286,7 @@ class ControlEmbedding(nn.Module):
             c_emb = self.mlps["high"](self.features(cond, self.high))           # (B, D)
         if self.low:
             c_emb = c_emb + gamma * self.mlps["low"](self.features(cond, self.low))
-        return cond.steered[:, None] * c_emb
+        return cond.has_controls[:, None] * c_emb
 
     def features(self, cond: Condition, group: list[str]) -> Tensor:
         values = [getattr(cond, c).reshape(-1, CONTROLS[c].width) for c in group]
@@ -308,7 +308,7 @@ class MPControlEmbedding(ControlEmbedding):
         gamma = control_weight(t, self.kind, self.alpha, self.sigma)
         power = 1.0
         for name, mlp in self.mlps.items():
-            group, share = (self.high, cond.steered) if name == "high" else (self.low, cond.steered * gamma)
+            group, share = (self.high, cond.has_controls) if name == "high" else (self.low, cond.has_controls * gamma)
             share = share[:, None]                                              # (B, 1)
             c = c + share * mlp(math.sqrt(2) * self.features(cond, group))      # a sinusoid has magnitude 1/sqrt(2)
             power = power + (share * mlp.fc2.gain).square()
@@ -318,7 +318,7 @@ class MPControlEmbedding(ControlEmbedding):
 # ---------------------------------------------------------------- position
 
 def sincos_2d(h: int, w: int, dim: int, base: int | None = None) -> Tensor:
-    """[DiT], [COND] sec. 2.3: fixed sines and cosines of column (first dim/2) and row (last dim/2). (h w, dim) fp32
+    """[DiT], [COND] sec. 2.2: fixed sines and cosines of column (first dim/2) and row (last dim/2). (h w, dim) fp32
 
     base None: coordinates 0, 1, 2, ... A base extent: linspace(0, base, n) on both axes, so that a finer grid spans the
     same positions. Every row has norm sqrt(dim/2)."""
@@ -334,7 +334,7 @@ def sincos_2d(h: int, w: int, dim: int, base: int | None = None) -> Tensor:
 
 
 def interpolate_2d(h: int, w: int, dim: int, base: int) -> Tensor:
-    """[COND] sec. 2.3, the comparison: the table of base x base patches resized bilinearly. (h w, dim) fp32
+    """[COND] sec. 2.2, the comparison: the table of base x base patches resized bilinearly. (h w, dim) fp32
 
     Averages of neighbours are shorter than sqrt(dim/2), the length that every row of sincos_2d has."""
     table = sincos_2d(base, base, dim).unflatten(0, (base, base)).permute(2, 0, 1)      # (dim, base, base)

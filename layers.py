@@ -103,7 +103,7 @@ class QKNormAttention(Attention):
 
 
 class JointAttention(nn.Module):
-    """[SD3] eq. 6, [COND] table A1: attention over [context; image] with RMSNorm on the q and k of every head.
+    """[SD3] fig. 2, [COND] table A1: attention over [context; image] with RMSNorm on the q and k of every head.
 
     Context has its own q, k, v and shares the output projection. `last`: context gives only k and v and stays as it is.
     x (B, N, D), ctx (B, L, D) -> (B, N, D), (B, L, D) or None"""

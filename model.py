@@ -22,7 +22,7 @@ from config import Config, ModelConfig, UserError, from_json
 from layers import (ADALN, MLP, MLP_RATIO, MODULATION_PARTS, Attention, DualStreamAttention, FinalLayer,
                     JointAttention, PatchEmbed, QKNormAttention, gated_residual, input_parts, modulate, modulation,
                     norm, split_modulation)
-from mp_layers import (EMBED_BALANCE, FULL, MPMLP, PRESERVE, RES_BALANCE, MPAttention, MPFinalLayer, MPJointAttention,
+from mp_layers import (EMBED_BALANCE, FULL, MPMLP, MP_FEATURES, RES_BALANCE, MPAttention, MPFinalLayer, MPJointAttention,
                        MPPatchEmbed, Modulation, identity, mp_gated_residual, mp_sum, normalize)
 from runtime import checkpoint
 from schedule import PREDICTIONS, SCHEDULES, alpha_bar_table, to_sigma
@@ -58,7 +58,7 @@ def modulation_parts(cfg: ModelConfig) -> tuple[str, ...]:
 
 def mp_features(cfg: ModelConfig) -> tuple[str, ...]:
     """The magnitude-preserving changes of a network that has them: all of [MAG]'s unless the config lists some."""
-    return FULL if not cfg.mp else () if cfg.mp == "none" else parse_list(cfg, "mp", PRESERVE)
+    return FULL if not cfg.mp else () if cfg.mp == "none" else parse_list(cfg, "mp", MP_FEATURES)
 
 
 # ---------------------------------------------------------------- blocks
@@ -85,13 +85,13 @@ class DiTBlock(nn.Module):
 class MPDiTBlock(nn.Module):
     """[MAG] DiTBlock's twin: x <- mp_sum(x, (1 + gate) attn(R (x (1 + scale) + shift))), the same with the MLP."""
     def __init__(self, D: int, H: int, last: bool, parts: tuple[str, ...] = ADALN,
-                 preserve: tuple[str, ...] = FULL) -> None:
+                 mp: tuple[str, ...] = FULL) -> None:
         super().__init__()
-        self.norm, self.add = (identity, mp_gated_residual) if "stream" in preserve else (norm, gated_residual)
-        self.attn = MPAttention(D, H, preserve)
-        self.mlp = MPMLP(D, MLP_RATIO * D, D, preserve)
-        self.attn_modulation = Modulation(D, parts, preserve)
-        self.mlp_modulation = Modulation(D, parts, preserve)
+        self.norm, self.add = (identity, mp_gated_residual) if "stream" in mp else (norm, gated_residual)
+        self.attn = MPAttention(D, H, mp)
+        self.mlp = MPMLP(D, MLP_RATIO * D, D, mp)
+        self.attn_modulation = Modulation(D, parts, mp)
+        self.mlp_modulation = Modulation(D, parts, mp)
 
     def forward(self, x: Tensor, ctx: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         a, m = self.attn_modulation(c), self.mlp_modulation(c)
@@ -142,15 +142,15 @@ class MMDiTBlock(nn.Module):
 class MPMMDiTBlock(nn.Module):
     """MMDiTBlock's twin: MPDiTBlock with joint cosine attention. Attention alone updates context, in mp_sum.
 
-    It has every change but heads, which `preserve` may add."""
+    It has every change but heads, which `mp` may add."""
     def __init__(self, D: int, H: int, last: bool, parts: tuple[str, ...] = ADALN,
-                 preserve: tuple[str, ...] = FULL) -> None:
+                 mp: tuple[str, ...] = FULL) -> None:
         super().__init__()
         self.last = last
-        self.attn = MPJointAttention(D, H, last, preserve)
-        self.mlp = MPMLP(D, MLP_RATIO * D, D, preserve)
-        self.attn_modulation = Modulation(D, parts, preserve)
-        self.mlp_modulation = Modulation(D, parts, preserve)
+        self.attn = MPJointAttention(D, H, last, mp)
+        self.mlp = MPMLP(D, MLP_RATIO * D, D, mp)
+        self.attn_modulation = Modulation(D, parts, mp)
+        self.mlp_modulation = Modulation(D, parts, mp)
 
     def forward(self, x: Tensor, ctx: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         a, m = self.attn_modulation(c), self.mlp_modulation(c)
@@ -201,7 +201,7 @@ class Denoiser(nn.Module):
         super().__init__()
         self.cfg, self.dtype = cfg, torch.float32
         grid = cfg.resolution // cfg.patch
-        self.make(cfg)
+        self.build_layers(cfg)
         self.register_buffer("pos_embed", position_table(cfg, grid, grid), persistent=False)
         table = alpha_bar_table(cfg.schedule, cfg.timesteps, cfg.sigma_scale).float()
         self.register_buffer("alpha_bar", table, persistent=False)              # (T,)
@@ -211,7 +211,7 @@ class Denoiser(nn.Module):
     def check_options(cfg: ModelConfig) -> None:
         """Raise a UserError for options that this architecture cannot combine."""
 
-    def make(self, cfg: ModelConfig) -> None:
+    def build_layers(self, cfg: ModelConfig) -> None:
         """Make the layers; their order decides which weights the generator draws for each."""
         D, P, parts = cfg.width, cfg.patch, modulation_parts(cfg)
         self.x_embedder = PatchEmbed(cfg.channels, P, D)
@@ -224,9 +224,9 @@ class Denoiser(nn.Module):
     @staticmethod
     def make_y_embedder(cfg: ModelConfig) -> nn.Module | None:
         """The module that reads the class or the caption."""
-        return context(cfg, mp=False)
+        return make_context(cfg, mp=False)
 
-    def condition(self, i: Tensor, cond: Condition) -> tuple[Tensor, Tensor | None]:
+    def embed_condition(self, i: Tensor, cond: Condition) -> tuple[Tensor, Tensor | None]:
         """c (B, D), which modulates the blocks, and ctx (B, L, D), to which they attend."""
         ctx = self.y_embedder(cond, self.dtype)                                 # (B or 1, L, D)
         return self.time(i, cond).to(self.dtype), ctx.expand(len(i), -1, -1)
@@ -239,10 +239,10 @@ class Denoiser(nn.Module):
                 nn.init.zeros_(m.bias)
             elif isinstance(m, nn.Embedding):
                 nn.init.normal_(m.weight, std=0.02)
-        for layer in self.zero_layers():
+        for layer in self.zero_init_layers():
             nn.init.zeros_(layer.weight)
 
-    def zero_layers(self) -> list[nn.Module]:
+    def zero_init_layers(self) -> list[nn.Module]:
         """The layers that start at zero: every modulation, the output, the end of every control MLP."""
         ends = [m[1] for name, m in self.named_modules() if name.endswith("adaLN_modulation")]
         ends += [mlp[2] for mlp in self.control_embedder.mlps.values()] if self.control_embedder is not None else []
@@ -267,7 +267,7 @@ class Denoiser(nn.Module):
     def forward(self, x_t: Tensor, i: Tensor, cond: Condition) -> Tensor:
         h, w = (n // self.cfg.patch for n in x_t.shape[2:])
         x = self.embed(x_t, h, w)                                               # (B, N, D)
-        c, ctx = self.condition(i, cond)
+        c, ctx = self.embed_condition(i, cond)
         for block in self.blocks:
             x, ctx = block(x, ctx, c)
         out = self.final_layer(x, c, h, w).float()                              # (B, C, h P, w P)
@@ -283,7 +283,7 @@ class DiT(Denoiser):
     def make_y_embedder(cfg: ModelConfig) -> LabelEmbedder | None:
         return LabelEmbedder(cfg.classes, cfg.width) if cfg.semantics == "class" else None
 
-    def condition(self, i: Tensor, cond: Condition) -> tuple[Tensor, None]:
+    def embed_condition(self, i: Tensor, cond: Condition) -> tuple[Tensor, None]:
         c = self.time(i, cond)
         if self.y_embedder is not None:
             c = c + self.y_embedder(cond.label)
@@ -309,7 +309,7 @@ class SD3(Denoiser):
 # ---------------------------------------------------------------- the magnitude-preserving trunk
 
 class MPDenoiser(Denoiser):
-    """[MAG]: the trunk of layers that preserve magnitude, as far as cfg.preserve says (mp_layers.py). c stays in fp32.
+    """[MAG]: the trunk of layers that mp magnitude, as far as cfg.mp says (mp_layers.py). c stays in fp32.
 
     x_t has magnitude 1 at every noise level where images have: standardised latents do. Each layer draws its own
     weights."""
@@ -324,16 +324,16 @@ class MPDenoiser(Denoiser):
             raise UserError(f"model.controls={cfg.controls!r} of model.arch={cfg.arch!r} needs stream, got "
                             f"model.mp={cfg.mp!r}")
 
-    def make(self, cfg: ModelConfig) -> None:
-        D, P, parts, preserve = cfg.width, cfg.patch, modulation_parts(cfg), mp_features(cfg)
-        self.x_embedder = MPPatchEmbed(cfg.channels, P, D, preserve)
-        self.t_embedder = MPTimestepEmbedder(D, cfg.timesteps, preserve)
+    def build_layers(self, cfg: ModelConfig) -> None:
+        D, P, parts, mp = cfg.width, cfg.patch, modulation_parts(cfg), mp_features(cfg)
+        self.x_embedder = MPPatchEmbed(cfg.channels, P, D, mp)
+        self.t_embedder = MPTimestepEmbedder(D, cfg.timesteps, mp)
         self.y_embedder = self.make_y_embedder(cfg)
         self.control_embedder = control_embedding(MPControlEmbedding, cfg)
         last = cfg.depth - 1
-        self.blocks = nn.ModuleList(self.Block(D, cfg.heads, k == last, parts, preserve) for k in range(cfg.depth))
-        self.final_layer = MPFinalLayer(D, P, cfg.channels, parts, preserve)
-        self.stream = "stream" in preserve
+        self.blocks = nn.ModuleList(self.Block(D, cfg.heads, k == last, parts, mp) for k in range(cfg.depth))
+        self.final_layer = MPFinalLayer(D, P, cfg.channels, parts, mp)
+        self.stream = "stream" in mp
         self.join = partial(mp_sum, t=EMBED_BALANCE) if self.stream else torch.add
 
     def initialize(self) -> None:
@@ -342,7 +342,7 @@ class MPDenoiser(Denoiser):
             if isinstance(m, nn.Embedding):
                 nn.init.normal_(m.weight, std=0.02)
 
-    def zero_layers(self) -> list[nn.Module]:
+    def zero_init_layers(self) -> list[nn.Module]:
         return [m for m in self.modules() if getattr(m, "zero", False)]
 
     def embed(self, x_t: Tensor, h: int, w: int) -> Tensor:
@@ -370,7 +370,7 @@ class MPDiT(MPDenoiser):
         unit = "stream" in mp_features(cfg)
         return LabelEmbedder(cfg.classes, cfg.width, mp=unit) if cfg.semantics == "class" else None
 
-    def condition(self, i: Tensor, cond: Condition) -> tuple[Tensor, None]:
+    def embed_condition(self, i: Tensor, cond: Condition) -> tuple[Tensor, None]:
         return self.time(i, cond), None
 
 
@@ -386,13 +386,13 @@ class MPMMDiT(MPDenoiser):
 
     @staticmethod
     def make_y_embedder(cfg: ModelConfig) -> nn.Module:
-        return context(cfg, mp=True)
+        return make_context(cfg, mp=True)
 
-    def condition(self, i: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
+    def embed_condition(self, i: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
         return self.time(i, cond), self.y_embedder(cond, self.dtype).expand(len(i), -1, -1).contiguous()
 
 
-def context(cfg: ModelConfig, mp: bool) -> nn.Module:
+def make_context(cfg: ModelConfig, mp: bool) -> nn.Module:
     """The module that makes context tokens of the class or the caption, magnitude preserving or not."""
     if cfg.semantics == "text":
         return TextContext(cfg.text_dim, cfg.width, mp)
@@ -408,7 +408,7 @@ def control_embedding(kind: type[ControlEmbedding], cfg: ModelConfig) -> Control
 
 
 def position_table(cfg: ModelConfig, h: int, w: int) -> Tensor:
-    """[COND] sec. 2.3: the position vectors of h x w patches; cfg.positions relates them to resolution. (h w, D)"""
+    """[COND] sec. 2.2: the position vectors of h x w patches; cfg.positions relates them to resolution. (h w, D)"""
     return POSITIONS[cfg.positions](h, w, cfg.width, cfg.pos_base or cfg.resolution // cfg.patch)
 
 
@@ -490,9 +490,9 @@ def load(path: str | Path) -> tuple[Denoiser, Config]:
     return net.eval().requires_grad_(False), cfg
 
 
-def zero_layers(net: Denoiser) -> list[nn.Module]:
+def zero_init_layers(net: Denoiser) -> list[nn.Module]:
     """The layers of a network that start at zero."""
-    return net.zero_layers()
+    return net.zero_init_layers()
 
 
 @lru_cache(maxsize=None)
@@ -506,6 +506,6 @@ def flops(cfg: ModelConfig, h: int | None = None, w: int | None = None) -> int:
         net, i = build(cfg).requires_grad_(False), torch.zeros(1)
         controls = {name: torch.zeros(1, CONTROLS[name].width) for name in control_names(cfg)}
         cond = Condition(label=torch.zeros(1, dtype=torch.long), text=torch.zeros(1, cfg.text_length, cfg.text_dim),
-                         steered=i, **controls)
+                         has_controls=i, **controls)
         net(torch.zeros(1, cfg.channels, h or cfg.resolution, w or cfg.resolution), i, cond)
     return counter.get_total_flops()

@@ -5,10 +5,10 @@ if independent inputs of magnitude 1 give an output of magnitude 1, in expectati
 MPEmbedding divide their weights by the norms of their rows on every use, so row norms have no effect. Forward changes
 no weight. Norms, angles and Fourier features are in fp32, whatever the type of the tokens.
 
-`preserve` lists the changes of [MAG] that a network has:
+`mp` lists the changes of [MAG] that a network has:
 cosine    q and k of every head have unit magnitude
 weights   every linear layer divides its rows by their norms
-stream    sums, SiLU, embeddings and positions preserve magnitude, and no layer normalises tokens between them
+stream    sums, SiLU, embeddings and positions mp magnitude, and no layer normalises tokens between them
 heads     not in [MAG]: attention averages, so each head's output is brought back to unit magnitude
 The paper's ladder: A none; B cosine; C cosine+weights; D as C with --forced_weight_norm, rows normalised every step;
 E is D with stream. Without stream the sums, the norms and the gates are DiT's.
@@ -29,7 +29,7 @@ SILU_MAGNITUDE = 0.5964692111227131     # sqrt(E[silu(z)^2]) of z ~ N(0, 1)
 RES_BALANCE = 0.3                          # t of mp_sum where a branch joins the trunk, [EDM2]
 EMBED_BALANCE = 0.5                              # t of mp_sum for patch and position, time and class
 FULL = ("cosine", "weights", "stream")  # [MAG]'s changes, configuration E
-PRESERVE = (*FULL, "heads")             # every change
+MP_FEATURES = (*FULL, "heads")             # every change
 
 
 # ---------------------------------------------------------------- operations
@@ -108,18 +108,18 @@ class PlainLinear(nn.Module):
         return F.linear(x, self.weight.to(x.dtype))
 
 
-def linear_of(preserve: tuple[str, ...]) -> type[MPLinear] | type[PlainLinear]:
+def linear_of(mp: tuple[str, ...]) -> type[MPLinear] | type[PlainLinear]:
     """The class of a network's linear layers."""
-    return MPLinear if "weights" in preserve else PlainLinear
+    return MPLinear if "weights" in mp else PlainLinear
 
 
 class MPMLP(nn.Module):
     """[MAG] W2 silu(W1 x), K -> H -> M; with "stream" mp_silu. (..., K) -> (..., M)"""
-    def __init__(self, K: int, H: int, M: int, preserve: tuple[str, ...], gain: float | None = None) -> None:
+    def __init__(self, K: int, H: int, M: int, mp: tuple[str, ...], gain: float | None = None) -> None:
         super().__init__()
-        linear = linear_of(preserve)
+        linear = linear_of(mp)
         self.fc1, self.fc2 = linear(K, H), linear(H, M, gain)
-        self.act = mp_silu if "stream" in preserve else F.silu
+        self.act = mp_silu if "stream" in mp else F.silu
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x)))
@@ -184,12 +184,12 @@ class MPAttention(nn.Module):
     """[MAG] cosine attention: softmax(N(q) N(k)^T / sqrt(d)) v, logits sqrt(d) cos(q, k). (B, N, D) -> (B, N, D)
 
     v is not normalised."""
-    def __init__(self, D: int, H: int, preserve: tuple[str, ...] = FULL) -> None:
+    def __init__(self, D: int, H: int, mp: tuple[str, ...] = FULL) -> None:
         super().__init__()
-        self.H, linear = H, linear_of(preserve)
+        self.H, linear = H, linear_of(mp)
         self.qkv, self.proj = linear(D, 3 * D), linear(D, D)
-        self.qk_norm = normalize if "cosine" in preserve else identity
-        self.heads = "heads" in preserve
+        self.qk_norm = normalize if "cosine" in mp else identity
+        self.heads = "heads" in mp
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = split_heads(self.qkv(x), 3, self.H)                           # (B, H, N, d) each
@@ -201,9 +201,9 @@ class MPJointAttention(nn.Module):
     """JointAttention as cosine attention: over [context; image], with one output projection.
 
     `last`: context gives only k and v and stays as it is. x (B, N, D), ctx (B, L, D) -> (B, N, D), (B, L, D) or None"""
-    def __init__(self, D: int, H: int, last: bool, preserve: tuple[str, ...] = FULL) -> None:
+    def __init__(self, D: int, H: int, last: bool, mp: tuple[str, ...] = FULL) -> None:
         super().__init__()
-        self.H, self.last, self.heads = H, last, "heads" in preserve
+        self.H, self.last, self.heads = H, last, "heads" in mp
         self.qkv = MPLinear(D, 3 * D)
         self.ctx_qkv = MPLinear(D, (2 if last else 3) * D)                      # last: k and v
         self.proj = MPLinear(D, D)
@@ -230,11 +230,11 @@ class Modulation(nn.Module):
 
     For steer before the sub-layer (scale, then shift, then rotate) and mp_gated_sum after it. Every layer has gain zero
     at first, so steer gives x back to the last bit. v (B, 1, D), rotate (B, 1, D/2) in radians; of c's type."""
-    def __init__(self, D: int, parts: tuple[str, ...], preserve: tuple[str, ...] = FULL) -> None:
+    def __init__(self, D: int, parts: tuple[str, ...], mp: tuple[str, ...] = FULL) -> None:
         super().__init__()
-        linear = linear_of(preserve)
+        linear = linear_of(mp)
         self.layers = nn.ModuleDict({part: linear(D, modulation_width((part,), D), gain=0.0) for part in parts})
-        self.act = mp_silu if "stream" in preserve else F.silu
+        self.act = mp_silu if "stream" in mp else F.silu
 
     def forward(self, c: Tensor) -> dict[str, Tensor]:
         c = self.act(c)[:, None]                                                # (B, 1, D)
@@ -245,10 +245,10 @@ class MPPatchEmbed(nn.Module):
     """[MAG] a patch and the number 1, the network's only bias, through one layer. (B, C, h P, w P) -> (B, h w, D)
 
     It has unit magnitude wherever the pixels have: for noise, and for images of unit variance."""
-    def __init__(self, C: int, P: int, D: int, preserve: tuple[str, ...] = FULL) -> None:
+    def __init__(self, C: int, P: int, D: int, mp: tuple[str, ...] = FULL) -> None:
         super().__init__()
         self.P = P
-        self.proj = linear_of(preserve)(P * P * C + 1, D)
+        self.proj = linear_of(mp)(P * P * C + 1, D)
 
     def forward(self, x: Tensor) -> Tensor:
         x = patchify(x, self.P)                                                 # (B, h w, C P P)
@@ -258,11 +258,11 @@ class MPPatchEmbed(nn.Module):
 class MPFinalLayer(nn.Module):
     """[MAG] modulation, then one layer to patches of gain zero at first. (B, h w, D) -> (B, C, h P, w P)"""
     def __init__(self, D: int, P: int, C: int, parts: tuple[str, ...] = ADALN,
-                 preserve: tuple[str, ...] = FULL) -> None:
+                 mp: tuple[str, ...] = FULL) -> None:
         super().__init__()
-        self.P, self.norm = P, identity if "stream" in preserve else layer_norm
-        self.modulation = Modulation(D, input_parts(parts), preserve)
-        self.linear = linear_of(preserve)(D, P * P * C, gain=0.0)
+        self.P, self.norm = P, identity if "stream" in mp else layer_norm
+        self.modulation = Modulation(D, input_parts(parts), mp)
+        self.linear = linear_of(mp)(D, P * P * C, gain=0.0)
 
     def forward(self, x: Tensor, c: Tensor, h: int, w: int) -> Tensor:
         return unpatchify(self.linear(modulate(self.norm(x), self.modulation(c))), self.P, h, w)

@@ -106,7 +106,7 @@ def with_guidance(net: Denoise, cond: Condition, lam: float, beta: float = 1.0,
 
     lam 1 is no guidance, beta 1 guides on semantics alone; a condition without controls ignores beta.
     interval: the lowest and the highest noise index that are guided, [INT]; beyond them eps(c, s) alone."""
-    beta = beta if cond.steered is not None else 1.0
+    beta = beta if cond.has_controls is not None else 1.0
     weights = {"cs": lam * beta, "s": lam * (1 - beta), "null": 1 - lam}
     parts = {"cs": cond, "s": cond.drop(controls=True), "null": cond.drop(semantics=True, controls=True)}
     parts = {k: c for k, c in parts.items() if weights[k] != 0}

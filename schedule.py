@@ -15,12 +15,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# The last index of "leading" spacing is shifted by one, as Stable Diffusion's samplers do ([COND] 1.11).
+# The last index of "leading" spacing is shifted by one, as Stable Diffusion's samplers do.
 LEADING_OFFSET = 1
 
 
 def scaled_linear_alpha_bar(T: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> Tensor:
-    """[COND] app. A, [LDM]: beta_i = linspace(sqrt(b0), sqrt(b1), T)^2, alpha_bar_i = prod_{j<=i} (1 - beta_j). (T,)"""
+    """[COND] app. C, [LDM]: beta_i = linspace(sqrt(b0), sqrt(b1), T)^2, alpha_bar_i = prod_{j<=i} (1 - beta_j). (T,)"""
     return _alpha_bar(torch.linspace(math.sqrt(beta_start), math.sqrt(beta_end), T, dtype=torch.float64) ** 2)
 
 
@@ -55,7 +55,7 @@ def rescale_guidance(lam: float, s: float) -> float:
 
 
 def to_sigma(alpha_bar: Tensor) -> Tensor:
-    """[COND] app. A: sigma = sqrt((1 - alpha_bar) / alpha_bar), noise over signal."""
+    """[COND] app. C: sigma = sqrt((1 - alpha_bar) / alpha_bar), noise over signal."""
     return ((1 - alpha_bar) / alpha_bar).sqrt()
 
 

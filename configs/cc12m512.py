@@ -1,4 +1,4 @@
-"""CC12M at 512 px from the weights of 256 px: latents of 4 x 64 x 64. [COND] sec. 2.3, tables A3 and A4.
+"""CC12M at 512 px from the weights of 256 px: latents of 4 x 64 x 64. [COND] sec. 2.2, tables A3 and A4.
 
 python latents.py encode --data=cc12m --out=latents/cc12m512 --resolution=512 --semantics=text --scaling=factor
     --encoder=clip:openai --shard=8192

@@ -1,4 +1,4 @@
-"""ImageNet-1k at 512 px from the weights of 256 px: latents of 4 x 64 x 64. [COND] sec. 2.3, tables 4c and A4.
+"""ImageNet-1k at 512 px from the weights of 256 px: latents of 4 x 64 x 64. [COND] sec. 2.2, tables 4c and A4.
 
 python latents.py encode --data=imagenet/train --out=latents/imagenet512 --resolution=512 --scaling=factor
 torchrun --nnodes=2 --nproc_per_node=8 --node_rank=0 --master_addr=HEAD train.py --config=configs/imagenet512.py

@@ -5,7 +5,7 @@ python train.py --config=configs/shapes32.py
 2.39 M parameters. Two CPU cores: 4.6 minutes = 3 x 0.181 GFLOP x 64 x 2,000 images / 0.25 TFLOP/s, the rate at which
 `make demo` trained (LOG.md).
 
-[COND] sec. 2.3 pre-trains on local crops, 0.4 to 0.6 of the side, so that objects are as large in pixels as they are
+[COND] sec. 2.2 pre-trains on local crops, 0.4 to 0.6 of the side, so that objects are as large in pixels as they are
 later on. Here crops are global: a caption names every object of a scene, and a local crop would show half of them, so
 that captions would not hold. Positions are resampled on an extent of 28, so that those of the 8 x 8 patches here are
 0, 4, ... 28, pixels rather than patches: a small network tells them apart sooner (LOG.md).

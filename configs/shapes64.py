@@ -1,4 +1,4 @@
-"""Captioned shapes at 64 px from the weights of 32 px: [COND] sec. 2.3 in minutes. Run configs/shapes32.py first.
+"""Captioned shapes at 64 px from the weights of 32 px: [COND] sec. 2.2 in minutes. Run configs/shapes32.py first.
 
 python train.py --config=configs/shapes64.py
 

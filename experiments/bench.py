@@ -132,7 +132,7 @@ def ours(cfg: Config, s: Inputs, dtype: str, compiled: bool) -> Implementation:
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("highest")
     net = model.build(cfg.model).to(device)
-    for p in [p for layer in model.zero_layers(net) for p in layer.parameters()]:
+    for p in [p for layer in net.zero_init_layers() for p in layer.parameters()]:
         nn.init.normal_(p, std=0.02)
     net.dtype = distributed.compute_dtype(device, dtype)
     if compiled:

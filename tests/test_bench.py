@@ -23,7 +23,7 @@ class Theirs(torch.nn.Module):
     def __init__(self, m, scale):
         super().__init__()
         net = model.build(m)
-        for layer in model.zero_layers(net):
+        for layer in net.zero_init_layers():
             torch.nn.init.normal_(layer.weight, std=0.02)
         self.scale, self.inner, self.state_dict = scale, net, net.state_dict
 
@@ -92,7 +92,7 @@ def test_every_weight_has_an_effect_and_is_trained():
     o = bench.read_options([*TINY, *CLASSES])
     ours = bench.ours(o, bench.make_inputs(o, CPU), "float32", compiled=False)
     before = {k: p.detach().clone() for k, p in ours.net.named_parameters()}
-    assert all(p.any() for layer in model.zero_layers(ours.net) for p in layer.parameters())
+    assert all(p.any() for layer in ours.net.zero_init_layers() for p in layer.parameters())
     ours.steps["train"]()
     assert all((p != before[k]).any() for k, p in ours.net.named_parameters())
     assert all(p.grad is None for p in ours.net.parameters())

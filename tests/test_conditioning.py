@@ -22,7 +22,7 @@ def normal(*shape, seed=0):
 def full():
     """A condition with every field."""
     return Condition(label=torch.arange(B), text=normal(B, L, E), crop=normal(B, 2, seed=1) * 9,
-                     flip=torch.arange(B) % 2.0, size=normal(B, 2, seed=2) * 99, steered=torch.ones(B))
+                     flip=torch.arange(B) % 2.0, size=normal(B, 2, seed=2) * 99, has_controls=torch.ones(B))
 
 
 # ---------------------------------------------------------------- time
@@ -324,7 +324,7 @@ def test_drop_semantics_by_mask_and_everywhere():
     part = cond.drop(semantics=mask)
     assert part.label.tolist() == [NULL_LABEL, 1, 2, NULL_LABEL, 4]
     assert (part.text[mask] == 0).all() and torch.equal(part.text[~mask], cond.text[~mask])
-    assert torch.equal(part.steered, cond.steered) and part.size is cond.size
+    assert torch.equal(part.has_controls, cond.has_controls) and part.size is cond.size
     gone = cond.drop(semantics=True)
     assert (gone.label == NULL_LABEL).all() and (gone.text == 0).all()
 
@@ -332,7 +332,7 @@ def test_drop_semantics_by_mask_and_everywhere():
 def test_drop_controls_leaves_semantics():
     cond, mask = full(), torch.tensor([True, False, False, True, False])
     part = cond.drop(controls=mask)
-    assert part.steered.tolist() == [0, 1, 1, 0, 1]
+    assert part.has_controls.tolist() == [0, 1, 1, 0, 1]
     assert torch.equal(part.label, cond.label) and torch.equal(part.text, cond.text)
 
 
@@ -346,7 +346,7 @@ def test_drop_of_nothing_changes_nothing_and_of_no_fields_gives_no_fields():
 
 def test_map_applies_to_what_is_there():
     cond = full().map(lambda v: v[[3, 1]])
-    assert cond.label.tolist() == [3, 1] and cond.text.shape == (2, L, E) and cond.steered.shape == (2,)
+    assert cond.label.tolist() == [3, 1] and cond.text.shape == (2, L, E) and cond.has_controls.shape == (2,)
     assert Condition(flip=torch.ones(2)).map(lambda v: v + 1).flip.tolist() == [2, 2]
     assert Condition().map(lambda v: v + 1) == Condition()
     assert full().to(torch.device("meta")).size.device.type == "meta"
@@ -362,14 +362,14 @@ def test_concatenate_keeps_order_and_absence():
 
 @pytest.mark.parametrize("semantics, controls, there", [
     ("none", (), set()), ("class", (), {"label"}), ("text", (), {"text"}),
-    ("text", ("crop", "size"), {"text", "crop", "size", "steered"}), ("none", ("flip",), {"flip", "steered"})])
+    ("text", ("crop", "size"), {"text", "crop", "size", "has_controls"}), ("none", ("flip",), {"flip", "has_controls"})])
 def test_a_condition_has_what_the_model_reads(semantics, controls, there):
     batch = vars(full()) | {"image": torch.zeros(B, 3, 4, 4), "caption": ["a"] * B}
-    del batch["steered"]
+    del batch["has_controls"]
     cond = make_condition(batch, semantics, controls)
     assert {k for k, v in vars(cond).items() if v is not None} == there
-    assert all(getattr(cond, k) is batch[k] for k in there - {"steered"})
-    assert "steered" not in there or cond.steered.tolist() == [1] * B
+    assert all(getattr(cond, k) is batch[k] for k in there - {"has_controls"})
+    assert "has_controls" not in there or cond.has_controls.tolist() == [1] * B
 
 
 def test_captions_of_a_condition_are_padded_by_one_generator_or_one_each():

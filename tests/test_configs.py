@@ -15,6 +15,7 @@ import train
 from config import SIZES, Config, UserError, load, to_json
 from runtime import checkpoint
 from schedule import alpha_bar_table, rescale_guidance, to_sigma
+from text import make_encoder
 from transfer import init_from
 
 ROOT = Path(__file__).parent.parent
@@ -37,7 +38,7 @@ def complete(name):
     if m.semantics == "class":
         m = dataclasses.replace(m, classes=m.classes or 10)
     if m.semantics == "text" and not m.text_dim:
-        encoder = data.make_encoder(cfg)
+        encoder = make_encoder(cfg)
         m = dataclasses.replace(m, text_dim=encoder.dim, text_length=encoder.length)
     return dataclasses.replace(cfg, model=m)
 
@@ -71,7 +72,7 @@ def test_its_run_may_begin(name):
 def test_its_model_can_be_built_and_agrees_with_what_is_varied(name):
     cfg = complete(name)
     assert parameters(cfg.model) > 0 and model.flops(cfg.model) > 0
-    assert {*model.control_names(cfg.model)} <= {*cfg.augment.split("+")}, "steered by something that does not vary"
+    assert {*model.control_names(cfg.model)} <= {*cfg.augment.split("+")}, "a control that does not vary"
 
 
 @each
@@ -160,7 +161,7 @@ def test_the_high_resolution_run_goes_on_from_the_low_one(low, high):
     s = b.model.resolution / a.model.resolution
     assert s == 2 and b.init_from == a.out and a.init_from == ""
     changed = {f.name for f in dataclasses.fields(a.model) if getattr(a.model, f.name) != getattr(b.model, f.name)}
-    assert changed == {"resolution", "rescale"}
+    assert changed == {"resolution", "sigma_scale"}
     sigma = [to_sigma(alpha_bar_table(m.schedule, m.timesteps, m.sigma_scale)) for m in (a.model, b.model)]
     assert torch.allclose(sigma[1], s * sigma[0], rtol=1e-12)
     assert b.guidance == rescale_guidance(a.guidance, s)

@@ -117,7 +117,7 @@ def test_controls_are_drawn_together_from_those_of_the_training(tmp_path):
     cond, _ = wishes(out)(many)
     known = [(*ROWS["size"][k], *ROWS["crop"][k], ROWS["flip"][k]) for k in range(3)]
     seen = [(*s, *c, f) for s, c, f in zip(cond.size.tolist(), cond.crop.tolist(), cond.flip.tolist())]
-    assert set(seen) == set(known) and (cond.steered == 1).all()
+    assert set(seen) == set(known) and (cond.has_controls == 1).all()
     shares = np.array([seen.count(row) for row in known]) / 300         # a third each, to 4 standard errors
     assert abs(shares - 1 / 3).max() < 4 * np.sqrt(2 / 9 / 300)
     assert wishes(out)(many[7:9])[0].size.tolist() == cond.size[7:9].tolist()           # by number, not by batch

@@ -48,7 +48,7 @@ def test_the_magnitude_is_the_mean_over_tokens_of_their_rms():
 def test_every_layer_is_measured_as_if_it_were_run_by_hand():
     net, (x, i, cond) = network(), inputs()
     found = magnitudes.measure(net, partial(net, x, i, cond))
-    tokens, (c, ctx), rms = net.x_embedder(x), net.condition(i, cond), lambda v: v.square().mean(-1).sqrt().mean()
+    tokens, (c, ctx), rms = net.x_embedder(x), net.embed_condition(i, cond), lambda v: v.square().mean(-1).sqrt().mean()
     wanted = {"x_embedder": rms(tokens)}
     tokens = tokens + net.positions(3, 3)
     for k, block in enumerate(net.blocks):

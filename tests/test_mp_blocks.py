@@ -131,12 +131,12 @@ def test_attention_of_correlated_tokens_averages_less_and_the_squared_weights_no
 
 def test_heads_are_normalised_one_by_one_before_the_projection():
     torch.manual_seed(0)
-    preserve = ("cosine", "weights", "stream", "heads")
-    attn, x = mp_layers.MPAttention(D, H, preserve), normal(B, 6, D)
+    mp = ("cosine", "weights", "stream", "heads")
+    attn, x = mp_layers.MPAttention(D, H, mp), normal(B, 6, D)
     q, k, v = heads(x @ weight(attn.qkv).T, 3)
     a = softmax_attention(unit(q), unit(k), v).unflatten(-1, (H, -1))
     assert torch.allclose(attn(x), unit(a).flatten(-2) @ weight(attn.proj).T, atol=1e-5)
-    joint, ctx = mp_layers.MPJointAttention(D, H, False, preserve), normal(B, L, D, seed=1)
+    joint, ctx = mp_layers.MPJointAttention(D, H, False, mp), normal(B, L, D, seed=1)
     joint.proj.weight.data = torch.eye(D)
     both = torch.cat(joint(x, ctx), 1).unflatten(-1, (H, -1)) * math.sqrt(D)
     assert torch.allclose(both.square().mean(-1).sqrt(), torch.tensor(math.sqrt(D)), rtol=1e-3)
@@ -158,7 +158,7 @@ def test_joint_attention_is_the_formula(last):
 
 # ---------------------------------------------------------------- blocks
 
-def steered(x, m):
+def modulated(x, m):
     y = x * (1 + m["scale"]) + m["shift"]
     turn, (a, b) = m["rotate"], (y[..., ::2], y[..., 1::2])
     return torch.stack([a * turn.cos() - b * turn.sin(), a * turn.sin() + b * turn.cos()], -1).flatten(-2)
@@ -173,25 +173,25 @@ def test_mp_dit_block_is_the_formula_of_the_paper():
     block, x, c = random(model.MPDiTBlock(D, H, False, ALL)), normal(B, 6, D), normal(B, D, seed=1)
     a, m = ({k: (F.silu(c) / 0.5964692 @ weight(layer).T)[:, None] for k, layer in part.layers.items()}
             for part in (block.attn_modulation, block.mlp_modulation))
-    y = blend(x, (1 + a["gate"]) * block.attn(steered(x, a)))
-    y = blend(y, (1 + m["gate"]) * block.mlp(steered(y, m)))
+    y = blend(x, (1 + a["gate"]) * block.attn(modulated(x, a)))
+    y = blend(y, (1 + m["gate"]) * block.mlp(modulated(y, m)))
     out, ctx = block(x, None, c)
     assert ctx is None and torch.allclose(out, y, atol=1e-4)
 
 
-@pytest.mark.parametrize("preserve", [(), ("cosine",), ("cosine", "weights")])
-def test_without_stream_the_block_is_dit_s(preserve):
+@pytest.mark.parametrize("mp", [(), ("cosine",), ("cosine", "weights")])
+def test_without_stream_the_block_is_dit_s(mp):
     """LayerNorm, plain sums, a gate of zero at first; SiLU and no biases, as in the ladder of the paper."""
     torch.manual_seed(0)
-    block, x, c = model.MPDiTBlock(D, H, False, ALL, preserve), normal(B, 6, D), normal(B, D, seed=1)
+    block, x, c = model.MPDiTBlock(D, H, False, ALL, mp), normal(B, 6, D), normal(B, D, seed=1)
     assert torch.equal(block(x, None, c)[0], x)
     a, m = random(block).attn_modulation(c), block.mlp_modulation(c)
     layer = block.attn_modulation.layers["scale"]
-    matrix = weight(layer) if "weights" in preserve else layer.weight
+    matrix = weight(layer) if "weights" in mp else layer.weight
     assert torch.allclose(a["scale"][:, 0], F.silu(c) @ matrix.T, atol=1e-5)
     plain = lambda v: F.layer_norm(v, (D,), eps=1e-6)
-    y = x + a["gate"] * block.attn(steered(plain(x), a))
-    y = y + m["gate"] * block.mlp.fc2(F.silu(block.mlp.fc1(steered(plain(y), m))))
+    y = x + a["gate"] * block.attn(modulated(plain(x), a))
+    y = y + m["gate"] * block.mlp.fc2(F.silu(block.mlp.fc1(modulated(plain(y), m))))
     assert torch.allclose(block(x, None, c)[0], y, atol=1e-4)
 
 
@@ -201,9 +201,9 @@ def test_mp_mmdit_block_is_the_formula(last):
     block = random(model.MPMMDiTBlock(D, H, last, ALL))
     x, ctx, c = normal(B, 6, D), normal(B, L, D, seed=2), normal(B, D, seed=1)
     a, m = block.attn_modulation(c), block.mlp_modulation(c)
-    out, out_ctx = block.attn(steered(x, a), ctx)
+    out, out_ctx = block.attn(modulated(x, a), ctx)
     y = blend(x, (1 + a["gate"]) * out)
-    y = blend(y, (1 + m["gate"]) * block.mlp(steered(y, m)))
+    y = blend(y, (1 + m["gate"]) * block.mlp(modulated(y, m)))
     got, got_ctx = block(x, ctx, c)
     assert torch.allclose(got, y, atol=1e-4)
     assert got_ctx is ctx if last else torch.allclose(got_ctx, blend(ctx, out_ctx), atol=1e-5)
@@ -232,10 +232,10 @@ def test_ends_of_the_trunk_are_their_formulas():
     direct = F.conv2d(x, kernel[:, :-1].view(D, C, P, P), stride=P) + kernel[:, -1, None, None]
     assert torch.allclose(embed(x), direct.flatten(2).transpose(1, 2), atol=1e-5)
     tokens, c = normal(B, h * w, D), normal(B, D, seed=1)
-    for preserve, before in ((mp_layers.FULL, lambda v: v), (("weights",), lambda v: F.layer_norm(v, (D,), eps=1e-6))):
-        last = random(mp_layers.MPFinalLayer(D, P, C, ALL, preserve))
+    for mp, before in ((mp_layers.FULL, lambda v: v), (("weights",), lambda v: F.layer_norm(v, (D,), eps=1e-6))):
+        last = random(mp_layers.MPFinalLayer(D, P, C, ALL, mp))
         assert set(last.modulation.layers) == {"shift", "scale", "rotate"}
-        y = steered(before(tokens), last.modulation(c)) @ weight(last.linear).T
+        y = modulated(before(tokens), last.modulation(c)) @ weight(last.linear).T
         y = torch.einsum("nhwpqc->nchpwq", y.reshape(B, h, w, P, P, C)).reshape(B, C, h * P, w * P)
         assert torch.allclose(last(tokens, c, h, w), y, atol=1e-5)
 
@@ -291,13 +291,13 @@ def test_magnitudes_enter_the_trunk_at_one():
 
 def test_a_network_keeps_its_magnitude_with_heads_normalised_and_slowly_loses_it_without():
     found = {}
-    for preserve in ("cosine+weights+stream", "cosine+weights+stream+heads"):
-        cfg = ModelConfig(arch="mpdit", patch=2, mp=preserve, **MAG, width=256, depth=6, heads=4)
+    for mp in ("cosine+weights+stream", "cosine+weights+stream+heads"):
+        cfg = ModelConfig(arch="mpdit", patch=2, mp=mp, **MAG, width=256, depth=6, heads=4)
         net, trunk = build(cfg, acting=False), []
         for block in net.blocks:
             block.register_forward_hook(lambda block, args, out: trunk.append(mp_layers.magnitude(out[0]).item()))
         net(normal(2, 4, 16, 16), torch.tensor([100.0, 800]), Condition(label=torch.tensor([1, 700])))
-        found[preserve] = trunk
+        found[mp] = trunk
     without, normalised = found.values()
     assert all(0.9 < m < 1.1 for m in normalised), normalised
     assert 0.6 < without[-1] < 0.9 and without[-1] == min(without), without
@@ -336,23 +336,23 @@ def test_text_tokens_enter_with_unit_magnitude_the_empty_one_too():
 
 
 def test_controls_blend_in_by_magnitude():
-    """(c + w_h e_h + w_l e_l) / sqrt(1 + w_h^2 + w_l^2), w a gain times steered, of size times gamma_c as well."""
+    """(c + w_h e_h + w_l e_l) / sqrt(1 + w_h^2 + w_l^2), w a gain times has_controls, of size times gamma_c as well."""
     net = build(replace(BASE, controls="crop+flip+size")).control_embedder
     gain = {"high": 0.8, "low": -1.7}
     for name, mlp in net.mlps.items():
         mlp.fc2.gain.data.fill_(gain[name])
     cond = Condition(crop=normal(B, 2) * 9, flip=torch.tensor([0.0, 1, 0, 1]), size=normal(B, 2).abs() * 99,
-                     steered=torch.tensor([1.0, 1, 0, 1]))
+                     has_controls=torch.tensor([1.0, 1, 0, 1]))
     c, t = normal(B, D, seed=1), torch.tensor([0.0, 0.1, 0.2, 1.0])
     e = {}
     for name, mlp in net.mlps.items():
         x = math.sqrt(2) * net.features(cond, net.high if name == "high" else net.low)
         assert torch.allclose(x.square().mean(1), torch.ones(B), atol=1e-4)
         e[name] = (F.silu(x @ weight(mlp.fc1).T) / 0.5964692) @ (weight(mlp.fc2) / mlp.fc2.gain).T
-    a, b = (cond.steered * gain["high"])[:, None], (cond.steered * gain["low"] * control_weight(t))[:, None]
+    a, b = (cond.has_controls * gain["high"])[:, None], (cond.has_controls * gain["low"] * control_weight(t))[:, None]
     exact = (c + a * e["high"] + b * e["low"]) / (1 + a ** 2 + b ** 2).sqrt()
     assert torch.allclose(net(c, cond, t), exact, atol=1e-4)
-    assert torch.equal(net(c, cond, t)[2], c[2])            # not steered
+    assert torch.equal(net(c, cond, t)[2], c[2])            # without controls
 
 
 # ---------------------------------------------------------------- counts
@@ -433,9 +433,9 @@ def test_an_mp_architecture_has_every_change_of_the_paper_by_default():
     assert model.mp_features(replace(BASE, mp="heads+cosine")) == ("cosine", "heads")
 
 
-@pytest.mark.parametrize("preserve", [*LADDER.values(), "cosine+weights+stream+heads"])
-def test_every_rung_starts_at_zero_and_learns_with_every_parameter(preserve):
-    cfg = replace(BASE, mp=preserve)
+@pytest.mark.parametrize("mp", [*LADDER.values(), "cosine+weights+stream+heads"])
+def test_every_rung_starts_at_zero_and_learns_with_every_parameter(mp):
+    cfg = replace(BASE, mp=mp)
     x, i, cond = inputs()
     assert (build(cfg, acting=False)(x, i, cond) == 0).all()
     net = build(cfg)
@@ -462,13 +462,13 @@ def read(name):
 @pytest.mark.parametrize("data", ["shapes", "imagenet128"])
 def test_the_ladder_and_the_modulations_are_one_config_but_for_what_they_vary(data):
     e = read(f"{data}_e")
-    assert e.normalize and model.mp_features(e.model) == mp_layers.FULL and e.model.modulation == "scale+shift+gate"
+    assert e.forced_weight_norm and model.mp_features(e.model) == mp_layers.FULL and e.model.modulation == "scale+shift+gate"
     rungs = {k: (replace(e.model, mp=LADDER["c" if k == "d" else k]), k == "d") for k in "abcd"}
     rungs |= {k: (replace(e.model, modulation=k.replace("_", "+") + "+gate"), True)
               for k in ("scale", "rotate", "scale_rotate")}
-    for name, (m, normalize) in rungs.items():
+    for name, (m, forced) in rungs.items():
         cfg = read(f"{data}_{name}")
-        assert cfg == replace(e, out=f"out/mp/{data}_{name}", model=m, forced_weight_norm=normalize)
+        assert cfg == replace(e, out=f"out/mp/{data}_{name}", model=m, forced_weight_norm=forced)
         model.check(cfg.model)
     assert len(list(CONFIGS.glob(f"{data}_*.py"))) == len(rungs) + 1
 

@@ -258,9 +258,9 @@ def test_an_embedding_has_rows_of_unit_magnitude():
 def test_mlp_is_its_formula():
     torch.manual_seed(0)
     x = normal(B, K)
-    for preserve, act in ((mp_layers.FULL, mp_layers.mp_silu), (("weights",), F.silu), ((), F.silu)):
-        net = mp_layers.MPMLP(K, 50, D, preserve)
-        assert isinstance(net.fc1, mp_layers.MPLinear if preserve else mp_layers.PlainLinear)
+    for mp, act in ((mp_layers.FULL, mp_layers.mp_silu), (("weights",), F.silu), ((), F.silu)):
+        net = mp_layers.MPMLP(K, 50, D, mp)
+        assert isinstance(net.fc1, mp_layers.MPLinear if mp else mp_layers.PlainLinear)
         assert torch.allclose(net(x), net.fc2(act(net.fc1(x)))) and net(x).shape == (B, D)
 
 

@@ -143,7 +143,7 @@ def test_ddim_equals_diffusers(spacing, steps, eta):
     g = torch.Generator().manual_seed(0)
     noise, *fresh = torch.randn(1 + steps, 2, 3, 5, 4, generator=g, dtype=torch.float64)
     denoise = lambda x, i: torch.tanh(x * (1 + i.view(-1, 1, 1, 1) / 500))
-    ours = ddim(denoise, noise, scaled_linear_alpha_bar(), steps, spacing, eta, lambda k: fresh[k])
+    ours = ddim(denoise, noise, scaled_linear_alpha_bar(), steps, eta, spacing, lambda k: fresh[k])
     x, made = noise, scheduler(spacing, steps)
     for k, i in enumerate(made.timesteps):
         x = made.step(denoise(x, i.expand(len(x)).double()), i, x, eta, variance_noise=fresh[k]).prev_sample

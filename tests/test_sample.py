@@ -183,14 +183,14 @@ B, SHAPE = 3, (2, 4, 6)
 
 
 class Spy:
-    """A network whose eps tells what it saw: x, i, label and steered; counts calls and rows."""
+    """A network whose eps tells what it saw: x, i, label and has_controls; counts calls and rows."""
     def __init__(self):
         self.calls, self.rows = 0, 0
 
     def __call__(self, x, i, cond):
         self.calls, self.rows = self.calls + 1, self.rows + len(x)
         out = x * 0.5 + i.to(x).view(-1, 1, 1, 1)
-        for weight, v in ((10, cond.label), (100, cond.steered), (1000, cond.flip)):
+        for weight, v in ((10, cond.label), (100, cond.has_controls), (1000, cond.flip)):
             if v is not None:
                 assert len(v) == len(x)
                 out = out + weight * (1 + v.to(x)).view(-1, 1, 1, 1)
@@ -198,7 +198,7 @@ class Spy:
 
 
 def condition():
-    return Condition(label=torch.tensor([4, 0, 2]), flip=torch.tensor([1.0, 0, 1]), steered=torch.ones(B))
+    return Condition(label=torch.tensor([4, 0, 2]), flip=torch.tensor([1.0, 0, 1]), has_controls=torch.ones(B))
 
 
 @pytest.mark.parametrize("lam, beta, passes", [
@@ -231,13 +231,13 @@ def test_an_interval_of_sigma_is_one_of_indices(low, high):
 
 
 def test_guidance_without_controls_has_no_use_for_beta():
-    spy, cond, x, i = Spy(), replace(condition(), flip=None, steered=None), normal(B, *SHAPE), torch.zeros(B)
+    spy, cond, x, i = Spy(), replace(condition(), flip=None, has_controls=None), normal(B, *SHAPE), torch.zeros(B)
     eps = with_guidance(spy, cond, 3.0, 0.3)(x, i)
     assert spy.rows == 2 * B
     assert torch.allclose(eps, 3 * Spy()(x, i, cond) - 2 * Spy()(x, i, cond.drop(semantics=True)))
 
 
-@pytest.mark.parametrize("cond", [Condition(), Condition(flip=torch.ones(B), steered=torch.ones(B))])
+@pytest.mark.parametrize("cond", [Condition(), Condition(flip=torch.ones(B), has_controls=torch.ones(B))])
 def test_guidance_without_semantics(cond):
     x, i = normal(B, *SHAPE), torch.zeros(B)
     free = Spy()(x, i, cond.drop(controls=True))

@@ -800,11 +800,11 @@ class Remembers(torch.nn.Module):
 @pytest.mark.parametrize("drop, drop_controls", [(0.1, 0.1), (0.3, 0.0), (0.0, 0.25)])
 def test_shares_that_are_trained_without_controls_and_without_everything(drop, drop_controls):
     n, net = 20000, Remembers()
-    cond = train.Condition(label=torch.ones(n, dtype=torch.long), flip=torch.ones(n), steered=torch.ones(n))
+    cond = train.Condition(label=torch.ones(n, dtype=torch.long), flip=torch.ones(n), has_controls=torch.ones(n))
     g, alpha_bar = torch.Generator().manual_seed(3), torch.linspace(0.99, 0.01, 50)
     train.denoising_loss(net, torch.zeros(n, 1, 2, 4), cond, g, alpha_bar,
                          config.Config(cond_dropout=drop, control_dropout=drop_controls))
-    null, free = net.cond.label == -1, net.cond.steered == 0
+    null, free = net.cond.label == -1, net.cond.has_controls == 0
     assert not (null & ~free).any()                         # never controls without semantics
     for share, expected in ((null, drop), (free & ~null, drop_controls)):
         error = (expected * (1 - expected) / n) ** 0.5

@@ -83,7 +83,7 @@ def test_a_started_network_computes_what_the_old_run_does(tmp_path):
     g = torch.Generator().manual_seed(0)
     x, i = torch.randn(4, 3, 18, 18, generator=g), torch.tensor([0.0, 25, 500, 999])
     cond = Condition(text=torch.randn(4, 7, 11, generator=g), crop=torch.rand(4, 2, generator=g),
-                     size=99 * torch.rand(4, 2, generator=g), steered=torch.ones(4))
+                     size=99 * torch.rand(4, 2, generator=g), has_controls=torch.ones(4))
     assert torch.equal(net(x, i, cond), old(x, i, cond))
 
 
