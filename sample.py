@@ -1,14 +1,14 @@
-"""Sampling: samplers as functions of any callable, guidance, the condition of every image, and the command line.
+"""Sampling: samplers as functions of any callable, guidance, the condition of every image, the command line.
 
 python sample.py --out=out/shapes --prompt="a red ring left of a blue square" --n=16
 python sample.py --out=out/shapes32 --size=96,96 --crop=0,0 --flip=0 --guidance=3 --control_guidance=1.4
 python sample.py --out=out/cc12m --prompts=captions.txt --n=5000        (line k is the prompt of image k)
-python sample.py --weights=DiT-XL-2-256x256.pt --autoencoder=stabilityai/sd-vae-ft-ema --label=207 --out=out/dit
+python sample.py --pretrained=DiT-XL-2-256x256.pt --autoencoder=stabilityai/sd-vae-ft-ema --label=207 --out=out/dit
 torchrun --nproc_per_node=8 -- sample.py --out=out/imagenet --n=50000          (resumes when run again after a stop)
 
 Writes <out>/samples/<name>.npz (arr_0, uint8, for evaluators), <name>.txt (the prompt or class of each image, one a
-line), <name>.json (all options) and, for a few images, a grid <name>.png. The run folder says everything about the
-model. To add a sampler, write a function and a row of SAMPLERS.
+line), <name>.json (all options) and, for up to 64 images, a grid <name>.png. The run folder describes the model.
+To add a sampler, write a function and a row of SAMPLERS.
 Dimensions: B batch, C channels, h x w pixels, T noise steps, L tokens of a caption, E their width.
 """
 import difflib
@@ -17,6 +17,8 @@ import io
 import json
 import math
 import os
+import re
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -43,7 +45,7 @@ from text import WordVectors, make_encoder
 
 Denoise = Callable[[Tensor, Tensor], Tensor]        # (x (B, C, h, w), i (B,)) -> eps like x
 
-GRID = 64                                           # up to this many images also become one PNG
+GRID = 64                               # up to this many images also become one PNG
 
 
 # ---------------------------------------------------------------- samplers
@@ -90,18 +92,39 @@ def heun(denoise: Denoise, noise: Tensor, alpha_bar: Tensor, steps: int, spacing
     return z
 
 
+def dpmpp(denoise: Denoise, noise: Tensor, alpha_bar: Tensor, steps: int, spacing: str = "trailing") -> Tensor:
+    """[DPMS] alg. 2, DPM-Solver++(2M): x' = (sigma'/sigma) x - alpha' (exp(-h) - 1) D, h the step in ln(alpha/sigma).
+
+    D = x0 + (x0 - x0_before) / (2 r), r = h_before / h. The first step and the last, to sigma = 0, take D = x0 and are
+    DDIM's. alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar). One call a step. Arguments as for ddim."""
+    x, x0_before, indices = noise, noise, ddim_indices(len(alpha_bar), steps, spacing).tolist()
+    alpha = [math.sqrt(alpha_bar[i].item()) for i in indices] + [1.0]
+    sigma = [math.sqrt(1 - alpha_bar[i].item()) for i in indices] + [0.0]
+    decay = [alpha[k] / alpha[k + 1] * sigma[k + 1] / sigma[k] for k in range(steps)]       # exp(-h)
+    for k, i in enumerate(indices):
+        eps = denoise(x, torch.full((len(x),), float(i), device=x.device))
+        D = x0 = (x - sigma[k] * eps) / alpha[k]
+        if 0 < k < steps - 1:
+            r = math.log(decay[k - 1]) / math.log(decay[k])
+            D = x0 + (x0 - x0_before) / (2 * r)
+        x = sigma[k + 1] / sigma[k] * x - alpha[k + 1] * (decay[k] - 1) * D
+        x0_before = x0
+    return x
+
+
 class Sampler(NamedTuple):
-    """A row of SAMPLERS: function(denoise, noise, alpha_bar, steps, spacing=), with eta= and draw= if it adds noise."""
+    """A row of SAMPLERS: function(denoise, noise, alpha_bar, steps, spacing=), with eta= and draw= if stochastic."""
     function: Callable[..., Tensor]
     spacing: str                        # of its noise levels, unless --spacing says otherwise
-    fresh: bool = False                 # adds noise at every step
+    stochastic: bool = False            # adds noise at every step
 
 
-SAMPLERS = {"ddim": Sampler(ddim, "trailing", fresh=True), "heun": Sampler(heun, "linspace")}
+SAMPLERS = {"ddim": Sampler(ddim, "trailing", stochastic=True), "heun": Sampler(heun, "linspace"),
+            "dpmpp": Sampler(dpmpp, "trailing")}
 
 
 def with_guidance(net: Denoise, cond: Condition, lam: float, beta: float = 1.0,
-           interval: tuple[int, int] | None = None) -> Denoise:
+                  interval: tuple[int, int] | None = None) -> Denoise:
     """[COND] eq. 2 closed over a network: only the passes with a weight other than zero, all in one batch.
 
     lam 1 is no guidance, beta 1 guides on semantics alone; a condition without controls ignores beta.
@@ -125,9 +148,9 @@ def with_guidance(net: Denoise, cond: Condition, lam: float, beta: float = 1.0,
 
 @dataclass(frozen=True)
 class Options:
-    """What to draw."""
+    """Which images to generate, and how."""
     out: str = "out/demo"           # run folder, as given to train.py
-    ema_file: str = "weights.safetensors"  # in the run folder: the weights to draw with; ema.py makes others
+    ema_file: str = "weights.safetensors"  # averaged weights in the run folder; ema.py makes others
     pretrained: str = ""            # published DiT in place of a run: .pt file or diffusers folder; out is for images
     autoencoder: str = ""           # decodes latents: folder or hub name; empty = the one that made the run's latents
     prompt: str = ""                # caption; several are separated by ";"; empty = captions of the data set
@@ -135,9 +158,9 @@ class Options:
     label: str = ""                 # class, by name or number; several are separated by ";"; empty = all in turn
     n: int = 16                     # number of images
     steps: int = 50                 # sampling steps
-    sampler: str = field(default=next(iter(SAMPLERS)), metadata={"help": " or ".join(SAMPLERS)})
-    spacing: str = ""               # noise levels visited: trailing, leading, linspace; empty = the sampler's own
-    eta: float = -1.0               # fresh noise a step, if the sampler takes it: 0 none, 1 DDPM's; -1 = the run's
+    sampler: str = field(default=next(iter(SAMPLERS)), metadata={"help": ", ".join(SAMPLERS)})
+    spacing: str = ""               # of the noise levels: trailing, leading, linspace; empty = the sampler's own
+    eta: float = -1.0               # noise added per step by a stochastic sampler: 0 none, 1 DDPM's; -1 = the run's
     guidance: float = -1.0          # guidance scale lambda, 1 = none; -1 = the run's
     control_guidance: float = 1.0   # share of lambda that goes to the controls too: 0 none, 1 all, above 1 exaggerates
     guidance_interval: str = ""     # LOW,HIGH: guide only where sigma lies between these; empty = everywhere
@@ -153,23 +176,20 @@ class Options:
 
 
 def check(o: Options, cfg: Config) -> Options:
-    """The options with the run's defaults filled in. UserError, before anything is drawn, if they cannot be met."""
+    """Return the options with the run's defaults filled in. UserError if they do not fit the run."""
     if o.sampler not in SAMPLERS:
         raise UserError(f"unknown sampler={o.sampler!r}; there are {', '.join(SAMPLERS)}")
     sampler, m = SAMPLERS[o.sampler], cfg.model
-    if o.eta != -1 and not 0 <= o.eta <= sampler.fresh:
-        fresh = ", ".join(name for name, row in SAMPLERS.items() if row.fresh)
-        raise UserError(f"eta={o.eta} must lie between 0, no fresh noise, and 1, DDPM's, or be -1, the run's own; only "
-                        f"{fresh} may have fresh noise, got sampler={o.sampler!r}")
-    if min(o.n, o.batch, o.steps) < 1 or o.steps > m.timesteps:
-        raise UserError(f"n={o.n}, batch={o.batch} and steps={o.steps} must be at least 1, steps at most "
-                        f"{m.timesteps}")
+    if o.eta != -1 and not 0 <= o.eta <= sampler.stochastic:
+        stochastic = ", ".join(name for name, row in SAMPLERS.items() if row.stochastic)
+        raise UserError(f"eta={o.eta} must lie between 0, no added noise, and 1, DDPM's, or be -1, the run's own; only "
+                        f"{stochastic} adds noise, got sampler={o.sampler!r}")
+    if min(o.n, o.batch) < 1:
+        raise UserError(f"n={o.n} and batch={o.batch} must be at least 1")
     if o.control_guidance != 1 and not model.control_names(m):
         raise UserError(f"control_guidance={o.control_guidance} needs a model with controls; {o.out} has none")
     guidance_indices(o, alpha_bar_table(m.schedule, m.timesteps, m.sigma_scale))
     image_size(o, cfg)
-    if Path(o.name).name != o.name:
-        raise UserError(f"name={o.name!r} is a file name without folders; files go to {o.out}/samples")
     try:
         ddim_indices(m.timesteps, o.steps, o.spacing or sampler.spacing)
     except ValueError as e:
@@ -178,13 +198,13 @@ def check(o: Options, cfg: Config) -> Options:
 
 
 def resolve_defaults(o: Options, cfg: Config) -> Options:
-    """The options with the run's guidance scale and share of fresh noise in place of -1."""
-    eta = cfg.eta if SAMPLERS[o.sampler].fresh else 0.0
+    """Return the options with the run's guidance scale and eta in place of -1."""
+    eta = cfg.eta if SAMPLERS[o.sampler].stochastic else 0.0
     return replace(o, guidance=cfg.guidance if o.guidance < 0 else o.guidance, eta=eta if o.eta == -1 else o.eta)
 
 
 def guidance_indices(o: Options, alpha_bar: Tensor) -> tuple[int, int] | None:
-    """The lowest and the highest noise index with a sigma in --guidance_interval; None if all are guided."""
+    """Return the lowest and the highest noise index with a sigma in --guidance_interval; None if all are guided."""
     if not o.guidance_interval:
         return None
     (low, high), sigma = parse_numbers("guidance_interval", o.guidance_interval, 2), to_sigma(alpha_bar)
@@ -196,36 +216,28 @@ def guidance_indices(o: Options, alpha_bar: Tensor) -> tuple[int, int] | None:
 
 
 def image_size(o: Options, cfg: Config) -> tuple[int, int]:
-    """(h, w) of the images: those of training, or --resolution in multiples of the patch."""
-    if not o.resolution:
-        return cfg.model.resolution, cfg.model.resolution
-    h, w = parse_numbers("resolution", o.resolution, 2)
+    """Return (h, w) of the images: those of training, or --resolution in multiples of the patch."""
+    h, w = parse_numbers("resolution", o.resolution, 2) if o.resolution else [cfg.model.resolution] * 2
     if min(h, w) < 1 or h % cfg.model.patch or w % cfg.model.patch:
-        raise UserError(f"resolution={o.resolution!r} is not two multiples of the model's patch, {cfg.model.patch}")
+        raise UserError(f"resolution={o.resolution!r} must be two multiples of the model's patch, {cfg.model.patch}")
     return int(h), int(w)
 
 
 def parse_numbers(key: str, text: str, count: int) -> list[float]:
-    """`text` as `count` numbers from 0 up, joined by commas; UserError otherwise."""
-    try:
-        values = [float(part) for part in text.split(",")]
-    except ValueError:
-        values = []
-    if len(values) != count or not all(0 <= v < math.inf for v in values):
-        raise UserError(f"--{key} wants {('one number', 'two numbers')[count - 1]} from 0 up, like "
-                        f"--{key}={','.join(['16', '24'][:count])}, got {text!r}")
-    return values
+    """Read `count` numbers from 0 up, joined by commas; UserError for any other text."""
+    if not re.fullmatch(",".join([r" *\d*\.?\d+(e-?\d+)? *"] * count), text):
+        example = ",".join(["16", "24"][:count])
+        raise UserError(f"--{key} wants {count} number{'s' * (count > 1)} from 0 up, like {example}, got {text!r}")
+    return [float(part) for part in text.split(",")]
 
 
 # ---------------------------------------------------------------- the condition of every image
 
 def read_prompts(file: str, seed: int = 0) -> list[str]:
-    """A caption for every image: the lines of a UTF-8 file; an empty line is the empty caption.
+    """Read a caption for every image: the lines of a UTF-8 file; an empty line is the empty caption.
 
     A COCO captions json gives one caption of each image, in the order of their numbers, chosen by seed as
     coco.CocoCaptions does. UserError for a file that is missing, empty or in another encoding."""
-    if not Path(file).is_file():
-        raise UserError(f"no file at --prompts={file!r}; wanted captions, one a line, or COCO's captions json")
     if file.endswith(".json"):
         names, captions = coco.read(file)
         return [pick_caption(captions[k], seed64(seed, "coco", k)) for k in sorted(names) if k in captions]
@@ -239,47 +251,43 @@ def read_prompts(file: str, seed: int = 0) -> list[str]:
 
 
 def padding_generators(indices: Sequence[int], seed: int) -> list[torch.Generator]:
-    """[COND] sec. 2.1: a generator for the padding noise of each image, keyed by its number."""
+    """[COND] sec. 2.1: make a generator for the padding noise of each image, keyed by its number."""
     return [torch.Generator().manual_seed(seed64(seed, "padding", int(k))) for k in indices]
 
 
 class SampleConditions:
-    """The condition of every image of a run, by its number: prompt or class, and controls.
+    """The condition of every image of a run, by number: prompt or class, and controls.
 
-    The options set them; else they are captions of the data set, all classes in turn, controls of training samples."""
+    The options set them; otherwise captions of the data set, all classes in turn, and controls of training samples."""
     def __init__(self, o: Options, cfg: Config, header: dict[str, str]) -> None:
-        self.cfg, self.seed = cfg, o.seed
-        self.semantics, self.classes = cfg.model.semantics, json.loads(header["classes"])
-        for key, other in (("prompt", "text"), ("prompts", "text"), ("label", "class")):
-            if getattr(o, key) and self.semantics != other:
-                raise UserError(f"--{key} needs a model of {other}; {o.out} has semantics={self.semantics!r}")
+        self.cfg, self.seed, self.semantics = cfg, o.seed, cfg.model.semantics
+        self.classes = json.loads(header["classes"])
+        for key, needed in (("prompt", "text"), ("prompts", "text"), ("label", "class")):
+            if getattr(o, key) and self.semantics != needed:
+                raise UserError(f"--{key} needs a model of {needed}; {o.out} has semantics={self.semantics!r}")
         if o.prompt and o.prompts:
-            raise UserError(f"--prompt={o.prompt!r} and --prompts={o.prompts!r} both say what to draw; give one")
-        words = o.prompt or o.label
-        self.asked = read_prompts(o.prompts, o.seed) if o.prompts else [a.strip() for a in words.split(";") if words]
-        self.prompts_sha256 = hashlib.sha256("\n".join(self.asked).encode()).hexdigest() if o.prompts else ""
+            raise UserError(f"--prompt={o.prompt!r} and --prompts={o.prompts!r} exclude each other; give one")
+        listed = [part.strip() for part in (o.prompt or o.label).split(";") if o.prompt or o.label]
+        self.prompts = [] if o.label else read_prompts(o.prompts, o.seed) if o.prompts else listed
+        self.prompts_sha256 = hashlib.sha256("\n".join(self.prompts).encode()).hexdigest() if o.prompts else ""
+        self.labels = [self.class_index(name) for name in listed if o.label] or list(range(len(self.classes)))
         self.encoder = make_encoder(cfg, json.loads(header.get("encoder", "null")))
         if self.semantics == "text":
-            self.source = None if self.asked else data.open_source(cfg, split="test")
-        for caption in self.asked if isinstance(self.encoder, WordVectors) else self.asked[:1]:
-            if self.encoder:                                # finds unknown words, or another encoder than in training,
-                self.encoder.encode([caption])              # before anything is drawn
-        self.labels = [self.number(a) for a in self.asked] if self.semantics == "class" else []
-        self.labels = self.labels or list(range(len(self.classes)))
+            self.source = None if self.prompts else data.open_source(cfg, split="test")
+        for caption in self.prompts if isinstance(self.encoder, WordVectors) else self.prompts[:1]:
+            self.encoder.encode([caption])      # fails early for unknown words, or another encoder than in training
 
-        self.fixed = {}                                     # controls that the options set, (width,) each
-        for key, control in CONTROLS.items():
-            if (text := getattr(o, key)) and key not in model.control_names(cfg.model):
-                raise UserError(f"--{key} needs a model with this control; {o.out} has model.controls="
-                                f"{cfg.model.controls!r}")
-            if text:
-                self.fixed[key] = torch.tensor(parse_numbers(key, text, control.width))
+        self.fixed = {}                         # controls that the options set, (width,) each
+        for key in [key for key in CONTROLS if getattr(o, key)]:
+            if key not in model.control_names(cfg.model):
+                raise UserError(f"--{key} needs a model with this control; {o.out} has controls={cfg.model.controls!r}")
+            self.fixed[key] = torch.tensor(parse_numbers(key, getattr(o, key), CONTROLS[key].width))
         if o.flip and self.fixed["flip"].item() not in (0, 1):
             raise UserError(f"--flip wants 0 or 1, got {o.flip!r}")
         self.rows = {key: torch.tensor(rows) for key, rows in json.loads(header.get("controls", "{}")).items()}
 
-    def number(self, label: str) -> int:
-        """The number of a class given by name or number; UserError with the nearest names."""
+    def class_index(self, label: str) -> int:
+        """Return the number of a class given by name or number; UserError with the nearest names."""
         if label in self.classes:
             return self.classes.index(label)
         if label.isdigit() and int(label) < len(self.classes):
@@ -287,8 +295,8 @@ class SampleConditions:
         near = difflib.get_close_matches(label, self.classes, n=5, cutoff=0.4) or self.classes[:5]
         raise UserError(f"unknown class {label!r} among {len(self.classes)}; near: {', '.join(near)}")
 
-    def steering(self, indices: np.ndarray) -> dict[str, Tensor]:
-        """The controls of these images (B,): those of the options, the others from one training sample an image."""
+    def controls(self, indices: np.ndarray) -> dict[str, Tensor]:
+        """Return the controls of these images (B,): the fixed ones, the rest from one training sample an image."""
         if not self.rows:
             return {}
         total = len(next(iter(self.rows.values())))
@@ -296,39 +304,33 @@ class SampleConditions:
         values = {key: rows[row].float() for key, rows in self.rows.items()}    # (B, 2) or (B,)
         return values | {key: v.expand(len(indices), -1).reshape(values[key].shape) for key, v in self.fixed.items()}
 
-    def label(self, indices: np.ndarray) -> list[int]:
-        """The class of each of these images (B,) by number."""
-        return [self.labels[k % len(self.labels)] for k in indices]
+    def batch(self, indices: np.ndarray) -> data.Batch:
+        """Return a batch with the caption or the label of each of these images (B,)."""
+        if self.semantics == "class":
+            return {"label": torch.tensor([self.labels[k % len(self.labels)] for k in indices])}
+        if self.prompts:
+            return {"caption": [self.prompts[k % len(self.prompts)] for k in indices]}
+        return data.cyclic_batch(self.source, indices) if self.semantics == "text" else {}
 
-    def captions(self, indices: np.ndarray) -> data.Batch:
-        """A batch with the caption of each of these images (B,)."""
-        if self.asked:
-            return {"caption": [self.asked[k % len(self.asked)] for k in indices]}
-        return data.cyclic_batch(self.source, indices)
-
-    def titles(self, indices: np.ndarray) -> list[str]:
-        """A title for each of these images (B,): caption, name of the class, or nothing."""
-        if self.semantics == "text":
-            return self.captions(indices)["caption"]
-        return [self.classes[k] for k in self.label(indices)] if self.semantics == "class" else [""] * len(indices)
+    def titles(self, indices: np.ndarray, batch: data.Batch | None = None) -> list[str]:
+        """Return a title for each of these images (B,): caption, name of the class, or nothing."""
+        batch = self.batch(indices) if batch is None else batch
+        return data.titles(batch, self.classes) if batch else [""] * len(indices)
 
     def __call__(self, indices: np.ndarray) -> tuple[Condition, list[str]]:
-        """The condition of these images (B,) and a title for each."""
-        controls, batch = self.steering(indices), {}
-        if self.semantics == "text":
-            batch = data.with_text(self.captions(indices), self.encoder)
-        elif self.semantics == "class":
-            batch = {"label": torch.tensor(self.label(indices))}
+        """Return the condition of these images (B,) and a title for each."""
+        controls, batch = self.controls(indices), data.with_text(self.batch(indices), self.encoder)
         cond = make_condition(batch | controls, self.semantics, tuple(controls), self.cfg.padding,
                               self.cfg.padding_noise, padding_generators(indices, self.seed))
-        return cond, batch.get("caption") or self.titles(indices)
+        return cond, self.titles(indices, batch)
 
 
-# ---------------------------------------------------------------- drawing
+# ---------------------------------------------------------------- generating
 
+@torch.inference_mode()
 def generate(net: Denoise, cfg: Config, cond: Condition, indices: Sequence[int], o: Options,
-         device: torch.device) -> Tensor:
-    """Images (or latents) number `indices` under `cond`, one row each. (B, C, h, w), about [-1, 1]"""
+             device: torch.device) -> Tensor:
+    """Sample images (or latents) number `indices` under `cond`, one row each. (B, C, h, w), about [-1, 1]"""
     o, sampler, m = resolve_defaults(o, cfg), SAMPLERS[o.sampler], cfg.model
     alpha_bar = alpha_bar_table(m.schedule, m.timesteps, m.sigma_scale)
     denoise = with_guidance(net, cond.to(device), o.guidance, o.control_guidance, guidance_indices(o, alpha_bar))
@@ -336,14 +338,14 @@ def generate(net: Denoise, cfg: Config, cond: Condition, indices: Sequence[int],
     def noise(purpose: str) -> Tensor:
         return keyed_noise(indices, (m.channels, *image_size(o, cfg)), o.seed, purpose).to(device)
 
-    fresh = dict(eta=o.eta, draw=lambda k: noise(f"step {k}")) if sampler.fresh else {}
-    with torch.inference_mode():
-        spacing = o.spacing or sampler.spacing
-        return sampler.function(denoise, noise("sample"), alpha_bar, o.steps, spacing=spacing, **fresh)
+    options = {"spacing": o.spacing or sampler.spacing}
+    if sampler.stochastic:
+        options |= {"eta": o.eta, "draw": lambda k: noise(f"step {k}")}
+    return sampler.function(denoise, noise("sample"), alpha_bar, o.steps, **options)
 
 
 class Run(NamedTuple):
-    """A network that is ready to draw: run(indices) gives images about [-1, 1], decoded if it draws latents."""
+    """A network ready to sample: run(indices) gives images about [-1, 1], decoded if it makes latents."""
     options: Options                    # with the run's defaults filled in
     net: nn.Module
     cfg: Config
@@ -353,17 +355,14 @@ class Run(NamedTuple):
     device: torch.device
 
     def __call__(self, indices: Sequence[int], cond: Condition | None = None) -> Tensor:
-        """Images number `indices` under their own condition, or under `cond`. (B, C, h, w)"""
+        """Generate images number `indices` under their own condition, or under `cond`. (B, C, h, w)"""
         cond = self.conditions(indices)[0] if cond is None else cond
         return self.decoder[0](generate(self.net, self.cfg, cond, indices, self.options, self.device))
 
 
 def load_run(o: Options, device: torch.device) -> Run:
-    """The run that the options name, or published weights, on a device. UserError for options that it cannot meet."""
+    """Load the run that the options name, or published weights, onto a device. UserError for options that do not fit."""
     if o.pretrained:
-        if o.ema_file != Options.ema_file:
-            raise UserError(f"--ema_file={o.ema_file} is of the run {o.out}, --pretrained={o.pretrained} are published "
-                            "weights; give one of them")
         net, m = official_dit.load_official_dit(o.pretrained)
         cfg, header = official_dit.as_run(o.pretrained, m)
     else:
@@ -378,21 +377,21 @@ def load_run(o: Options, device: torch.device) -> Run:
 # ---------------------------------------------------------------- files
 
 def generate_all(images_of: Run, dist: distributed.Dist, part: Path) -> np.ndarray:
-    """All n images of a run, (n, f h, f w, C) uint8, in one file mapped to memory; the processes share the batches.
+    """Generate all n images of a run, (n, f h, f w, C) uint8, in one file mapped to memory; processes share batches.
 
-    A batch is marked once it is on the disk, so that the same command after a stop draws only the missing ones.
+    A batch is marked once it is on the disk, so that the same command after a stop generates only the missing ones.
     part: that file; the marks lie beside it, with another suffix."""
     o, (_, f) = images_of.options, images_of.decoder
     (h, w), batches = image_size(o, images_of.cfg), -(-o.n // o.batch)
     files = (((o.n, f * h, f * w, 3), part), ((batches,), part.with_suffix(".done")))
     if dist.rank == 0 and any(not f.exists() or f.stat().st_size != math.prod(shape) for shape, f in files):
-        remove_partial(part)                                       # neither is of use without the other
+        remove_partial(part)                                # neither is of use without the other
         for shape, file in files:
             np.memmap(file, np.uint8, "w+", shape=shape).flush()
-    distributed.broadcast_from_rank0(0, dist)                                 # the files exist before anyone opens them
+    distributed.broadcast_from_rank0(0, dist)               # the files exist before anyone opens them
     images, done = (np.memmap(file, np.uint8, "r+", shape=shape) for shape, file in files)
     mine = [b for b in range(dist.rank, batches, dist.world) if not done[b]]
-    for b in tqdm(mine, desc="drawing", unit="batch", disable=dist.rank > 0 or None):
+    for b in tqdm(mine, desc="sampling", unit="batch", disable=dist.rank > 0 or None):
         indices = np.arange(b * o.batch, (b + 1) * o.batch) if batches > 1 else np.arange(o.n)
         x = images_of(indices)                              # the last batch in full size too
         if not torch.isfinite(x).all():
@@ -401,7 +400,7 @@ def generate_all(images_of: Run, dist: distributed.Dist, part: Path) -> np.ndarr
         images.flush()
         done[b] = 1
         done.flush()
-    distributed.all_reduce_sum(torch.zeros(1, device=dist.device), dist).item()           # every process has finished
+    distributed.all_reduce_sum(torch.zeros(1, device=dist.device), dist).item()     # every process has finished
     return images
 
 
@@ -416,13 +415,12 @@ def write_npz(path: Path, images: np.ndarray) -> None:
     unfinished = path.with_suffix(".tmp")
     with open(unfinished, "wb") as f:
         np.savez(f, arr_0=images)
-        f.flush()
-        os.fsync(f.fileno())
+    log.sync(unfinished)
     os.replace(unfinished, path)
 
 
 def write_grid(path: Path, images: np.ndarray, titles: list[str]) -> None:
-    """All images, (n, H, W, C) uint8, with their titles in a square on one page."""
+    """Write all images, (n, H, W, C) uint8, with their titles in a square on one page."""
     pixels, page = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2) / 127.5 - 1, io.BytesIO()
     data.grid(pixels, math.ceil(math.sqrt(len(images))), titles).save(page, "png")
     log.write_bytes(path, page.getvalue())
@@ -431,28 +429,31 @@ def write_grid(path: Path, images: np.ndarray, titles: list[str]) -> None:
 def main(argv: list[str]) -> None:
     o = parse(argv, Options())
     dist = distributed.setup(o.threads)
-    drawn = load_run(o, dist.device)
-    o, wishes, out = drawn.options, drawn.conditions, Path(o.out)
-    protocol = {**asdict(o), "train_step": int(drawn.header["step"]), "weights_sha256": drawn.header["sha256"],
-                "prompts_sha256": wishes.prompts_sha256, "dtype": str(drawn.net.dtype)}
+    images_of = load_run(o, dist.device)
+    o, conditions, header = images_of.options, images_of.conditions, images_of.header
+    protocol = {**asdict(o), "train_step": int(header["step"]), "weights_sha256": header["sha256"],
+                "prompts_sha256": conditions.prompts_sha256, "dtype": str(images_of.net.dtype)}
     key = hashlib.sha256(json.dumps({**protocol, "threads": 0, "name": ""}).encode()).hexdigest()[:8]
-    path = out / "samples" / f"{o.name or key}.npz"
+    path = Path(o.out) / "samples" / f"{o.name or key}.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
 
-    part = path.with_name(f"{path.stem}-{key}.part")        # unfinished images of exactly these options
-    images = generate_all(drawn, dist, part)
-    if dist.rank == 0:
-        write_npz(path, images)
-        parts = np.split(np.arange(o.n), range(o.batch, o.n, o.batch))
-        titles = [" ".join(title.split()) for indices in parts for title in wishes.titles(indices)]
-        log.write_text(path.with_suffix(".txt"), "".join(f"{title}\n" for title in titles))
-        log.write_text(path.with_suffix(".json"), json.dumps(protocol, indent=1))
-        print(f"{o.n} images in {path}, their prompts in {path.with_suffix('.txt')}")
-        if o.n <= GRID:
-            write_grid(path.with_suffix(".png"), images, titles)
-            print(f"grid in {path.with_suffix('.png')}")
-        del images
-        remove_partial(part)
+    part, began = path.with_name(f"{path.stem}-{key}.part"), time.monotonic()   # images of exactly these options
+    images = generate_all(images_of, dist, part)
+    if dist.rank > 0:
+        return
+    print(f"{o.sampler} on {dist.device}, {protocol['dtype']}, guidance {o.guidance:g}, eta {o.eta:g}, "
+          f"{time.monotonic() - began:.1f} seconds")
+    write_npz(path, images)
+    batches = np.split(np.arange(o.n), range(o.batch, o.n, o.batch))
+    titles = [" ".join(title.split()) for indices in batches for title in conditions.titles(indices)]
+    log.write_text(path.with_suffix(".txt"), "".join(f"{title}\n" for title in titles))
+    log.write_text(path.with_suffix(".json"), json.dumps(protocol, indent=1))
+    print(f"{o.n} images in {path}, their prompts in {path.with_suffix('.txt')}")
+    if o.n <= GRID:
+        write_grid(path.with_suffix(".png"), images, titles)
+        print(f"grid in {path.with_suffix('.png')}")
+    del images
+    remove_partial(part)
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def main(argv: list[str]) -> None:
           f"{o.need:.0f} images/s")
     for name, rate in rates.items():
         low, mid, high = statistics.quantiles(rate, n=4)
-        print(f"{name:28} {mid:8.0f} images/s ({low:.0f} to {high:.0f}), {o.need / mid:6.2f} of these feed the training")
+        print(f"{name:28} {mid:8.0f} images/s ({low:.0f} to {high:.0f}), {o.need / mid:6.2f} of these feed training")
 
 
 if __name__ == "__main__":

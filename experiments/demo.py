@@ -73,7 +73,8 @@ def scorecard(o: Options) -> str:
     """Share of right images of unseen captions, by attribute, beside chance and beside real renders.
 
     Chance scores the same images against the captions of others."""
-    run, indices = sample.load_run(sample.Options(out=o.out, n=MEASURED), distributed.setup().device), np.arange(MEASURED)
+    indices = np.arange(MEASURED)
+    run = sample.load_run(sample.Options(out=o.out, n=MEASURED), distributed.setup().device)
     real = data.open_source(run.cfg, "test").records(indices, 0 * indices)["image"]
     cond, captions = run.conditions(indices)
     images = generate(run, MEASURED, cond)

@@ -58,7 +58,8 @@ def test_the_flip_claim_gives_each_run_its_flag_and_all_arms_the_same_captions(m
 
 @pytest.mark.slow
 def test_a_claim_from_training_to_its_table_and_again_without_training(tmp_path, capsys, monkeypatch):
-    train, small = claims.train, ["--model.width=16", "--model.depth=1", "--model.heads=1", "--batch=2", "--microbatch=2"]
+    small = ["--model.width=16", "--model.depth=1", "--model.heads=1", "--batch=2", "--microbatch=2"]
+    train = claims.train
     monkeypatch.setattr(claims, "STEPS", 2)
     monkeypatch.setattr(claims, "train", lambda o, runs, may_diverge: train(
         o, {name: [*flags, *small] for name, flags in runs.items()}, may_diverge))

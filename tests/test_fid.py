@@ -27,7 +27,7 @@ from evaluation import inception
 from fid import FeatureStats, frechet_distance, inception_score, kid, read_reference, write_reference
 from runtime import checkpoint, distributed, log
 from sources.folders import open_images
-from test_drawing import drawn, run_folder
+from test_generate import generated, run_folder
 
 ROOT = Path(__file__).parent.parent
 ALONE = distributed.Dist(torch.device("cpu"), 0, 1)
@@ -532,7 +532,7 @@ FLAGS = ["--n=7", "--batch=4", "--steps=2", "--dtype=float32", "--threads=1", "-
 
 def test_a_run_is_measured_on_the_pictures_that_sample_draws(tmp_path, few, capsys):
     out, ref = run_folder(tmp_path / "run", about={"ema": "0.07"}), reference(tmp_path / "ref.npz", few)
-    array, path = drawn(out, *FLAGS)
+    array, path = generated(out, *FLAGS)
     before = sorted(p.name for p in out.rglob("*"))
     values = []
     capsys.readouterr()

@@ -18,7 +18,7 @@ from fid import FeatureStats, frechet_distance
 from runtime import distributed
 from sources.shapes import LAYOUTS, Shapes
 from sources.shapes_grammar import SHAPES
-from test_drawing import drawn, run_folder
+from test_generate import generated, run_folder
 
 ALONE = distributed.Dist(torch.device("cpu"), 0, 1)
 
@@ -247,7 +247,7 @@ def test_what_cannot_be_measured_is_said(flags, says, tmp_path, monkeypatch):
 def test_images_of_a_run_are_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shapes_judge, "REFERENCE", 100)
     out = run_folder(tmp_path / "run", controls="size")
-    path = drawn(out, "--n=20", "--name=x")[1]
+    path = generated(out, "--n=20", "--name=x")[1]
     capsys.readouterr()
     shapes_judge.main([f"--images={path}", "--threads=1"])
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -271,7 +271,7 @@ def test_a_judge_is_made_by_the_command_and_examined(tmp_path, capsys):
 def test_pictures_of_an_older_version_are_read_by_their_options(tmp_path, monkeypatch, capsys):
     """Options that were not there yet, some that are gone, and the hash of the weights under the name of a path."""
     monkeypatch.setattr(shapes_judge, "REFERENCE", 80)
-    images, path = drawn(run_folder(tmp_path / "run"), "--n=6", "--batch=4", "--name=x")
+    images, path = generated(run_folder(tmp_path / "run"), "--n=6", "--batch=4", "--name=x")
     flags, said = [f"--images={path}", "--threads=1"], []
     asked = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     old = {k: v for k, v in asked.items() if k not in ("prompts", "prompts_sha256", "weights_sha256", "interval")}

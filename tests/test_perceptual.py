@@ -26,7 +26,7 @@ from runtime import checkpoint, distributed
 from runtime.optional import optional_import
 from sample import read_prompts
 from sources import coco
-from test_drawing import run_folder
+from test_generate import run_folder
 
 open_clip = optional_import("open_clip", "CLIP", "open_clip_torch")
 CPU = torch.device("cpu")

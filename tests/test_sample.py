@@ -12,13 +12,14 @@ import model
 from conditioning import Condition, guide
 from config import Config, ModelConfig, UserError, fields
 from rng import keyed_noise
-from sample import (SAMPLERS, Options, Sampler, check, ddim, generate, guidance_indices, heun, resolve_defaults,
-                    with_guidance)
+from sample import (SAMPLERS, Options, Sampler, check, ddim, dpmpp, generate, guidance_indices, heun,
+                    resolve_defaults, with_guidance)
 from schedule import ddim_indices, scaled_linear_alpha_bar, to_sigma
 
 M, S = 0.7, 0.5
 TABLE = scaled_linear_alpha_bar()
 FINE = scaled_linear_alpha_bar(10 ** 6, 0.85e-6, 12e-6)         # the same noise levels, a thousand times as many
+EVEN = torch.sigmoid(torch.linspace(14, -5.4, 20_001, dtype=torch.float64))     # uniform in ln(alpha/sigma), 7 to -2.7
 
 
 def oracle(alpha_bar, s=S):
@@ -61,10 +62,36 @@ def test_heun_gets_more_out_of_as_many_calls_on_the_real_table():
     assert error(heun, 25, "linspace", TABLE) < error(ddim, 50, "linspace", TABLE) / 4
 
 
+def test_dpmpp_is_second_order_where_levels_are_even_in_log_snr():
+    """Twice the steps, a quarter of the error: order two inside, and first-order steps at both ends do not spoil it."""
+    errors = [error(dpmpp, steps + 1, "linspace", EVEN) for steps in (40, 80, 160)]
+    assert all(3.8 < a / b < 4.2 for a, b in zip(errors, errors[1:])) and errors[-1] < 4e-4, errors
+    assert all(error(dpmpp, n, "linspace", EVEN) < error(ddim, n, "linspace", EVEN) / factor
+               for n, factor in ((11, 5), (21, 8), (41, 15)))
+
+
+def test_dpmpp_is_better_than_ddim_on_the_real_table_and_best_with_its_own_spacing():
+    for steps, factor in ((10, 1.25), (20, 1.5), (50, 2)):
+        assert error(dpmpp, steps, "trailing", TABLE) < error(ddim, steps, "trailing", TABLE) / factor
+    totals = {s: sum(error(dpmpp, n, s, TABLE) for n in (10, 20, 40)) for s in ("trailing", "leading", "linspace")}
+    assert totals["linspace"] > 1.2 * totals["trailing"], totals
+
+
+def test_dpmpp_equals_ddim_for_one_and_two_steps_and_differs_from_three_on():
+    """Its first and last step are first order, and such a step is DDIM's."""
+    noise = normal(4, 1, 2, 3)
+    gap = [(dpmpp(oracle(TABLE), noise, TABLE, n) - ddim(oracle(TABLE), noise, TABLE, n)).abs().max().item()
+           for n in (1, 2, 3)]
+    assert max(gap[:2]) < 1e-12 and gap[2] > 1e-2, gap
+
+
 @pytest.mark.parametrize("sampler, spacing, steps, calls", [(ddim, "trailing", 5, [999, 799, 599, 399, 199]),
-                                                            (heun, "linspace", 3, [999, 500, 500, 0, 0])])
+                                                            (heun, "linspace", 3, [999, 500, 500, 0, 0]),
+                                                            (dpmpp, "trailing", 5, [999, 799, 599, 399, 199])])
 def test_calls_of_the_denoiser(sampler, spacing, steps, calls):
-    """One at a level for DDIM; for Heun one before and one after each step, except the last. i is (B,) float."""
+    """One at a level for DDIM and DPM-Solver++; for Heun one before and one after each step, except the last.
+
+    i is (B,) float."""
     seen = []
 
     def denoise(x, i):
@@ -80,24 +107,25 @@ def test_calls_of_the_denoiser(sampler, spacing, steps, calls):
 def test_data_that_is_one_point_is_hit_exactly(spacing, steps):
     denoise, noise = oracle(TABLE, s=0.0), normal(4, 1, 2, 3)
     for x0 in (ddim(denoise, noise, TABLE, steps, spacing=spacing), heun(denoise, noise, TABLE, steps, spacing),
-               ddim(denoise, noise, TABLE, steps, spacing, 1.0, lambda k: normal(4, 1, 2, 3, seed=k))):
+               dpmpp(denoise, noise, TABLE, steps, spacing),
+               ddim(denoise, noise, TABLE, steps, 1.0, spacing, lambda k: normal(4, 1, 2, 3, seed=k))):
         assert torch.allclose(x0, torch.full_like(x0, M), atol=1e-9)
 
 
-@pytest.mark.parametrize("sampler", [ddim, heun])
+@pytest.mark.parametrize("sampler", [ddim, heun, dpmpp])
 def test_one_step_is_the_mean_of_the_data_given_the_noise(sampler):
     noise, a = normal(6, 1, 2, 3), TABLE[999]
     mean = M + a.sqrt() * S ** 2 / (a * S ** 2 + 1 - a) * (noise - a.sqrt() * M)
     assert torch.allclose(sampler(oracle(TABLE), noise, TABLE, 1), mean, atol=1e-12)
 
 
-@pytest.mark.parametrize("sampler", [ddim, heun])
+@pytest.mark.parametrize("sampler", [ddim, heun, dpmpp])
 def test_a_table_of_another_length_and_law_is_followed(sampler):
     alpha_bar = torch.linspace(0.99, 0.01, 37, dtype=torch.float64)
     assert torch.allclose(sampler(oracle(alpha_bar, 0.0), normal(2, 1, 2, 3), alpha_bar, 37), torch.tensor(M).double())
 
 
-# ---------------------------------------------------------------- fresh noise
+# ---------------------------------------------------------------- added noise
 
 def test_eta_one_is_ancestral_sampling_of_ddpm():
     """x' ~ N(posterior mean, posterior variance) of [DDPM] eq. 7, written with the betas between the levels visited."""
@@ -117,7 +145,7 @@ def law(steps, eta):
     """Mean and variance of what DDIM makes of noise that follows the law of the noisiest level.
 
     For Gaussian data the sampler is an affine map of all its noise, so unit impulses show every coefficient."""
-    rows = steps + 2                                        # row 0: nothing; 1: the noise; k + 2: the draw of step k
+    rows = steps + 2                                        # row 0: nothing; 1: the noise; k + 2: the noise of step k
     unit = torch.eye(rows, dtype=torch.float64).view(rows, rows, 1, 1, 1)
     out = ddim(oracle(TABLE), unit[1], TABLE, steps, eta=eta, draw=lambda k: unit[k + 2]).flatten()
     effect, a = out[1:] - out[0], TABLE[999]
@@ -141,7 +169,7 @@ def test_samples_of_the_usual_noise_agree_with_the_law_within_standard_errors():
     assert abs(x0.var().item() - variance) < 4 * variance * math.sqrt(2 / n)
 
 
-def test_fresh_noise_grows_with_eta_and_there_is_none_at_zero():
+def test_added_noise_grows_with_eta_and_is_zero_at_zero():
     noise = normal(3, 1, 2, 2)
     one, two = (lambda k: normal(3, 1, 2, 2, seed=k + 10), lambda k: normal(3, 1, 2, 2, seed=k + 99))
     run = lambda eta, z: ddim(oracle(TABLE), noise, TABLE, 2, eta=eta, draw=z)
@@ -150,10 +178,10 @@ def test_fresh_noise_grows_with_eta_and_there_is_none_at_zero():
     assert torch.allclose(gap(0.6), 2 * gap(0.3)) and torch.allclose(gap(0.9), 3 * gap(0.3))       # two steps, one draw
 
 
-def test_fresh_noise_is_asked_for_once_a_step_but_not_after_the_last():
-    asked = []
-    ddim(oracle(TABLE), normal(2, 1, 2, 3), TABLE, 4, eta=0.5, draw=lambda k: asked.append(k) or normal(2, 1, 2, 3))
-    assert asked == [0, 1, 2]
+def test_noise_is_added_after_each_step_but_the_last():
+    steps = []
+    ddim(oracle(TABLE), normal(2, 1, 2, 3), TABLE, 4, eta=0.5, draw=lambda k: steps.append(k) or normal(2, 1, 2, 3))
+    assert steps == [0, 1, 2]
 
 
 # ---------------------------------------------------------------- errors
@@ -169,7 +197,7 @@ def test_eta_outside_its_range(eta):
         ddim(oracle(TABLE), normal(1, 1, 2, 3), TABLE, 5, eta=eta, draw=lambda k: normal(1, 1, 2, 3))
 
 
-@pytest.mark.parametrize("sampler", [ddim, heun])
+@pytest.mark.parametrize("sampler", [ddim, heun, dpmpp])
 def test_more_steps_than_levels_and_unknown_spacing(sampler):
     with pytest.raises(ValueError, match="1001"):
         sampler(oracle(TABLE), normal(1, 1, 2, 3), TABLE, 1001)
@@ -278,42 +306,42 @@ def test_an_image_does_not_depend_on_its_batch(options):
     assert torch.allclose(together[2:], alone, atol=1e-3 * together.abs().max().item())
 
 
-def drawn(cfg=CFG, **changes):
+def generated(cfg=CFG, **changes):
     """One image of NET, two steps."""
     return generate(NET, cfg, Condition(label=torch.tensor([4])), [1], replace(Options(steps=2), **changes), CPU)
 
 
-def test_guidance_and_fresh_noise_are_the_run_s_own_unless_an_option_sets_them():
+def test_guidance_and_eta_are_the_run_s_own_unless_an_option_sets_them():
     cfg = replace(CFG, guidance=3.0, eta=0.25)
-    of = lambda **options: [getattr(resolve_defaults(Options(**options), cfg), key) for key in ("lam", "eta")]
+    of = lambda **options: [getattr(resolve_defaults(Options(**options), cfg), key) for key in ("guidance", "eta")]
     assert of() == [3.0, 0.25] and of(guidance=1.0, eta=0.0) == [1.0, 0.0] and of(sampler="heun") == [3.0, 0.0]
     assert check(Options(steps=4), cfg).eta == 0.25
-    assert torch.equal(drawn(cfg), drawn(replace(cfg, eta=0.0), eta=0.25))
-    assert not torch.equal(drawn(cfg), drawn(cfg, eta=0.0))
+    assert torch.equal(generated(cfg), generated(replace(cfg, eta=0.0), eta=0.25))
+    assert not torch.equal(generated(cfg), generated(cfg, eta=0.0))
 
 
-def test_draw_reads_sampler_steps_spacing_eta_lam_and_seed():
-    usual = drawn()
+def test_generate_reads_sampler_steps_spacing_eta_guidance_and_seed():
+    usual = generated()
     for changes in (dict(sampler="heun"), dict(steps=3), dict(spacing="linspace"), dict(eta=1.0), dict(guidance=5.0),
                     dict(seed=1)):
-        assert (drawn(**changes) - usual).abs().max() > 1e-3, changes
-    assert torch.equal(usual, drawn(lam=2.0))               # -1 is the guidance scale of the run
+        assert (generated(**changes) - usual).abs().max() > 1e-3, changes
+    assert torch.equal(usual, generated(guidance=2.0))               # -1 is the guidance scale of the run
     denoise = with_guidance(NET, Condition(label=torch.tensor([4])), 2.0)
     assert torch.allclose(usual, ddim(denoise, keyed_noise([1], (3, 8, 8), 0), TABLE, 2), atol=1e-4)
 
 
 def test_a_row_of_the_table_is_all_that_a_sampler_needs(monkeypatch):
-    """Options, their errors and draw follow from it; only a sampler with fresh noise is given eta and draw."""
+    """Options, their errors and generate follow from it; only a stochastic sampler is given eta and draw."""
     seen = []
 
     def euler(denoise, noise, alpha_bar, steps, spacing):
         seen.append((steps, spacing))
         return heun(denoise, noise, alpha_bar, steps, spacing)
     monkeypatch.setitem(SAMPLERS, "euler", Sampler(euler, "leading"))
-    assert torch.equal(drawn(sampler="euler"), drawn(sampler="heun", spacing="leading")) and seen == [(2, "leading")]
+    assert torch.equal(generated(sampler="euler"), generated(sampler="heun", spacing="leading")) and seen == [(2, "leading")]
     assert check(Options(sampler="euler"), CFG).eta == 0
-    with pytest.raises(UserError, match="only ddim may have fresh noise, got sampler='euler'"):
+    with pytest.raises(UserError, match="only ddim adds noise, got sampler='euler'"):
         check(Options(sampler="euler", eta=0.5), CFG)
-    with pytest.raises(UserError, match="sampler='x'; there are ddim, heun, euler"):
+    with pytest.raises(UserError, match="sampler='x'; there are ddim, heun, dpmpp, euler"):
         check(Options(sampler="x"), CFG)
-    assert [row[3] for row in fields(Options()) if row[0] == "sampler"] == ["ddim or heun"]
+    assert [row[3] for row in fields(Options()) if row[0] == "sampler"] == ["ddim, heun, dpmpp"]

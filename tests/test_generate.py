@@ -43,7 +43,7 @@ def run_folder(path: Path, semantics: str = "text", run: dict | None = None, abo
     path.mkdir()
     classes = ["golden retriever", "tench", "7"] if semantics == "class" else []
     checkpoint.write_weights(path / "weights.safetensors", net.state_dict(), {
-        "config": to_json(Config(**{"out": "elsewhere", "model": m, "lam": 1.5, "eta": 0.25,
+        "config": to_json(Config(**{"out": "elsewhere", "model": m, "guidance": 1.5, "eta": 0.25,
                                     "augment": "crop+flip+size", **(run or {})})),
         "classes": json.dumps(classes),
         "null_class": str(len(classes)), "step": "12", **(about or {}),
@@ -51,7 +51,7 @@ def run_folder(path: Path, semantics: str = "text", run: dict | None = None, abo
     return path
 
 
-def drawn(out: Path, *flags: str) -> tuple[np.ndarray, Path]:
+def generated(out: Path, *flags: str) -> tuple[np.ndarray, Path]:
     """arr_0 and the path of the npz that sample.py writes."""
     before = set(out.glob("samples/*.npz"))
     sample.main([f"--out={out}", "--steps=3", "--dtype=float32", "--threads=1", *flags])
@@ -70,13 +70,13 @@ def runs(tmp_path_factory):
 
 def test_images_a_grid_and_the_protocol(tmp_path, capsys):
     out = run_folder(tmp_path / "run")
-    images, path = drawn(out, "--n=5", "--prompt=a red ring left of a blue square")
+    images, path = generated(out, "--n=5", "--prompt=a red ring left of a blue square")
     assert images.shape == (5, 16, 16, 3) and images.dtype == np.uint8 and images.std() > 1
     protocol = json.loads(path.with_suffix(".json").read_text())
     assert (protocol["n"], protocol["steps"], protocol["train_step"]) == (5, 3, 12)
-    assert (protocol["lam"], protocol["eta"]) == (1.5, 0.25)               # the run's own
+    assert (protocol["guidance"], protocol["eta"]) == (1.5, 0.25)               # the run's own
     sha256 = checkpoint.read_header(out / "weights.safetensors")["sha256"]
-    assert (protocol["weights"], protocol["weights_sha256"], protocol["prompts_sha256"]) == ("", sha256, "")
+    assert (protocol["pretrained"], protocol["weights_sha256"], protocol["prompts_sha256"]) == ("", sha256, "")
     assert path.with_suffix(".txt").read_text(encoding="utf-8") == "a red ring left of a blue square\n" * 5
     grid = np.asarray(Image.open(path.with_suffix(".png")))
     assert grid.shape[0] > 2 * 96 and (grid < 100).any()        # captions in dark letters
@@ -87,64 +87,64 @@ def test_images_a_grid_and_the_protocol(tmp_path, capsys):
 
 def test_an_image_does_not_depend_on_n_or_batch(tmp_path):
     out = run_folder(tmp_path / "run")
-    four = drawn(out, "--n=4", "--batch=4")[0].astype(int)
+    four = generated(out, "--n=4", "--batch=4")[0].astype(int)
     assert len({image.tobytes() for image in four}) == 4
-    assert abs(drawn(out, "--n=3", "--batch=2")[0] - four[:3]).max() <= 1       # other shapes round otherwise
-    assert abs(drawn(out, "--n=3", "--batch=2", "--seed=1")[0] - four[:3]).max() > 1
+    assert abs(generated(out, "--n=3", "--batch=2")[0] - four[:3]).max() <= 1       # other shapes round otherwise
+    assert abs(generated(out, "--n=3", "--batch=2", "--seed=1")[0] - four[:3]).max() > 1
 
 
-def wishes(out: Path, **options) -> SampleConditions:
+def conditions(out: Path, **options) -> SampleConditions:
     o = Options(out=str(out), **options)
     return SampleConditions(o, model.load(o.out)[1], checkpoint.read_header(out / "weights.safetensors"))
 
 
 def test_several_prompts_and_labels_take_turns(runs):
-    cond, titles = wishes(runs["text"], prompt="a red ring; a blue star")(np.arange(1, 4))
+    cond, titles = conditions(runs["text"], prompt="a red ring; a blue star")(np.arange(1, 4))
     assert titles == ["a blue star", "a red ring", "a blue star"]
     assert torch.equal(cond.text, WORDS.encode(titles)[0])
-    cond, titles = wishes(runs["class"], label="tench;7;0")(np.arange(4))
+    cond, titles = conditions(runs["class"], label="tench;7;0")(np.arange(4))
     assert cond.label.tolist() == [1, 2, 0, 1] and titles[0] == "tench"         # "7" is a name here, "0" a number
-    assert wishes(runs["class"])(np.arange(4))[0].label.tolist() == [0, 1, 2, 0]
+    assert conditions(runs["class"])(np.arange(4))[0].label.tolist() == [0, 1, 2, 0]
 
 
 @pytest.mark.parametrize("semantics", ["class", "none"])
-def test_models_without_text_draw(tmp_path, semantics):
-    assert drawn(run_folder(tmp_path / "run", semantics), "--n=2")[0].shape == (2, 16, 16, 3)
+def test_models_without_text_generate(tmp_path, semantics):
+    assert generated(run_folder(tmp_path / "run", semantics), "--n=2")[0].shape == (2, 16, 16, 3)
 
 
-def test_controls_are_drawn_together_from_those_of_the_training(tmp_path):
+def test_controls_come_together_from_one_training_sample(tmp_path):
     out, many = run_folder(tmp_path / "run", "class", controls="crop+flip+size"), np.arange(300)
-    cond, _ = wishes(out)(many)
+    cond, _ = conditions(out)(many)
     known = [(*ROWS["size"][k], *ROWS["crop"][k], ROWS["flip"][k]) for k in range(3)]
     seen = [(*s, *c, f) for s, c, f in zip(cond.size.tolist(), cond.crop.tolist(), cond.flip.tolist())]
     assert set(seen) == set(known) and (cond.has_controls == 1).all()
     shares = np.array([seen.count(row) for row in known]) / 300         # a third each, to 4 standard errors
     assert abs(shares - 1 / 3).max() < 4 * np.sqrt(2 / 9 / 300)
-    assert wishes(out)(many[7:9])[0].size.tolist() == cond.size[7:9].tolist()           # by number, not by batch
-    assert wishes(out, seed=1)(many)[0].size.tolist() != cond.size.tolist()
+    assert conditions(out)(many[7:9])[0].size.tolist() == cond.size[7:9].tolist()           # by number, not by batch
+    assert conditions(out, seed=1)(many)[0].size.tolist() != cond.size.tolist()
 
 
 def test_controls_of_the_options_replace_those_of_training(tmp_path):
     out = run_folder(tmp_path / "run", "none", controls="crop+flip+size")
-    drawn_, _ = wishes(out)(np.arange(9))
-    asked, _ = wishes(out, size="64,48", flip="1")(np.arange(9))
-    assert asked.size.tolist() == [[64, 48]] * 9 and asked.flip.tolist() == [1] * 9
-    assert torch.equal(asked.crop, drawn_.crop)
-    assert wishes(out, crop="0,7")(np.arange(2))[0].crop.tolist() == [[0, 7]] * 2
+    own, _ = conditions(out)(np.arange(9))
+    fixed, _ = conditions(out, size="64,48", flip="1")(np.arange(9))
+    assert fixed.size.tolist() == [[64, 48]] * 9 and fixed.flip.tolist() == [1] * 9
+    assert torch.equal(fixed.crop, own.crop)
+    assert conditions(out, crop="0,7")(np.arange(2))[0].crop.tolist() == [[0, 7]] * 2
 
 
-def test_size_and_beta_change_the_image_and_beta_zero_forgets_the_size(tmp_path):
+def test_size_and_control_guidance_change_the_image_and_at_zero_size_has_no_effect(tmp_path):
     out = run_folder(tmp_path / "run", "class", controls="size", control_weight="uniform")
     image = lambda **o: sample.load_run(Options(out=str(out), steps=2, dtype="float32", **o), torch.device("cpu"))([0])
     assert abs(image(size="16,16") - image(size="96,96")).max() > 0.04
-    assert abs(image(size="16,16", beta=2.0) - image(size="16,16", beta=1.5)).max() > 0.04
-    assert torch.equal(image(size="16,16", beta=0.0), image(size="96,96", beta=0.0))
+    assert abs(image(size="16,16", control_guidance=2.0) - image(size="16,16", control_guidance=1.5)).max() > 0.04
+    assert torch.equal(image(size="16,16", control_guidance=0.0), image(size="96,96", control_guidance=0.0))
 
 
-def test_a_run_draws_under_its_own_conditions_or_another_and_decodes(tmp_path):
+def test_a_run_generates_under_its_own_conditions_or_another_and_decodes(tmp_path):
     out = run_folder(tmp_path / "run", "class")
     run = sample.load_run(Options(out=str(out), steps=2, dtype="float32"), torch.device("cpu"))
-    assert (run.options.lam, run.options.eta, run.header["step"]) == (1.5, 0.25, "12")
+    assert (run.options.guidance, run.options.eta, run.header["step"]) == (1.5, 0.25, "12")
     own = run.conditions(np.arange(2))[0]
     assert torch.equal(run([0, 1]), run([0, 1], own))
     other = replace(own, label=own.label.flip(0))
@@ -155,70 +155,70 @@ def test_a_run_draws_under_its_own_conditions_or_another_and_decodes(tmp_path):
 
 def test_another_resolution(tmp_path):
     out = run_folder(tmp_path / "run", positions="resample")
-    assert drawn(out, "--n=2", "--resolution=24,12")[0].shape == (2, 24, 12, 3)
+    assert generated(out, "--n=2", "--resolution=24,12")[0].shape == (2, 24, 12, 3)
 
 
-def test_noise_of_padding_belongs_to_the_picture(tmp_path):
+def test_noise_of_padding_belongs_to_the_image(tmp_path):
     out = run_folder(tmp_path / "run", run=dict(padding="noisy", padding_noise=0.5))
-    text = wishes(out, prompt="a red ring")(np.arange(4))[0].text
+    text = conditions(out, prompt="a red ring")(np.arange(4))[0].text
     plain = run_folder(tmp_path / "exact", run=dict(padding="replicate"))
-    exact = wishes(plain, prompt="a red ring")(np.arange(4))[0].text
+    exact = conditions(plain, prompt="a red ring")(np.arange(4))[0].text
     tokens, _ = WORDS.encode(["a red ring"])
     assert torch.equal(exact, tokens[:, [j % 3 for j in range(WORDS.length)]].expand(4, -1, -1))
     assert (text - exact).abs().amax((1, 2)).min() > 0.1 and (text[1:] - text[:1]).abs().amax((1, 2)).min() > 0.1
-    assert torch.equal(wishes(out, prompt="a red ring")(np.arange(2, 4))[0].text, text[2:])
-    assert not torch.equal(wishes(out, prompt="a red ring", seed=1)(np.arange(4))[0].text, text)
+    assert torch.equal(conditions(out, prompt="a red ring")(np.arange(2, 4))[0].text, text[2:])
+    assert not torch.equal(conditions(out, prompt="a red ring", seed=1)(np.arange(4))[0].text, text)
 
 
-def test_after_a_stop_the_same_command_draws_only_what_is_missing(tmp_path, monkeypatch):
+def test_after_a_stop_the_same_command_generates_only_what_is_missing(tmp_path, monkeypatch):
     out = run_folder(tmp_path / "run")
-    whole, _ = drawn(out, "--n=6", "--batch=2", "--name=whole")
-    calls, draw = [], sample.generate
+    whole, _ = generated(out, "--n=6", "--batch=2", "--name=whole")
+    calls, generate = [], sample.generate
 
     def breaks(net, cfg, cond, indices, o, device):
         calls.append(list(indices))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return draw(net, cfg, cond, indices, o, device)
+        return generate(net, cfg, cond, indices, o, device)
     monkeypatch.setattr(sample, "generate", breaks)
     with pytest.raises(KeyboardInterrupt):
-        drawn(out, "--n=6", "--batch=2", "--name=again")
-    again, _ = drawn(out, "--n=6", "--batch=2", "--name=again")
+        generated(out, "--n=6", "--batch=2", "--name=again")
+    again, _ = generated(out, "--n=6", "--batch=2", "--name=again")
     assert calls == [[0, 1], [2, 3], [4, 5], [4, 5]] and np.array_equal(again, whole)
 
 
 def stopped(out: Path, monkeypatch, *flags: str) -> list[Path]:
-    """The unfinished files of a drawing that a signal ends before its third batch of two."""
-    calls, draw = [], sample.generate
+    """The unfinished files of a command that a signal ends before its third batch of two."""
+    calls, generate = [], sample.generate
 
     def breaks(*args):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return draw(*args)
+        return generate(*args)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(sample, "generate", breaks)
-        drawn(out, "--n=6", "--batch=2", *flags)
+        generated(out, "--n=6", "--batch=2", *flags)
     return sorted((out / "samples").iterdir())
 
 
-def test_a_name_with_a_dot_keeps_unfinished_pictures_of_other_options_apart(tmp_path, monkeypatch):
+def test_a_name_with_a_dot_keeps_unfinished_images_of_other_options_apart(tmp_path, monkeypatch):
     out = run_folder(tmp_path / "run")
-    want, _ = drawn(out, "--n=6", "--batch=2", "--seed=1", "--name=plain")
+    want, _ = generated(out, "--n=6", "--batch=2", "--seed=1", "--name=plain")
     for file in (out / "samples").iterdir():
         file.unlink()
-    left = stopped(out, monkeypatch, "--name=lam1.5")
-    assert [file.suffix for file in left] == [".done", ".part"] and all(f.name.startswith("lam1.5-") for f in left)
-    got, path = drawn(out, "--n=6", "--batch=2", "--seed=1", "--name=lam1.5")
+    left = stopped(out, monkeypatch, "--name=cfg1.5")
+    assert [file.suffix for file in left] == [".done", ".part"] and all(f.name.startswith("cfg1.5-") for f in left)
+    got, path = generated(out, "--n=6", "--batch=2", "--seed=1", "--name=cfg1.5")
     assert np.array_equal(got, want)                        # nothing of seed 0 is in it
     there = {file.name for file in path.parent.iterdir()} - {file.name for file in left}
-    assert there == {f"lam1.5.{kind}" for kind in ("npz", "txt", "json", "png")}
+    assert there == {f"cfg1.5.{kind}" for kind in ("npz", "txt", "json", "png")}
 
 
 @pytest.mark.parametrize("lost, how", [(".part", "gone"), (".part", "short"), (".done", "gone")])
-def test_pictures_without_marks_and_marks_without_pictures_count_for_nothing(tmp_path, monkeypatch, lost, how):
+def test_images_without_marks_and_marks_without_images_count_for_nothing(tmp_path, monkeypatch, lost, how):
     out = run_folder(tmp_path / "run")
-    want, _ = drawn(out, "--n=6", "--batch=2", "--name=whole")
+    want, _ = generated(out, "--n=6", "--batch=2", "--name=whole")
     for file in (out / "samples").iterdir():
         file.unlink()
     file = next(file for file in stopped(out, monkeypatch) if file.suffix == lost)
@@ -234,11 +234,11 @@ def test_pictures_without_marks_and_marks_without_pictures_count_for_nothing(tmp
         return memmap(*args, **kwargs)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(np, "memmap", killed)
-        drawn(out, "--n=6", "--batch=2")
-    assert np.array_equal(drawn(out, "--n=6", "--batch=2")[0], want)
+        generated(out, "--n=6", "--batch=2")
+    assert np.array_equal(generated(out, "--n=6", "--batch=2")[0], want)
 
 
-def test_marks_are_taken_away_before_the_pictures(tmp_path, monkeypatch):
+def test_marks_are_removed_before_the_images(tmp_path, monkeypatch):
     gone, unlink = [], Path.unlink
     monkeypatch.setattr(Path, "unlink", lambda self, *a, **k: gone.append(self.suffix) or unlink(self, *a, **k))
     for suffix in (".part", ".done"):
@@ -267,38 +267,38 @@ def test_a_grid_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatch
     assert (tmp_path / "x.png").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
 
 
-# ---------------------------------------------------------------- captions from a file, and beside the pictures
+# ---------------------------------------------------------------- captions from a file, and beside the images
 
-def test_line_k_of_a_file_of_prompts_is_of_picture_k_and_an_empty_one_of_no_caption(tmp_path):
+def test_line_k_of_a_file_of_prompts_is_of_image_k_and_an_empty_one_of_no_caption(tmp_path):
     out, file = run_folder(tmp_path / "run"), tmp_path / "prompts.txt"
     file.write_bytes(b"\xef\xbb\xbfa red ring\r\n\r\n  a blue \t star\n")
-    w = wishes(out, prompts=str(file))
+    w = conditions(out, prompts=str(file))
     cond, titles = w(np.arange(4))
     assert titles == ["a red ring", "", "a blue star", "a red ring"] == w.titles(np.arange(4))
     assert torch.equal(cond.text, WORDS.encode(titles)[0]) and not cond.text[1].any()
 
-    images, path = drawn(out, "--n=3", "--batch=3", f"--prompts={file}")
-    one_by_one = [drawn(out, "--n=3", "--batch=3", f"--prompt={p}", f"--name={k}")[0][k]
+    images, path = generated(out, "--n=3", "--batch=3", f"--prompts={file}")
+    one_by_one = [generated(out, "--n=3", "--batch=3", f"--prompt={p}", f"--name={k}")[0][k]
                   for k, p in ((0, "a red ring"), (2, "a blue star"))]
     assert np.array_equal(images[[0, 2]], one_by_one)
     assert read_prompts(str(path.with_suffix(".txt"))) == titles[:3]            # what fid.py clip reads, line by line
     file.write_text("a red ring\n", encoding="utf-8")
-    assert drawn(out, "--n=3", "--batch=2", f"--prompts={file}")[1] != path     # other captions, other pictures
+    assert generated(out, "--n=3", "--batch=2", f"--prompts={file}")[1] != path     # other captions, other images
 
 
-def test_the_captions_of_the_data_set_are_beside_the_pictures_that_they_made(tmp_path):
+def test_the_captions_of_the_data_set_are_beside_their_images(tmp_path):
     out = run_folder(tmp_path / "run")
-    path = drawn(out, "--n=5", "--batch=2")[1]
-    titles = wishes(out)(np.arange(5))[1]
+    path = generated(out, "--n=5", "--batch=2")[1]
+    titles = conditions(out)(np.arange(5))[1]
     assert len(set(titles)) == 5 and path.with_suffix(".txt").read_text(encoding="utf-8").splitlines() == titles
-    path = drawn(run_folder(tmp_path / "classes", "class"), "--n=4", "--name=x")[1]
+    path = generated(run_folder(tmp_path / "classes", "class"), "--n=4", "--name=x")[1]
     assert path.with_suffix(".txt").read_text(encoding="utf-8").splitlines() == [
         "golden retriever", "tench", "7", "golden retriever"]
-    path = drawn(out, "--n=2", "--prompt=a red\nring", "--name=x")[1]
+    path = generated(out, "--n=2", "--prompt=a red\nring", "--name=x")[1]
     assert path.with_suffix(".txt").read_text(encoding="utf-8") == "a red ring\n" * 2
 
 
-@pytest.mark.parametrize("content, says", [(None, "no file at --prompts"), (b"", "is empty"),
+@pytest.mark.parametrize("content, says", [(None, "No such file"), (b"", "is empty"),
                                            (b"a caf\xe9", "not UTF-8"), (b"a red ring\na crimson ring", "crimson")])
 def test_a_file_without_captions_is_an_error(tmp_path, runs, content, says):
     out, file = runs["text"], tmp_path / "prompts.txt"
@@ -314,14 +314,14 @@ for rank in range(2):
     if not os.fork():
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
         sample.main(sys.argv[1:])
-        sample.machine.leave()
+        sample.distributed.cleanup()
         os._exit(0)
 sys.exit(sum(os.wait()[1] for rank in range(2)) and 1)"""
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forks of one that has imported torch")
-def test_two_processes_draw_the_same_images(tmp_path):
+def test_two_processes_generate_the_same_images(tmp_path):
     out = run_folder(tmp_path / "run")
     flags = ["--n=5", "--batch=2", "--steps=3", "--dtype=float32", "--threads=1", f"--out={out}"]
     with socket.socket() as free:
@@ -332,7 +332,7 @@ def test_two_processes_draw_the_same_images(tmp_path):
                           timeout=120, encoding="utf-8", errors="replace")
     assert done.returncode == 0, done.stderr
     with np.load(out / "samples" / "two.npz") as file:
-        assert np.array_equal(file["arr_0"], drawn(out, *flags)[0])
+        assert np.array_equal(file["arr_0"], generated(out, *flags)[0])
 
 
 @pytest.mark.parametrize("semantics, flags, parts", [
@@ -349,10 +349,9 @@ def test_two_processes_draw_the_same_images(tmp_path):
     ("text", ["--spacing=even"], ["even", "trailing"]),
     ("text", ["--steps=1001"], ["1001", "1000"]),
     ("text", ["--n=0"], ["n=0"]),
-    ("text", ["--name=../x"], ["../x"]),
     ("text", ["--size=16,16"], ["--size", "controls"]),
-    ("text", ["--control_guidance=1.4"], ["beta=1.4", "controls"]),
-    ("text", ["--guidance_interval=1"], ["--guidance_interval", "two numbers"]),
+    ("text", ["--control_guidance=1.4"], ["control_guidance=1.4", "controls"]),
+    ("text", ["--guidance_interval=1"], ["--guidance_interval", "2 numbers"]),
     ("text", ["--guidance_interval=900,1000"], ["900,1000", "14.6"]),
     ("text", ["--resolution=18,16"], ["18,16", "patch, 4"]),
     ("text", ["--resolution=-4,4"], ["-4,4"]),
@@ -360,9 +359,8 @@ def test_two_processes_draw_the_same_images(tmp_path):
     ("text", ["--dtype=half"], ["half", "bfloat16"]),
     ("text", ["--prompt=a red ring", "--prompts=p.txt"], ["--prompt", "'p.txt'", "give one"]),
     ("class", ["--prompts=p.txt"], ["--prompts", "text", "class"]),
-    ("text", ["--file=other.safetensors", "--weights=dit.pt"], ["other.safetensors", "dit.pt", "give one"]),
 ])
-def test_options_that_cannot_be_met(runs, semantics, flags, parts):
+def test_options_that_do_not_fit_the_run(runs, semantics, flags, parts):
     out = runs[semantics]
     with pytest.raises(UserError) as e:
         sample.main([f"--out={out}", "--threads=1", *flags])
@@ -374,7 +372,7 @@ def test_controls_that_no_image_has(tmp_path):
     out = run_folder(tmp_path / "run", "class", controls="crop+flip+size")
     for key, text in (("flip", "0.5"), ("size", "16"), ("crop", "1,2,3"), ("size", "-1,4"), ("size", "nan,4")):
         with pytest.raises(UserError, match=f"--{key}"):
-            wishes(out, **{key: text})
+            conditions(out, **{key: text})
 
 
 def test_a_folder_without_weights_is_named(tmp_path):
@@ -394,5 +392,5 @@ def test_options_are_told_apart_by_name(tmp_path, monkeypatch):
     out = run_folder(tmp_path / "run")
     monkeypatch.setattr(sample, "generate", lambda *args: torch.zeros(len(args[3]), 3, 16, 16))
     changes = ["--n=2", "--seed=3", "--steps=4", "--guidance=3", "--eta=1", "--sampler=heun", "--prompt=a red ring"]
-    names = {drawn(out, "--n=2", flag)[1].name for flag in changes}
+    names = {generated(out, "--n=2", flag)[1].name for flag in changes}
     assert len(names) == 7 and asdict(Options())["name"] == ""
