@@ -13,7 +13,6 @@ Dimensions: B batch, C channels, h x w pixels, T noise steps, L tokens of a capt
 """
 import difflib
 import hashlib
-import io
 import json
 import math
 import os
@@ -56,10 +55,8 @@ def ddim(denoise: Denoise, noise: Tensor, alpha_bar: Tensor, steps: int, eta: fl
 
     s = eta sqrt((1-a')/(1-a)) sqrt(1 - a/a'); eta = 0 is deterministic, eta = 1 has the variance of [DDPM].
     noise (B, C, h, w) standard normal; alpha_bar (T,); draw(k) gives z of step k, needed when eta > 0."""
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta={eta} must lie between 0, no fresh noise, and 1, that of DDPM")
-    if eta > 0 and draw is None:
-        raise ValueError("eta > 0 adds noise at every step: pass draw, a function from step to noise")
+    if not 0 <= eta <= 1 or eta > 0 and draw is None:
+        raise ValueError(f"eta={eta} must lie in [0, 1] and, above 0, needs draw, a function from step to noise")
     x, indices = noise, ddim_indices(len(alpha_bar), steps, spacing).tolist()
     levels = [alpha_bar[i].item() for i in indices] + [1.0]
     for k, i in enumerate(indices):
@@ -176,7 +173,7 @@ class Options:
 
 
 def check(o: Options, cfg: Config) -> Options:
-    """Return the options with the run's defaults filled in. UserError if they do not fit the run."""
+    """Return the options with the run's guidance scale and eta in place of -1. UserError if they do not fit the run."""
     if o.sampler not in SAMPLERS:
         raise UserError(f"unknown sampler={o.sampler!r}; there are {', '.join(SAMPLERS)}")
     sampler, m = SAMPLERS[o.sampler], cfg.model
@@ -194,13 +191,8 @@ def check(o: Options, cfg: Config) -> Options:
         ddim_indices(m.timesteps, o.steps, o.spacing or sampler.spacing)
     except ValueError as e:
         raise UserError(str(e)) from e
-    return resolve_defaults(o, cfg)
-
-
-def resolve_defaults(o: Options, cfg: Config) -> Options:
-    """Return the options with the run's guidance scale and eta in place of -1."""
-    eta = cfg.eta if SAMPLERS[o.sampler].stochastic else 0.0
-    return replace(o, guidance=cfg.guidance if o.guidance < 0 else o.guidance, eta=eta if o.eta == -1 else o.eta)
+    eta = o.eta if o.eta != -1 else cfg.eta if sampler.stochastic else 0.0
+    return replace(o, guidance=cfg.guidance if o.guidance < 0 else o.guidance, eta=eta)
 
 
 def guidance_indices(o: Options, alpha_bar: Tensor) -> tuple[int, int] | None:
@@ -331,7 +323,7 @@ class SampleConditions:
 def generate(net: Denoise, cfg: Config, cond: Condition, indices: Sequence[int], o: Options,
              device: torch.device) -> Tensor:
     """Sample images (or latents) number `indices` under `cond`, one row each. (B, C, h, w), about [-1, 1]"""
-    o, sampler, m = resolve_defaults(o, cfg), SAMPLERS[o.sampler], cfg.model
+    o, sampler, m = check(o, cfg), SAMPLERS[o.sampler], cfg.model
     alpha_bar = alpha_bar_table(m.schedule, m.timesteps, m.sigma_scale)
     denoise = with_guidance(net, cond.to(device), o.guidance, o.control_guidance, guidance_indices(o, alpha_bar))
 
@@ -421,9 +413,9 @@ def write_npz(path: Path, images: np.ndarray) -> None:
 
 def write_grid(path: Path, images: np.ndarray, titles: list[str]) -> None:
     """Write all images, (n, H, W, C) uint8, with their titles in a square on one page."""
-    pixels, page = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2) / 127.5 - 1, io.BytesIO()
-    data.grid(pixels, math.ceil(math.sqrt(len(images))), titles).save(page, "png")
-    log.write_bytes(path, page.getvalue())
+    pixels = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2) / 127.5 - 1
+    with log.atomic_path(path) as unfinished:
+        data.grid(pixels, math.ceil(math.sqrt(len(images))), titles).save(unfinished, "png")
 
 
 def main(argv: list[str]) -> None:
@@ -441,19 +433,18 @@ def main(argv: list[str]) -> None:
     images = generate_all(images_of, dist, part)
     if dist.rank > 0:
         return
-    print(f"{o.sampler} on {dist.device}, {protocol['dtype']}, guidance {o.guidance:g}, eta {o.eta:g}, "
-          f"{time.monotonic() - began:.1f} seconds")
+    seconds = time.monotonic() - began
     write_npz(path, images)
     batches = np.split(np.arange(o.n), range(o.batch, o.n, o.batch))
     titles = [" ".join(title.split()) for indices in batches for title in conditions.titles(indices)]
     log.write_text(path.with_suffix(".txt"), "".join(f"{title}\n" for title in titles))
     log.write_text(path.with_suffix(".json"), json.dumps(protocol, indent=1))
-    print(f"{o.n} images in {path}, their prompts in {path.with_suffix('.txt')}")
     if o.n <= GRID:
         write_grid(path.with_suffix(".png"), images, titles)
-        print(f"grid in {path.with_suffix('.png')}")
     del images
     remove_partial(part)
+    print(f"{o.n} images in {path}, their prompts in .txt{', a grid in .png' if o.n <= GRID else ''}\n{dist.device}, "
+          f"{protocol['dtype'][6:]}, {o.sampler}, guidance {o.guidance:g}, eta {o.eta:g}, {seconds:.1f} seconds")
 
 
 if __name__ == "__main__":

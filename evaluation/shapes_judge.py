@@ -30,7 +30,7 @@ from evaluation.shapes_score import score
 from fid import FeatureStats, MeanWithError, frechet_distance, mean_over, mean_pair_distance, size_groups
 from rng import seed64
 from runtime import checkpoint, distributed
-from sample import Options as Drawing, SampleConditions, read_prompts, resolve_defaults
+from sample import Options as Drawing, SampleConditions, check, read_prompts
 from sources.folders import open_images
 from sources.shapes import NATIVE, VERSION, Shapes, canvas_side, render
 from sources.shapes_grammar import BACKGROUNDS, COLORS, SHAPES
@@ -249,7 +249,7 @@ def toy_leak(judge: ShapesClassifier, groups: Iterable[Tensor], dist: distribute
 
 def resized(source: Shapes, indices: Sequence[int]) -> Tensor:
     """Render the same scenes at every native size: the leak of a model that leaks nothing. uint8 (P, K, 3, R, R)"""
-    scene, zero, R = source.drawn(np.asarray(indices))[1], np.zeros(len(indices), int), source.resolution
+    scene, zero, R = source.random_scenes(np.asarray(indices))[1], np.zeros(len(indices), int), source.resolution
     return torch.stack([to_bytes(render(scene | {"native": zero + k}, zero + canvas_side(R), zero, zero, zero > 0, R))
                         for k in range(len(NATIVE))], 1)
 
@@ -338,7 +338,7 @@ def fraction_with_error(said: Tensor) -> list[float | None]:
 def leak(o: Options, judge: ShapesClassifier, dist: distributed.Dist) -> dict:
     """Measure toy_leak of a run, beside that of renders, which leak nothing; return the last line."""
     cfg, source = open_run(Path(o.leak))
-    drawing = resolve_defaults(Drawing(out=o.leak, n=o.n, seed=o.seed), cfg)
+    drawing = check(Drawing(out=o.leak, n=o.n, seed=o.seed), cfg)
     result = toy_leak(judge, size_groups(drawing, NATIVE, dist), dist)
     mine = np.arange(dist.rank, o.n, dist.world)
     floor = toy_leak(judge, [resized(source, mine)] if len(mine) else [], dist)

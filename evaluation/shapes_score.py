@@ -1,12 +1,13 @@
 """Exact scores for images of shapes: pixel arithmetic checks what a caption states, without a network.
 
-right = score(images, captions)         {"color": 1 or 0 for each image, "side": ...}; NaN where the caption is silent
-sharpness(images), cut(images)          how sharp the edges are; whether an object reaches the border
+right = score(images, captions)         {"color": 1 or 0 for each image, "size": ...}; NaN where the caption is silent
+sharpness(images)                       how sharp the edges are
+touches_border(images)                  whether an object reaches the border
 
 Dimensions: B batch, R side of an image, K objects of all images.
 """
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Sequence
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from sources.shapes import LARGE, RADIUS, SMALL, rgb, sdf
 from sources.shapes_grammar import BACKGROUNDS, COLORS, RELATIONS, SHAPES, parse_caption
 
-ATTRIBUTES = ("color", "count", "background", "shape", "size", "side", "level")
+ATTRIBUTES = ("color", "count", "background", "shape", "size", "left_right", "above_below")
 
 
 @lru_cache(maxsize=None)
@@ -42,7 +43,7 @@ def unmix(images: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     power = (way ** 2).sum(2)[:, None]
     along = (pixel - start[:, None]) @ way.transpose(0, 2, 1)                               # (B, RR, colours)
     share = np.clip(along / power, 0, 1)
-    owner = (share * share * power - 2 * share * along).argmin(2)                    # least squared remainder
+    owner = (share * share * power - 2 * share * along).argmin(2)                           # least squared remainder
     share = np.take_along_axis(share, owner[..., None], 2)
     form = (len(images), *images.shape[2:])
     return back, owner.reshape(form), share.reshape(form)
@@ -91,8 +92,8 @@ def match_shape(mask: np.ndarray) -> np.ndarray:
         r = np.sqrt(total / np.float32(area[s]))[:, None]
         x = (at - cx[:, None]) / r
         y = (at - cy[:, None]) / r + np.float32(low[s])
-        drawn = np.clip(0.5 - r[..., None] * sdf(name, x[:, None], y[..., None]) / edge, 0, 1)
-        overlap[:, s] = np.minimum(mask, drawn).sum((1, 2)) / np.maximum(mask, drawn).sum((1, 2))
+        rendered = np.clip(0.5 - r[..., None] * sdf(name, x[:, None], y[..., None]) / edge, 0, 1)
+        overlap[:, s] = np.minimum(mask, rendered).sum((1, 2)) / np.maximum(mask, rendered).sum((1, 2))
     return overlap.argmax(1)
 
 
@@ -105,20 +106,20 @@ def score(images: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
     background  it has the stated background
     shape       every object found by its colour has the stated shape of the eight
     size        every object found by its colour has the stated size of the two
-    side        left of and right of hold between the centroids of the objects found
-    level       above and below, likewise; a mirrored image is wrong on side and right on level
+    left_right  left of and right of hold between the centroids of the objects found
+    above_below above and below, likewise; a mirrored image is wrong on left_right and right on above_below
     all         every attribute that the caption states is right
     Objects that share a colour are scored for colour and count only. UserError for a caption outside the grammar."""
     facts = [parse_caption(text) for text in captions]
     back, owner, share = unmix(images)
     R, values = images.shape[-1], {name: np.full(len(facts), np.nan) for name in ATTRIBUTES}
 
-    def answer(name, rows, right):
+    def record(name, rows, right):
         np.fmin.at(values[name], np.asarray(rows, int), np.asarray(right, float))
 
-    answer("count", range(len(facts)), count(owner, share) == [len(f.shapes) for f in facts])
+    record("count", range(len(facts)), count(owner, share) == [len(f.shapes) for f in facts])
     named = [b for b, f in enumerate(facts) if f.background]
-    answer("background", named, [list(BACKGROUNDS)[back[b]] == facts[b].background for b in named])
+    record("background", named, [list(BACKGROUNDS)[back[b]] == facts[b].background for b in named])
 
     row = np.array([b for b, f in enumerate(facts) for _ in f.shapes], int)
     after = [link for f in facts for link in (*f.relations, None)]          # to the object after it
@@ -129,25 +130,25 @@ def score(images: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
     mask = np.where((owner[row] == color[:, None, None]) & (share[row] > 0.15), share[row], 0)
     mask = mask * dilate(mask > 0.5, R // 16)                                               # (K, R, R)
     found = (mask > 0.5).sum((1, 2)) >= min_object_pixels(R)
-    answer("color", row, found)
+    record("color", row, found)
     area = np.stack([((owner == c) & (share > 0.5)).sum((1, 2)) for c in range(len(COLORS))], axis=1)
     unstated = np.array([[name not in f.colors for name in COLORS] for f in facts])          # (B, colours)
-    answer("color", range(len(facts)), ~((area >= min_object_pixels(R)) & unstated).any(1))
+    record("color", range(len(facts)), ~((area >= min_object_pixels(R)) & unstated).any(1))
 
-    judged = np.flatnonzero(found & alone)
-    best = match_shape(mask[judged])
-    answer("shape", row[judged], best == shape[judged])
-    large = mask[judged].sum((1, 2)) > moments()[0][best] * ((SMALL + LARGE) / 2 * R) ** 2
-    sized = [k for k, j in enumerate(judged) if size[j]]
-    answer("size", row[judged[sized]], [large[k] == (size[judged[k]] == "large") for k in sized])
+    scored = np.flatnonzero(found & alone)
+    best = match_shape(mask[scored])
+    record("shape", row[scored], best == shape[scored])
+    large = mask[scored].sum((1, 2)) > moments()[0][best] * ((SMALL + LARGE) / 2 * R) ** 2
+    sized = [k for k, j in enumerate(scored) if size[j]]
+    record("size", row[scored[sized]], [large[k] == (size[scored[k]] == "large") for k in sized])
 
     at, total = np.arange(R), np.maximum(mask.sum((1, 2)), 1e-6)
     x, y = mask.sum(1) @ at / total, mask.sum(2) @ at / total                               # (K,)
     ahead = dict(zip(RELATIONS, (x[:-1] < x[1:], x[:-1] > x[1:], y[:-1] < y[1:], y[:-1] > y[1:])))
-    both = [k for k, next_one in zip(judged, judged[1:]) if next_one == k + 1 and after[k]]
-    for name, kinds in (("side", RELATIONS[:2]), ("level", RELATIONS[2:])):
+    both = [k for k, next_one in zip(scored, scored[1:]) if next_one == k + 1 and after[k]]
+    for name, kinds in (("left_right", RELATIONS[:2]), ("above_below", RELATIONS[2:])):
         pairs = [k for k in both if after[k] in kinds]
-        answer(name, row[pairs], [ahead[after[k]][k] for k in pairs])
+        record(name, row[pairs], [ahead[after[k]][k] for k in pairs])
     values["all"] = np.fmin.reduce(list(values.values()))
     return {name: torch.from_numpy(value.astype(np.float32)) for name, value in values.items()}
 

@@ -148,7 +148,7 @@ def flip(o: Options) -> dict[str, list[Row]]:
 
     def measure(name: str, seed: int, flag: dict[str, float]) -> Row:
         captions = test_captions(o, f"with-{seed}")
-        return accuracy(images_of(o, f"{name}-{seed}", captions, LAM, controls=flag), captions, "side", "color")
+        return accuracy(images_of(o, f"{name}-{seed}", captions, LAM, controls=flag), captions, "left_right", "color")
     return {arm: [measure(name, seed, flag) for seed in range(o.seeds)] for arm, name, flag in (
         ("before", start, {}), ("without flag", "without", {}), ("flag 0", "with", {"flip": 0.0}),
         ("flag 1", "with", {"flip": 1.0}))}
@@ -190,7 +190,7 @@ def transfer(o: Options) -> dict[str, list[Row]]:
     def measure(name: str) -> Row:
         captions = test_captions(o, name)
         images = images_of(o, name, captions, rescale_guidance(LAM, 2))
-        return accuracy(images, captions, "color", "count", "side", "size", "shape")
+        return accuracy(images, captions, "color", "count", "left_right", "size", "shape")
     return by_seed(o, {title: f"high{k}" for k, title in enumerate(arms)}, measure)
 
 

@@ -27,8 +27,8 @@ PROMPTS = ("a red ring left of a blue square", "a green star", "a large yellow h
            "an orange triangle above a cyan circle", "a blue diamond right of a red circle", "a white ring on grey",
            "a large red square", "a yellow star below a purple heart", "a cyan cross on brown")
 MEASURED = 200                          # images behind every number of the scorecard
-MEANING = {"color": "named colours", "side": "left and right", "level": "above and below", "size": "small or large",
-           "shape": "shape, of eight", "count": "number of objects"}            # of the keys of score
+MEANING = {"color": "named colours", "left_right": "left and right", "above_below": "above and below",
+           "size": "small or large", "shape": "shape, of eight", "count": "number of objects"}   # of the keys of score
 TRIAL = 40                              # steps that measure this machine's speed
 TRAINING = 0.88                         # share of the minutes for steps; starting and saving take the rest
 

@@ -4,7 +4,7 @@ source = Shapes(resolution=32)
 batch = source.records(range(64))       image, label, caption, size, crop, flip, index, scene
 
 A scene holds one to three objects of different colours on a plain background. (seed, split, index) decides what it
-shows; the epoch also decides where it is cropped and whether it is mirrored. `draw_scene` lays a scene out from hashed
+shows; the epoch also decides where it is cropped and whether it is mirrored. `draw_scene` makes a scene from hashed
 numbers, `caption` describes it, `render` gives its pixels.
 
 Lengths are fractions of the image's side, y points down, and (0, 0) is the top left corner. The canvas is a quarter
@@ -15,15 +15,15 @@ pixels.
 """
 import hashlib
 import math
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Sequence
 
 import numpy as np
 import torch
 
 from config import UserError
 from rng import seed64, uniform
-from sources.shapes_grammar import BACKGROUNDS, COLORS, RELATIONS, SHAPES, SceneFacts, facts_to_caption, parse_caption
+from sources.shapes_grammar import BACKGROUNDS, COLORS, RELATIONS, SHAPES, SceneFacts, facts_to_caption
 
 SPLITS = ("train", "test", "held_out")
 LAYOUTS = ("free", "grid", "sides")
@@ -32,15 +32,15 @@ HELD_OUT = (("green", "square"), ("purple", "star"), ("cyan", "heart"), ("orange
             ("yellow", "triangle"), ("white", "ring"))      # never in the splits train and test
 NATIVE = (16, 20, 24, 32, 48, 96)           # sides in pixels at which a canvas is rendered
 RADIUS = (0.14, 0.23)                       # half the width of an object among several
-MAX_RADIUS_SINGLE = 0.36                                # largest radius of an object that is alone
+MAX_RADIUS_SINGLE = 0.36                    # largest half-width of an object that is alone
 SMALL, LARGE = 0.163, 0.197                 # captions say small up to the first, large from the second
 MARGIN, GAP = 0.03, 0.02                    # smallest distance to the border, and between objects
-GRID_CENTRES = (2, 3, 4, 5, 6)                   # grid: centres on either axis, in eighths of the side
-GRID_PAIRS = ((2, 5), (3, 6), (2, 6))            # grid: near and far centre of two objects that must not touch
+GRID_CENTRES = (2, 3, 4, 5, 6)              # grid: centres on either axis, in eighths of the side
+GRID_PAIRS = ((2, 5), (3, 6), (2, 6))       # grid: near and far centre of two objects that must not touch
 TWO_SIZES = (0.145, 0.21)                   # grid: half the width of a small and of a large object
 DRAWS = 54                                  # random numbers for a scene and its caption
-PAIR, CAPTION_DRAWS = 3, 48                          # first of those for a pair's layout, and for the caption
-RELATION_DRAWS = CAPTION_DRAWS + 3                             # below 0.75 the caption states a pair's relation
+PAIR, CAPTION_DRAWS = 3, 48                 # first of those for a pair's layout, and for the caption
+RELATION_DRAWS = CAPTION_DRAWS + 3          # below 0.75 the caption states a pair's relation
 
 
 # ---------------------------------------------------------------- the data set
@@ -59,7 +59,6 @@ class Shapes:
                 learns sooner; sides: a grid of two objects side by side, with a caption that says which is left"""
     channels, encoder, bad = 3, None, {}
     classes = list(SHAPES)
-    describe = staticmethod(parse_caption)
 
     def __init__(self, resolution: int = 32, seed: int = 0, split: str = "train",
                  objects: tuple[int, ...] = (1, 2, 3), native: bool = True, crop: bool = True,
@@ -95,7 +94,7 @@ class Shapes:
         object k seen from k + 1, before flipping."""
         index = np.asarray(indices, np.int64).reshape(-1)
         epoch = np.broadcast_to(np.asarray(epochs, np.int64), index.shape)
-        u, scene = self.drawn(index)
+        u, scene = self.random_scenes(index)
         if not self.native:
             scene["native"][:] = len(NATIVE) - 1
 
@@ -115,11 +114,11 @@ class Shapes:
             flip=torch.from_numpy(flip.astype(np.float32)), index=torch.from_numpy(index),
             scene={k: torch.from_numpy(v) for k, v in project_scene(scene, S, top, left, flip, R).items()})
 
-    def drawn(self, index: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Return the random numbers (B, DRAWS) of these scenes, and the scenes as draw_scene makes them."""
+    def random_scenes(self, index: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Return the random numbers (B, DRAWS) of these scenes (B,), and the scenes that draw_scene makes of them."""
         u = uniform(self.scene_key, index, DRAWS)
         if self.layout == "sides":
-            u[:, PAIR], u[:, RELATION_DRAWS] = 1, 0                   # side by side, and the caption says which is left
+            u[:, PAIR], u[:, RELATION_DRAWS] = 1, 0         # side by side, and the caption says which is left
         return u, draw_scene(u, self.objects, self.split == "held_out", self.layout != "free")
 
     def record(self, index: int, epoch: int = 0) -> dict:
@@ -130,13 +129,13 @@ class Shapes:
 
 
 def project_scene(scene: dict[str, np.ndarray], S: np.ndarray, top: np.ndarray, left: np.ndarray, flip: np.ndarray,
-         R: int) -> dict:
+                  R: int) -> dict:
     """Return the scene in fractions of the crop's side: enlarged and moved by the crop, mirrored by the flip."""
-    there, finer = scene["shape"] >= 0, S[:, None] / canvas_side(R)
+    exists, finer = scene["shape"] >= 0, S[:, None] / canvas_side(R)
     x, y, r = (scene[name] * finer for name in "xyr")                                      # (B, 3)
     x, y = x - left[:, None] / R, y - top[:, None] / R
     x = np.where(flip[:, None], 1 - x, x)
-    return dict(scene, **{name: np.where(there, value, -1) for name, value in (("x", x), ("y", y), ("r", r))})
+    return dict(scene, **{name: np.where(exists, value, -1) for name, value in (("x", x), ("y", y), ("r", r))})
 
 
 def rgb(palette: dict[str, tuple[int, int, int]]) -> np.ndarray:
@@ -159,19 +158,19 @@ def draw_scene(u: np.ndarray, objects: tuple[int, ...], held_out: bool, grid: bo
     grid: centres lie eighths of the side apart, a patch of 4 at 32 px, and one object of several is large."""
     B, rows = len(u), np.arange(len(u))
     n = np.array(objects)[(u[:, 0] * len(objects)).astype(int)]                             # (B,)
-    there = np.arange(3) < n[:, None]                                                       # (B, 3)
+    exists = np.arange(3) < n[:, None]                                                      # (B, 3)
     shape = (u[:, 12:15] * len(SHAPES)).astype(int)
     r = sizes_on_grid(u[:, 6:9], n) if grid else sizes(u[:, 6:9], n)
-    r = np.where(there, r, 0)
-    main = r.argmax(1)                                                               # (B,) the largest object
+    r = np.where(exists, r, 0)
+    main = r.argmax(1)                                                      # (B,) the largest object
 
-    colors, kept = list(COLORS), [(SHAPES.index(s), list(COLORS).index(c)) for c, s in HELD_OUT]
+    colors, held = list(COLORS), [(SHAPES.index(s), list(COLORS).index(c)) for c, s in HELD_OUT]
     rank = u[:, 24:48].reshape(B, 3, len(COLORS)).copy()    # an object takes its highest-ranked colour
     if held_out:
-        pair = np.array(kept)[(u[:, 11] * len(kept)).astype(int)]                           # (B, 2)
+        pair = np.array(held)[(u[:, 11] * len(held)).astype(int)]                           # (B, 2)
         shape[rows, main] = pair[:, 0]
     barred = np.zeros((len(SHAPES), len(colors)), bool)
-    barred[tuple(np.array(kept).T)] = True
+    barred[tuple(np.array(held).T)] = True
     rank[barred[shape]] = -1
     if held_out:
         rank[rows, :, pair[:, 1]] = -1
@@ -184,16 +183,16 @@ def draw_scene(u: np.ndarray, objects: tuple[int, ...], held_out: bool, grid: bo
     x, y, relation = (place_on_grid if grid else place)(u[:, PAIR:PAIR + 3] < 0.5, u[:, 17:24], n, r)
     native = (u[:, 1, None] > native_table()[shape[rows, main], :-1]).sum(1)
     scene = dict(shape=shape, color=color, x=x, y=y, r=r)
-    scene = {name: np.where(there, value, -1) for name, value in scene.items()}
-    return dict(scene, n=n, main=main, relation=np.where(there[:, 1:], relation, -1), native=native,
+    scene = {name: np.where(exists, value, -1) for name, value in scene.items()}
+    return dict(scene, n=n, main=main, relation=np.where(exists[:, 1:], relation, -1), native=native,
                 background=(u[:, 2] * len(BACKGROUNDS)).astype(int))
 
 
 def sizes(u: np.ndarray, n: np.ndarray) -> np.ndarray:
     """Return half the width of every object, with one clearly the largest. u (B, 3), n (B,) -> (B, 3)"""
-    rows, there = np.arange(len(n)), np.arange(3) < n[:, None]
+    rows, exists = np.arange(len(n)), np.arange(3) < n[:, None]
     most = np.where(n == 1, MAX_RADIUS_SINGLE, RADIUS[1])[:, None]
-    r = np.where(there, RADIUS[0] + (most - RADIUS[0]) * u, 0)
+    r = np.where(exists, RADIUS[0] + (most - RADIUS[0]) * u, 0)
     main = r.argmax(1)
     r[rows, main] = np.maximum(r[rows, main], RADIUS[0] / 0.89)
     return np.where(np.arange(3) == main[:, None], r, np.minimum(r, 0.9 * r[rows, main][:, None]))
@@ -209,22 +208,22 @@ def place(coin: np.ndarray, u: np.ndarray, n: np.ndarray, r: np.ndarray) -> tupl
     """Return centres x, y (B, 3) and relation (B, 2): object 0 beside object 1, object 2 across from both.
 
     coin (B, 3) says whether the pair's axis is vertical, object 0 is the far one, and object 2 is the near one."""
-    rows, room = np.arange(len(n)), 1 - 2 * MARGIN
+    rows, span = np.arange(len(n)), 1 - 2 * MARGIN
     vertical, far, before = coin.astype(int).T
     low, high = np.sort(u[:, :2], axis=1).T
     near = np.where(far, r[:, 1], r[:, 0])                              # radius of the pair's near one
-    slack = room - GAP - 2 * r[:, 0] - 2 * r[:, 1]
+    slack = span - GAP - 2 * r[:, 0] - 2 * r[:, 1]
     edge = np.stack([MARGIN + low * slack, MARGIN + 2 * near + GAP + high * slack], axis=1)     # (B, 2)
-    along = MARGIN + r + u[:, :3] * (room - 2 * r)                      # (B, 3) unless the pair decides
+    along = MARGIN + r + u[:, :3] * (span - 2 * r)                      # (B, 3) unless the pair decides
     for k in (0, 1):
         along[:, k] = np.where(n > 1, edge[rows, far ^ k] + r[:, k], along[:, k])
 
     band = 2 * r[:, :2].max(1)
     low, high = np.sort(u[:, 3:5], axis=1).T
-    slack = room - GAP - band - 2 * r[:, 2]
+    slack = span - GAP - band - 2 * r[:, 2]
     first = np.where(before, 2 * r[:, 2], band)
     edge = np.stack([MARGIN + low * slack, MARGIN + first + GAP + high * slack], axis=1)
-    across = MARGIN + r + u[:, 3:6] * (room - 2 * r)
+    across = MARGIN + r + u[:, 3:6] * (span - 2 * r)
     for k, jitter in ((0, u[:, 5]), (1, u[:, 6])):
         inside = edge[rows, before] + r[:, k] + jitter * (band - 2 * r[:, k])
         across[:, k] = np.where(n > 2, inside, across[:, k])
@@ -238,9 +237,9 @@ def place_on_grid(coin: np.ndarray, u: np.ndarray, n: np.ndarray, r: np.ndarray)
     """Return what `place` does, with centres on the grid. Objects of either size do not touch."""
     rows = np.arange(len(n))
     vertical, far, before = coin.astype(int).T
-    free = np.array(GRID_CENTRES)[(u[:, :6] * len(GRID_CENTRES)).astype(int)]                         # (B, 6)
+    free = np.array(GRID_CENTRES)[(u[:, :6] * len(GRID_CENTRES)).astype(int)]               # (B, 6)
     along, across = free[:, :3].copy(), free[:, 3:].copy()
-    pair, band = (np.array(GRID_PAIRS)[(v * len(GRID_PAIRS)).astype(int)] for v in (u[:, 6], u[:, 0]))    # (B, 2)
+    pair, band = (np.array(GRID_PAIRS)[(v * len(GRID_PAIRS)).astype(int)] for v in (u[:, 6], u[:, 0]))  # (B, 2)
     for k in (0, 1):
         along[:, k] = np.where(n > 1, pair[rows, far ^ k], along[:, k])
         across[:, k] = np.where(n > 2, band[rows, before], across[:, k])
@@ -306,9 +305,9 @@ def render(scene: dict[str, np.ndarray], S: np.ndarray, top: np.ndarray, left: n
            R: int) -> np.ndarray:
     """Return the crops (B, 3, R, R) float32 in [-1, 1]; S, top, left in pixels of the canvas, flip bool, (B,) each.
 
-    A crop shows canvas(R) / S of the image's side: all of it at S = canvas(R), half of it at twice that. Resampling is
-    linear and objects do not overlap, so each object is rendered on a small square of native pixels, resampled
-    directly to the crop, and laid over the background in its colour."""
+    A crop shows canvas_side(R) / S of the image's side: all of it at S = canvas_side(R), half of it at twice that.
+    Resampling is linear and objects do not overlap, so each object is rendered on a small square of native pixels,
+    resampled directly to the crop, and laid over the background in its colour."""
     back = rgb(BACKGROUNDS)[scene["background"]]                                            # (B, 3)
     image = np.repeat(back, R * R, axis=1).reshape(-1, 3, R, R)
     paint = rgb(COLORS)[scene["color"]] - back[:, None]                                    # (B, 3 objects, 3)
@@ -316,17 +315,17 @@ def render(scene: dict[str, np.ndarray], S: np.ndarray, top: np.ndarray, left: n
         b, j = np.nonzero((scene["native"] == k)[:, None] & (scene["shape"] >= 0))          # (K,) each
         if len(b):
             x, y, r = (scene[name][b, j] for name in ("x", "y", "r"))
-            mask = draw(scene["shape"][b, j], x, y, r, n, S[b], top[b], left[b], flip[b], R)        # (K, R, R)
+            mask = coverage(scene["shape"][b, j], x, y, r, n, S[b], top[b], left[b], flip[b], R)    # (K, R, R)
             for o in range(3):
                 one = j == o
                 image[b[one]] += mask[one, None] * paint[b[one], o, :, None, None]
     return np.clip(image, -1, 1)
 
 
-def draw(shape: np.ndarray, x: np.ndarray, y: np.ndarray, r: np.ndarray, n: int, S: np.ndarray,
-         top: np.ndarray, left: np.ndarray, flip: np.ndarray, R: int) -> np.ndarray:
+def coverage(shape: np.ndarray, x: np.ndarray, y: np.ndarray, r: np.ndarray, n: int, S: np.ndarray,
+             top: np.ndarray, left: np.ndarray, flip: np.ndarray, R: int) -> np.ndarray:
     """Return the coverage (K, R, R) of objects, clip(1/2 - distance in native pixels), resampled to the crop."""
-    unit = n * R / canvas_side(R)                                # native pixels per image side
+    unit = n * R / canvas_side(R)                           # native pixels per image side
     p = math.ceil(2 * MAX_RADIUS_SINGLE * unit) + 3
     corner = np.floor(np.stack([x, y]) * unit - p / 2).astype(int)                          # (2, K)
     pixel = corner[..., None] + np.arange(p) + 0.5 - np.stack([x, y])[..., None] * unit     # (2, K, p)
@@ -340,9 +339,9 @@ def draw(shape: np.ndarray, x: np.ndarray, y: np.ndarray, r: np.ndarray, n: int,
 
     sides, which = np.unique(S, return_inverse=True)
     weight = np.concatenate([resampler(n, int(side), p) for side in sides])                 # (sum of sides, ...)
-    start, seen = (np.cumsum(sides) - sides)[which][:, None], np.arange(R)
-    rows = start + top[:, None] + seen                                                      # (K, R)
-    cols = start + left[:, None] + np.where(flip[:, None], seen[::-1], seen)
+    start, pixels = (np.cumsum(sides) - sides)[which][:, None], np.arange(R)
+    rows = start + top[:, None] + pixels                                                    # (K, R)
+    cols = start + left[:, None] + np.where(flip[:, None], pixels[::-1], pixels)
     inside = corner[..., None] + np.arange(p) + p                                           # (2, K, p)
     wx = weight[cols[:, :, None], inside[0][:, None]]                                       # (K, R, p)
     wy = weight[rows[:, :, None], inside[1][:, None]]

@@ -1,8 +1,8 @@
-"""The grammar of the shapes' captions: its words, and captions to facts and back.
+"""The grammar of the shapes' captions: its words, captions to facts and back.
 
-facts = describe("a small red ring left of a large blue square on grey")
+facts = parse_caption("a small red ring left of a large blue square on grey")
 facts.shapes, facts.relations           ("ring", "square"), ("left of",)
-write(facts)                            the caption again
+facts_to_caption(facts)                 the caption again
 
     caption  = object {link object} ["on" background]
     object   = ["a" | "an"] ["small" | "large"] colour shape
@@ -39,7 +39,7 @@ class SceneFacts:
 
 
 def facts_to_caption(facts: SceneFacts) -> str:
-    """Return the caption that states these facts; `describe` inverts this."""
+    """Return the caption that states these facts, the inverse of parse_caption."""
     words = []
     for k, (size, color, shape) in enumerate(zip(facts.sizes, facts.colors, facts.shapes)):
         if k:
@@ -57,15 +57,15 @@ def parse_caption(caption: str) -> SceneFacts:
     words, at = split(caption), 0
     colors, shapes, sizes, relations = [], [], [], []
 
-    def take(kinds, needed):
+    def take(expected, required):
         nonlocal at
-        if at < len(words) and words[at] in kinds:
+        if at < len(words) and words[at] in expected:
             at += 1
             return words[at - 1]
-        if needed:
-            place = f"{words[at]!r} (word {at + 1})" if at < len(words) else "its end"
-            wanted = " or ".join(kinds)
-            raise UserError(f"caption {caption!r}: wanted {wanted}, found {place}; a caption reads {GRAMMAR}")
+        if required:
+            found = f"{words[at]!r} (word {at + 1})" if at < len(words) else "its end"
+            raise UserError(f"caption {caption!r}: wanted {' or '.join(expected)}, found {found}; a caption reads "
+                            f"{GRAMMAR}")
 
     while True:
         take(("a", "an"), False)

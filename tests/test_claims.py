@@ -34,10 +34,10 @@ def test_a_run_that_fails_ends_the_claim_with_its_name_and_its_last_line(tmp_pat
 def test_accuracy_is_a_share_of_the_captions_that_name_the_attribute():
     source = data.Shapes(resolution=32, split="test", flip=False)
     batch = data.records(source, list(range(40)), [0] * 40)
-    real = claims.accuracy(batch["image"], batch["caption"], "color", "side")
-    assert real == {"color": 1.0, "side": 1.0}
-    mirrored = claims.accuracy(batch["image"].flip(3), batch["caption"], "color", "side")
-    assert mirrored == {"color": 1.0, "side": 0.0}
+    real = claims.accuracy(batch["image"], batch["caption"], "color", "left_right")
+    assert real == {"color": 1.0, "left_right": 1.0}
+    mirrored = claims.accuracy(batch["image"].flip(3), batch["caption"], "color", "left_right")
+    assert mirrored == {"color": 1.0, "left_right": 0.0}
 
 
 def test_the_flip_claim_gives_each_run_its_flag_and_all_arms_the_same_captions(monkeypatch):
@@ -66,7 +66,7 @@ def test_a_claim_from_training_to_its_table_and_again_without_training(tmp_path,
     claims.main(["--claim=flip", f"--out={tmp_path}", "--seeds=1", "--pretrain_steps_flip=1", "--steps=1", "--n=3"])
     printed = capsys.readouterr().out
     assert printed.strip() == (tmp_path / "flip.txt").read_text(encoding="utf-8").strip()
-    assert [line.split()[0] for line in printed.splitlines()[1:]] == ["side", "color"]
+    assert [line.split()[0] for line in printed.splitlines()[1:]] == ["left_right", "color"]
     assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {"base1-0", "without-0", "with-0"}
     before = (tmp_path / "base1-0" / "log.jsonl").read_bytes()         # a second training would change its times
     claims.pretrain(claims.Options(out=str(tmp_path), seeds=1), 1)

@@ -12,11 +12,11 @@ import model
 from conditioning import Condition, guide
 from config import Config, ModelConfig, UserError, fields
 from rng import keyed_noise
-from sample import (SAMPLERS, Options, Sampler, check, ddim, dpmpp, generate, guidance_indices, heun,
-                    resolve_defaults, with_guidance)
+from sample import SAMPLERS, Options, Sampler, check, ddim, dpmpp, generate, guidance_indices, heun, with_guidance
 from schedule import ddim_indices, scaled_linear_alpha_bar, to_sigma
 
 M, S = 0.7, 0.5
+SPACINGS = ("trailing", "leading", "linspace")
 TABLE = scaled_linear_alpha_bar()
 FINE = scaled_linear_alpha_bar(10 ** 6, 0.85e-6, 12e-6)         # the same noise levels, a thousand times as many
 EVEN = torch.sigmoid(torch.linspace(14, -5.4, 20_001, dtype=torch.float64))     # uniform in ln(alpha/sigma), 7 to -2.7
@@ -44,7 +44,7 @@ def error(sampler, steps, spacing, alpha_bar):
 
 # ---------------------------------------------------------------- order
 
-@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
+@pytest.mark.parametrize("spacing", SPACINGS)
 def test_ddim_is_first_order(spacing):
     """On a table so fine that it does not show. Twice the steps, half the error."""
     errors = [error(ddim, steps, spacing, FINE) for steps in (80, 160, 320)]
@@ -70,11 +70,14 @@ def test_dpmpp_is_second_order_where_levels_are_even_in_log_snr():
                for n, factor in ((11, 5), (21, 8), (41, 15)))
 
 
-def test_dpmpp_is_better_than_ddim_on_the_real_table_and_best_with_its_own_spacing():
+def test_dpmpp_is_better_than_ddim_on_the_real_table_and_best_with_the_spacing_in_its_row():
     for steps, factor in ((10, 1.25), (20, 1.5), (50, 2)):
         assert error(dpmpp, steps, "trailing", TABLE) < error(ddim, steps, "trailing", TABLE) / factor
-    totals = {s: sum(error(dpmpp, n, s, TABLE) for n in (10, 20, 40)) for s in ("trailing", "leading", "linspace")}
-    assert totals["linspace"] > 1.2 * totals["trailing"], totals
+    zero_and_one = torch.tensor([0.0, 1]).double().view(2, 1, 1, 1)
+    for steps in (10, 20, 50):                              # distance of the samples' normal law from that of the data
+        ends = {s: dpmpp(oracle(TABLE), zero_and_one, TABLE, steps, s).flatten() for s in SPACINGS}
+        distance = {s: math.hypot(x0[0] - M, x0[1] - x0[0] - S) for s, x0 in ends.items()}
+        assert min(distance, key=distance.get) == "trailing" == SAMPLERS["dpmpp"].spacing, distance
 
 
 def test_dpmpp_equals_ddim_for_one_and_two_steps_and_differs_from_three_on():
@@ -82,7 +85,7 @@ def test_dpmpp_equals_ddim_for_one_and_two_steps_and_differs_from_three_on():
     noise = normal(4, 1, 2, 3)
     gap = [(dpmpp(oracle(TABLE), noise, TABLE, n) - ddim(oracle(TABLE), noise, TABLE, n)).abs().max().item()
            for n in (1, 2, 3)]
-    assert max(gap[:2]) < 1e-12 and gap[2] > 1e-2, gap
+    assert max(gap[:2]) < 1e-12 and gap[2] > 5e-3, gap
 
 
 @pytest.mark.parametrize("sampler, spacing, steps, calls", [(ddim, "trailing", 5, [999, 799, 599, 399, 199]),
@@ -102,7 +105,7 @@ def test_calls_of_the_denoiser(sampler, spacing, steps, calls):
     assert seen == calls
 
 
-@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
+@pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_data_that_is_one_point_is_hit_exactly(spacing, steps):
     denoise, noise = oracle(TABLE, s=0.0), normal(4, 1, 2, 3)
@@ -313,7 +316,7 @@ def generated(cfg=CFG, **changes):
 
 def test_guidance_and_eta_are_the_run_s_own_unless_an_option_sets_them():
     cfg = replace(CFG, guidance=3.0, eta=0.25)
-    of = lambda **options: [getattr(resolve_defaults(Options(**options), cfg), key) for key in ("guidance", "eta")]
+    of = lambda **options: [getattr(check(Options(**options), cfg), key) for key in ("guidance", "eta")]
     assert of() == [3.0, 0.25] and of(guidance=1.0, eta=0.0) == [1.0, 0.0] and of(sampler="heun") == [3.0, 0.0]
     assert check(Options(steps=4), cfg).eta == 0.25
     assert torch.equal(generated(cfg), generated(replace(cfg, eta=0.0), eta=0.25))
