@@ -180,7 +180,7 @@ def size(o: Options) -> dict[str, list[Row]]:
 
 
 def transfer(o: Options) -> dict[str, list[Row]]:
-    """[COND] sec. 2.3, table A3: from 32 to 64 px in few steps, with sigma doubled and positions resampled, or without.
+    """[COND] sec. 2.2, table A3: from 32 to 64 px in few steps, with sigma doubled and positions resampled, or without.
 
     Positions at 32 px are 0, 4, ..., 28; extrapolation continues them to 60, resampling keeps their extent."""
     arms = {"neither": ["--model.pos_base=60"], "positions": [], "positions, sigma": ["--model.sigma_scale=2"]}
