@@ -9,7 +9,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,6 +35,7 @@ from fid import FeatureStats
 from rng import keyed_noise
 from runtime import distributed, log, magnitudes
 from schedule import add_noise, rescale_guidance
+from sources.shapes_grammar import SHAPES
 
 SIZES = (16, 24, 48, 96)                # requested sizes, in pixels, compared at 32 px
 BETAS = (0.5, 1.0, 1.5, 2.0)            # at 0 the size has no effect by construction
@@ -104,18 +105,14 @@ def pretrain(o: Options, steps: int) -> str:
     return f"base{steps}"
 
 
-def open_run(o: Options, name: str, options: sample.Options) -> sample.Run:
-    """The run `name`, ready to generate in STEPS steps."""
-    return sample.load_run(replace(options, out=f"{o.out}/{name}", steps=STEPS, batch=100), distributed.setup().device)
-
-
-def images_of(o: Options, name: str, captions: list[str], lam: float, beta: float = 1.0,
+def images_of(o: Options, name: str, lam: float, captions: Sequence[str] = (), beta: float = 1.0, eta: float = -1.0,
               controls: dict[str, float | tuple[float, float]] | None = None) -> Tensor:
-    """Images of these captions by run `name`, all with the same controls, same noise at every call. (B, 3, R, R)"""
-    n = len(captions)
-    run = open_run(o, name, sample.Options(guidance=lam, control_guidance=beta, prompt=";".join(captions)))
-    rows = {key: torch.tensor([value] * n) for key, value in (controls or {}).items()}
-    return generate(run, n, replace(run.conditions(range(n))[0], **rows))
+    """o.n images by run `name`, of these captions or all classes in turn, with the same controls. (B, 3, R, R)"""
+    options = sample.Options(out=f"{o.out}/{name}", guidance=lam, control_guidance=beta, eta=eta, steps=STEPS,
+                             batch=100, prompt=";".join(captions))
+    run = sample.load_run(options, distributed.setup().device)
+    rows = {key: torch.tensor([value] * o.n) for key, value in (controls or {}).items()}
+    return generate(run, o.n, replace(run.conditions(range(o.n))[0], **rows))
 
 
 def test_captions(o: Options, name: str) -> list[str]:
@@ -148,7 +145,7 @@ def flip(o: Options) -> dict[str, list[Row]]:
 
     def measure(name: str, seed: int, flag: dict[str, float]) -> Row:
         captions = test_captions(o, f"with-{seed}")
-        return accuracy(images_of(o, f"{name}-{seed}", captions, LAM, controls=flag), captions, "left_right", "color")
+        return accuracy(images_of(o, f"{name}-{seed}", LAM, captions, controls=flag), captions, "left_right", "color")
     return {arm: [measure(name, seed, flag) for seed in range(o.seeds)] for arm, name, flag in (
         ("before", start, {}), ("without flag", "without", {}), ("flag 0", "with", {"flip": 0.0}),
         ("flag 1", "with", {"flip": 1.0}))}
@@ -166,7 +163,7 @@ def size(o: Options) -> dict[str, list[Row]]:
 
     def measure(name: str) -> Row:
         captions = test_captions(o, name)
-        at = lambda pixels, beta=1.0: images_of(o, name, captions, LAM, beta, {"size": (float(pixels), float(pixels))})
+        at = lambda s, beta=1.0: images_of(o, name, LAM, captions, beta, controls={"size": (float(s), float(s))})
         images = {s: at(s) for s in SIZES}
         rough = [F.avg_pool2d(x, POOL) for x in images.values()]
         row = {"apart": mean((a - b).square().mean().sqrt().item() for a, b in combinations(rough, 2)),
@@ -189,7 +186,7 @@ def transfer(o: Options) -> dict[str, list[Row]]:
 
     def measure(name: str) -> Row:
         captions = test_captions(o, name)
-        images = images_of(o, name, captions, rescale_guidance(LAM, 2))
+        images = images_of(o, name, rescale_guidance(LAM, 2), captions)
         return accuracy(images, captions, "color", "count", "left_right", "size", "shape")
     return by_seed(o, {title: f"high{k}" for k, title in enumerate(arms)}, measure)
 
@@ -217,30 +214,25 @@ def by_class(o: Options, judge: shapes_judge.ShapesClassifier, reference: Featur
     row = {"held-out loss": held_out(net, cfg)}
     row |= {f"M {k.split('.')[1]}": v for k, v in magnitudes.measure(net, lambda: held_out(net, cfg))["activations"]
             .items() if k.count(".") == 1}
-    run = open_run(o, name, sample.Options(guidance=1.0, eta=0.0))
-    cond = run.conditions(range(o.n))[0]                    # all classes in turn
-    images = generate(run, o.n, cond)
+    images, label = images_of(o, name, lam=1.0, eta=0.0), torch.arange(o.n) % len(SHAPES)
     seen = shapes_judge.largest(shapes_judge.read(judge, images))
     return row | {f"toy_fd{o.n}": shapes_judge.toy_fd(judge, images, reference),
-                  "class": (seen == cond.label).float().mean().item()}
-
-
-def best_rate(o: Options, arm: str) -> float:
-    """The rate of RATES with the lowest held-out loss after o.tune_steps steps."""
-    names = {rate: f"{arm}-{rate:g}" for rate in RATES}
-    losses = {rate: held_out(*model.load(f"{o.out}/{name}")) for rate, name in names.items()
-              if (Path(o.out) / name / "weights.safetensors").is_file()}
-    if not losses:
-        raise UserError(f"{arm} diverged at every rate of {', '.join(f'{rate:g}' for rate in RATES)}")
-    print(f"{arm}: held-out loss {', '.join(f'{v:.4f} at {k:g}' for k, v in losses.items())}", flush=True)
-    return min(losses, key=losses.get)
+                  "class": (seen == label).float().mean().item()}
 
 
 def at_best_rate(o: Options, arms: dict[str, list[str]]) -> dict[str, list[Row]]:
-    """Every arm at its best rate, over the seeds."""
+    """Every arm over the seeds, at the rate of RATES with the lowest held-out loss after o.tune_steps steps."""
     train(o, {f"{arm}-{rate:g}": [*CLASSES, *flags, f"--lr={rate}", f"--steps={o.tune_steps}"]
               for arm, flags in arms.items() for rate in RATES}, may_diverge=True)
-    train_seeds(o, {arm: [*CLASSES, *flags, f"--lr={best_rate(o, arm)}"] for arm, flags in arms.items()}, 4 * o.steps)
+    best = {}
+    for arm in arms:
+        losses = {rate: held_out(*model.load(f"{o.out}/{arm}-{rate:g}")) for rate in RATES
+                  if (Path(o.out) / f"{arm}-{rate:g}" / "weights.safetensors").is_file()}
+        if not losses:
+            raise UserError(f"{arm} diverged at every rate of {', '.join(f'{rate:g}' for rate in RATES)}")
+        print(f"{arm}: held-out loss {', '.join(f'{v:.4f} at {k:g}' for k, v in losses.items())}", flush=True)
+        best[arm] = min(losses, key=losses.get)
+    train_seeds(o, {arm: [*CLASSES, *flags, f"--lr={best[arm]}"] for arm, flags in arms.items()}, 4 * o.steps)
     judge = shapes_judge.load()
     source = data.open_source(model.load(f"{o.out}/{next(iter(arms))}-0")[1], "test")
     reference = shapes_judge.render_stats(judge, source, range(REAL))

@@ -44,7 +44,7 @@ def test_the_flip_claim_gives_each_run_its_flag_and_all_arms_the_same_captions(m
     trained, calls = {}, []
     monkeypatch.setattr(claims, "train", lambda o, runs, may_diverge: trained.update(runs))
     monkeypatch.setattr(claims, "test_captions", lambda o, name: [f"{name} left of"])
-    monkeypatch.setattr(claims, "images_of", lambda o, name, captions, lam, controls: calls.append(
+    monkeypatch.setattr(claims, "images_of", lambda o, name, lam, captions, controls: calls.append(
         (name, captions, controls)))
     monkeypatch.setattr(claims, "accuracy", lambda *_: {})
     rows = claims.flip(claims.Options(seeds=2, pretrain_steps_flip=50, steps=7))
@@ -56,13 +56,28 @@ def test_the_flip_claim_gives_each_run_its_flag_and_all_arms_the_same_captions(m
     assert differ == {"--model.controls=flip", "--model.controls="}
 
 
-@pytest.mark.slow
-def test_a_claim_from_training_to_its_table_and_again_without_training(tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def small_runs(monkeypatch):
+    """Runs of a tiny network, sampled in two steps."""
     small = ["--model.width=16", "--model.depth=1", "--model.heads=1", "--batch=2", "--microbatch=2"]
     train = claims.train
     monkeypatch.setattr(claims, "STEPS", 2)
     monkeypatch.setattr(claims, "train", lambda o, runs, may_diverge: train(
         o, {name: [*flags, *small] for name, flags in runs.items()}, may_diverge))
+
+
+@pytest.mark.slow
+def test_an_arm_at_its_best_rate(tmp_path, capsys, monkeypatch, small_runs):
+    for key, value in {"RATES": (1e-2,), "HELD": 20, "REAL": 20}.items():
+        monkeypatch.setattr(claims, key, value)
+    o = claims.Options(claim="magnitude", out=str(tmp_path), seeds=1, steps=1, tune_steps=1, n=8)
+    row, = claims.at_best_rate(o, {"DiT": ["--model.arch=dit"]})["DiT"]
+    assert "DiT: held-out loss " in capsys.readouterr().out
+    assert list(row) == ["held-out loss", "M 0", "toy_fd8", "class"] and 0 < row["held-out loss"] < 3
+
+
+@pytest.mark.slow
+def test_a_claim_from_training_to_its_table_and_again_without_training(tmp_path, capsys, small_runs):
     claims.main(["--claim=flip", f"--out={tmp_path}", "--seeds=1", "--pretrain_steps_flip=1", "--steps=1", "--n=3"])
     printed = capsys.readouterr().out
     assert printed.strip() == (tmp_path / "flip.txt").read_text(encoding="utf-8").strip()

@@ -1,4 +1,4 @@
-"""docs/extending.md: every diff applies to the files as they are, every example runs, and the table's counts are right."""
+"""docs/extending.md: its diffs apply to the files as they are, its examples run, and its table counts the lines."""
 import re
 import shutil
 import subprocess
@@ -22,7 +22,7 @@ def blocks(text, language):
 def hunks(section):
     """(file, lines before, lines after) of every hunk of a section's diffs; no lines before for a new file."""
     for diff in blocks(section, "diff"):
-        for new, path, body in re.findall(r"^--- (/dev/null|a/\S+)\n\+\+\+ b/(\S+)\n(.*?)(?=^--- |\Z)", diff, re.M | re.S):
+        for path, body in re.findall(r"^--- \S+\n\+\+\+ b/(\S+)\n(.*?)(?=^--- |\Z)", diff, re.M | re.S):
             for hunk in body.split("@@\n")[1:]:
                 lines = hunk.splitlines(keepends=True)
                 assert {line[0] for line in lines} <= set("+- ")
