@@ -50,6 +50,7 @@ HABITS = {
     "global_batch_size": "batch", "learning_rate": "lr", "output_dir": "out", "results_dir": "out", "data_path": "data",
     "data_dir": "data", "num_steps": "steps", "num_inference_steps": "steps", "num_sampling_steps": "steps",
     "image_size": "model.resolution",
+    "arr0": "is gone: `python sample.py --n=50000` writes the same .npz, and resumes",
     "resume": "is not needed: the same command again resumes the run in --out",
     "wandb": "does not exist: <out>/log.jsonl has every line, and `python -m runtime.plot` draws it",
     "epochs": "does not exist: a run has --steps, each of --batch images"}

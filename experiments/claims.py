@@ -9,9 +9,10 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from statistics import mean, stdev
@@ -25,14 +26,14 @@ from tqdm import tqdm
 import data
 import model
 import sample
-from conditioning import Condition, make_condition
-from config import Config, UserError, parse, run
+from conditioning import make_condition
+from config import Config, UserError, check_name, parse, run
 from evaluation import shapes_judge
 from evaluation.shapes_score import score, sharpness
 from experiments.demo import generate
 from fid import FeatureStats
 from rng import keyed_noise
-from runtime import checkpoint, distributed, log, magnitudes
+from runtime import distributed, log, magnitudes
 from schedule import add_noise, rescale_guidance
 from sources.shapes_grammar import SHAPES
 
@@ -74,7 +75,7 @@ Row = dict[str, float]                  # measure -> value
 # ---------------------------------------------------------------- training and sampling
 
 def train(o: Options, runs: dict[str, list[str]], may_diverge: bool = False) -> None:
-    """Train every run, name -> flags, `jobs` at a time. UserError with the last line of a failure."""
+    """Train every run, name -> flags, `jobs` at a time. UserError with the last line of a run that fails."""
     jobs = o.jobs or os.cpu_count() or 1
     threads = max(1, (os.cpu_count() or 1) // jobs)
 
@@ -104,15 +105,14 @@ def pretrain(o: Options, steps: int) -> str:
     return f"base{steps}"
 
 
-def pictures(o: Options, name: str, captions: list[str], lam: float, beta: float = 1.0,
-             controls: dict[str, float | tuple[float, float]] | None = None) -> Tensor:
-    """Images of these captions by run `name`, all with the same controls, same noise at every call. (B, 3, R, R)"""
-    net, cfg = model.load(f"{o.out}/{name}")
-    options = sample.Options(guidance=lam, control_guidance=beta, steps=STEPS, batch=100, prompt=";".join(captions))
-    wishes = sample.SampleConditions(options, cfg, checkpoint.read_header(Path(o.out) / name / "weights.safetensors"))
-    cond = wishes(np.arange(len(captions)))[0]
-    rows = {key: torch.tensor([value] * len(captions)) for key, value in (controls or {}).items()}
-    return generate(net, cfg, replace(cond, **rows), options)
+def images_of(o: Options, name: str, lam: float, captions: Sequence[str] = (), beta: float = 1.0, eta: float = -1.0,
+              controls: dict[str, float | tuple[float, float]] | None = None) -> Tensor:
+    """o.n images by run `name`, of these captions or all classes in turn, with the same controls. (B, 3, R, R)"""
+    options = sample.Options(out=f"{o.out}/{name}", guidance=lam, control_guidance=beta, eta=eta, steps=STEPS,
+                             batch=100, prompt=";".join(captions))
+    run = sample.load_run(options, distributed.setup().device)
+    rows = {key: torch.tensor([value] * o.n) for key, value in (controls or {}).items()}
+    return generate(run, o.n, replace(run.conditions(range(o.n))[0], **rows))
 
 
 def test_captions(o: Options, name: str) -> list[str]:
@@ -121,9 +121,14 @@ def test_captions(o: Options, name: str) -> list[str]:
 
 
 def accuracy(images: Tensor, captions: list[str], *keys: str) -> Row:
-    """Share of images that match their captions, by attribute, a key of shapes.score."""
-    answers = score(images, captions)
-    return {key: answers[key].nanmean().item() for key in keys}
+    """Share of images that match their captions, by attribute, a key of shapes_score.score."""
+    right = score(images, captions)
+    return {key: right[key].nanmean().item() for key in keys}
+
+
+def by_seed(o: Options, arms: dict[str, str], measure: Callable[[str], Row]) -> dict[str, list[Row]]:
+    """The rows of every arm, its title -> the name of its runs without the seed."""
+    return {title: [measure(f"{name}-{seed}") for seed in range(o.seeds)] for title, name in arms.items()}
 
 
 # ---------------------------------------------------------------- claims of [COND]
@@ -135,15 +140,15 @@ def flip(o: Options) -> dict[str, list[Row]]:
     other one. All start from a run that knows left from right, on scenes whose captions all name a side; without that
     start neither word nor flag alone says anything, and a short one unlearns the word before it learns the flag."""
     start, flags = pretrain(o, o.pretrain_steps_flip), ["--shapes.layout=sides", "--augment=flip", *SLOW_MUON]
-    train_seeds(o, {"silent": [*flags, "--model.controls="], "told": [*flags, "--model.controls=flip"]}, 3 * o.steps,
+    train_seeds(o, {"without": [*flags, "--model.controls="], "with": [*flags, "--model.controls=flip"]}, 3 * o.steps,
                 start)
 
-    def measure(kind: str, seed: int, flag: dict[str, float]) -> Row:
-        captions = test_captions(o, f"told-{seed}")
-        return accuracy(pictures(o, f"{kind}-{seed}", captions, LAM, controls=flag), captions, "left_right", "color")
-    return {arm: [measure(kind, seed, flag) for seed in range(o.seeds)] for arm, kind, flag in (
-        ("before", start, {}), ("not told", "silent", {}), ("told 0", "told", {"flip": 0.0}),
-        ("told 1", "told", {"flip": 1.0}))}
+    def measure(name: str, seed: int, flag: dict[str, float]) -> Row:
+        captions = test_captions(o, f"with-{seed}")
+        return accuracy(images_of(o, f"{name}-{seed}", LAM, captions, controls=flag), captions, "left_right", "color")
+    return {arm: [measure(name, seed, flag) for seed in range(o.seeds)] for arm, name, flag in (
+        ("before", start, {}), ("without flag", "without", {}), ("flag 0", "with", {"flip": 0.0}),
+        ("flag 1", "with", {"flip": 1.0}))}
 
 
 def size(o: Options) -> dict[str, list[Row]]:
@@ -158,22 +163,21 @@ def size(o: Options) -> dict[str, list[Row]]:
 
     def measure(name: str) -> Row:
         captions = test_captions(o, name)
-        at = lambda pixels, beta=1.0: pictures(o, name, captions, LAM, beta, {"size": (float(pixels), float(pixels))})
-        drawn = {s: at(s) for s in SIZES}
-        rough = [F.avg_pool2d(x, POOL) for x in drawn.values()]
+        at = lambda s, beta=1.0: images_of(o, name, LAM, captions, beta, controls={"size": (float(s), float(s))})
+        images = {s: at(s) for s in SIZES}
+        rough = [F.avg_pool2d(x, POOL) for x in images.values()]
         row = {"apart": mean((a - b).square().mean().sqrt().item() for a, b in combinations(rough, 2)),
-               "color": mean(accuracy(x, captions, "color")["color"] for x in drawn.values())}
-        row |= {f"sharp {s}": sharpness(x).mean().item() for s, x in drawn.items()}
+               "color": mean(accuracy(x, captions, "color")["color"] for x in images.values())}
+        row |= {f"sharp {s}": sharpness(x).mean().item() for s, x in images.items()}
         for beta in BETAS:
-            low, high = (sharpness(drawn[s] if beta == 1 else at(s, beta)).mean() for s in (SIZES[0], SIZES[-1]))
+            low, high = (sharpness(images[s] if beta == 1 else at(s, beta)).mean() for s in (SIZES[0], SIZES[-1]))
             row[f"sharp 96/16 at beta {beta:g}"] = (high / low).item()
         return row
-    return {arm: [measure(f"{name}-{seed}") for seed in range(o.seeds)]
-            for arm, name in (("uniform", "size0"), ("cosine 8", "size1"))}
+    return by_seed(o, {"uniform": "size0", "cosine 8": "size1"}, measure)
 
 
 def transfer(o: Options) -> dict[str, list[Row]]:
-    """[COND] sec. 2.3, table A3: from 32 to 64 px in few steps, with sigma doubled and positions resampled, or without.
+    """[COND] sec. 2.2, table A3: from 32 to 64 px in few steps, with sigma doubled and positions resampled, or without.
 
     Positions at 32 px are 0, 4, ..., 28; extrapolation continues them to 60, resampling keeps their extent."""
     arms = {"neither": ["--model.pos_base=60"], "positions": [], "positions, sigma": ["--model.sigma_scale=2"]}
@@ -182,9 +186,9 @@ def transfer(o: Options) -> dict[str, list[Row]]:
 
     def measure(name: str) -> Row:
         captions = test_captions(o, name)
-        drawn = pictures(o, name, captions, rescale_guidance(LAM, 2))
-        return accuracy(drawn, captions, "color", "count", "left_right", "size", "shape")
-    return {arm: [measure(f"high{k}-{seed}") for seed in range(o.seeds)] for k, arm in enumerate(arms)}
+        images = images_of(o, name, rescale_guidance(LAM, 2), captions)
+        return accuracy(images, captions, "color", "count", "left_right", "size", "shape")
+    return by_seed(o, {title: f"high{k}" for k, title in enumerate(arms)}, measure)
 
 
 # ---------------------------------------------------------------- claims of [MAG]
@@ -202,7 +206,7 @@ def held_out(net: model.Denoiser, cfg: Config) -> float:
     return torch.stack(parts).mean().item()
 
 
-def by_class(o: Options, name: str, eye: shapes_judge.ShapesClassifier, reference: FeatureStats) -> Row:
+def by_class(o: Options, judge: shapes_judge.ShapesClassifier, reference: FeatureStats, name: str) -> Row:
     """The quality of a run of classes: held-out loss, and toy_fd and class accuracy of o.n images without guidance.
 
     M k: magnitude of the tokens after block k, on held-out images at all noise levels."""
@@ -210,33 +214,29 @@ def by_class(o: Options, name: str, eye: shapes_judge.ShapesClassifier, referenc
     row = {"held-out loss": held_out(net, cfg)}
     row |= {f"M {k.split('.')[1]}": v for k, v in magnitudes.measure(net, lambda: held_out(net, cfg))["activations"]
             .items() if k.count(".") == 1}
-    label = torch.arange(o.n) % len(SHAPES)
-    drawn = generate(net, cfg, Condition(label=label), sample.Options(guidance=1.0, eta=0.0, steps=STEPS, batch=100))
-    seen = shapes_judge.largest(shapes_judge.read(eye, drawn))
-    return row | {f"toy_fd{o.n}": shapes_judge.toy_fd(eye, drawn, reference),
+    images, label = images_of(o, name, lam=1.0, eta=0.0), torch.arange(o.n) % len(SHAPES)
+    seen = shapes_judge.largest(shapes_judge.read(judge, images))
+    return row | {f"toy_fd{o.n}": shapes_judge.toy_fd(judge, images, reference),
                   "class": (seen == label).float().mean().item()}
 
 
-def best_rate(o: Options, arm: str) -> float:
-    """The rate of RATES with the lowest held-out loss after o.tune_steps steps."""
-    names = {rate: f"{arm}-{rate:g}" for rate in RATES}
-    losses = {rate: held_out(*model.load(f"{o.out}/{name}")) for rate, name in names.items()
-              if (Path(o.out) / name / "weights.safetensors").is_file()}
-    if not losses:
-        raise UserError(f"{arm} diverged at every rate of {', '.join(f'{rate:g}' for rate in RATES)}")
-    print(f"{arm}: held-out loss {', '.join(f'{v:.4f} at {k:g}' for k, v in losses.items())}", flush=True)
-    return min(losses, key=losses.get)
-
-
 def at_best_rate(o: Options, arms: dict[str, list[str]]) -> dict[str, list[Row]]:
-    """Every arm at its best rate, over the seeds."""
+    """Every arm over the seeds, at the rate of RATES with the lowest held-out loss after o.tune_steps steps."""
     train(o, {f"{arm}-{rate:g}": [*CLASSES, *flags, f"--lr={rate}", f"--steps={o.tune_steps}"]
               for arm, flags in arms.items() for rate in RATES}, may_diverge=True)
-    train_seeds(o, {arm: [*CLASSES, *flags, f"--lr={best_rate(o, arm)}"] for arm, flags in arms.items()}, 4 * o.steps)
-    eye = shapes_judge.load()
+    best = {}
+    for arm in arms:
+        losses = {rate: held_out(*model.load(f"{o.out}/{arm}-{rate:g}")) for rate in RATES
+                  if (Path(o.out) / f"{arm}-{rate:g}" / "weights.safetensors").is_file()}
+        if not losses:
+            raise UserError(f"{arm} diverged at every rate of {', '.join(f'{rate:g}' for rate in RATES)}")
+        print(f"{arm}: held-out loss {', '.join(f'{v:.4f} at {k:g}' for k, v in losses.items())}", flush=True)
+        best[arm] = min(losses, key=losses.get)
+    train_seeds(o, {arm: [*CLASSES, *flags, f"--lr={best[arm]}"] for arm, flags in arms.items()}, 4 * o.steps)
+    judge = shapes_judge.load()
     source = data.open_source(model.load(f"{o.out}/{next(iter(arms))}-0")[1], "test")
-    reference = shapes_judge.render_stats(eye, source, range(REAL))
-    return {arm: [by_class(o, f"{arm}-{seed}", eye, reference) for seed in range(o.seeds)] for arm in arms}
+    reference = shapes_judge.render_stats(judge, source, range(REAL))
+    return by_seed(o, {arm: arm for arm in arms}, partial(by_class, o, judge, reference))
 
 
 MP = ["--model.arch=mpdit", "--forced_weight_norm=true"]
@@ -288,11 +288,10 @@ def table(rows: dict[str, list[Row]]) -> str:
 
 def main(argv: list[str]) -> None:
     o = parse(argv, Options())
-    if o.claim not in CLAIMS:
-        raise UserError(f"unknown claim={o.claim!r}; there are {', '.join(CLAIMS)}")
-    for key in ("seeds", "pretrain_steps", "pretrain_steps_flip", "steps", "finetune_steps", "tune_steps", "n"):
-        if getattr(o, key) < 1:
-            raise UserError(f"{key}={getattr(o, key)} must be at least 1")
+    check_name("claim", o.claim, CLAIMS)
+    for key, value in vars(o).items():
+        if isinstance(value, int) and value < (key != "jobs"):
+            raise UserError(f"{key}={value} must be at least 1, jobs at least 0")
     text = table(CLAIMS[o.claim](o))
     log.write_text(Path(o.out) / f"{o.claim}.txt", text + "\n")
     print(text)

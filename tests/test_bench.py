@@ -1,11 +1,13 @@
 """The benchmark: what it times, the numbers it prints, and that it compares only networks that agree."""
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import model
+from conditioning import Condition
 from config import UserError
 from experiments import bench
 from runtime import distributed
@@ -15,56 +17,24 @@ TINY = ["--model.width=24", "--model.depth=2", "--model.heads=2", "--model.resol
 CLASSES = ["--model.arch=dit", "--model.semantics=class", "--model.classes=5"]
 CPU = torch.device("cpu")
 
-# The official interface and key names, as short as they come.
-OFFICIAL = '''
-import torch, math
-from torch import nn
-import torch.nn.functional as F
 
-def mod(x, shift, scale):
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
-
-class Holder(nn.Module):
-    def __init__(self, **parts):
+class Theirs(torch.nn.Module):
+    """The interface of diffusers' DiT around a DiT of ours, whose output is scaled."""
+    def __init__(self, m, scale):
         super().__init__()
-        for name, part in parts.items():
-            setattr(self, name, part)
+        net = model.build(m)
+        for layer in net.zero_init_layers():
+            torch.nn.init.normal_(layer.weight, std=0.02)
+        self.scale, self.inner, self.state_dict = scale, net, net.state_dict
 
-class DiT(nn.Module):
-    def __init__(self, input_size, patch_size, in_channels, hidden_size, depth, num_heads, mlp_ratio=4.0,
-                 class_dropout_prob=0.1, num_classes=1000, learn_sigma=True):
-        super().__init__()
-        D, P, C = hidden_size, patch_size, in_channels
-        self.P, self.C, self.heads = P, C, num_heads
-        two = lambda a, b: nn.Sequential(nn.Linear(a, b), nn.SiLU(), nn.Linear(b, b))
-        ada = lambda n: nn.Sequential(nn.SiLU(), nn.Linear(D, n * D))
-        self.x_embedder = Holder(proj=nn.Conv2d(C, D, P, P))
-        self.t_embedder = Holder(mlp=two(256, D))
-        self.y_embedder = Holder(embedding_table=nn.Embedding(num_classes + 1, D))
-        self.pos_embed = nn.Parameter(torch.zeros(1, (input_size // P) ** 2, D), requires_grad=False)
-        self.blocks = nn.ModuleList(Holder(
-            attn=Holder(qkv=nn.Linear(D, 3 * D), proj=nn.Linear(D, D)),
-            mlp=Holder(fc1=nn.Linear(D, 4 * D), fc2=nn.Linear(4 * D, D)),
-            adaLN_modulation=ada(6)) for _ in range(depth))
-        self.final_layer = Holder(linear=nn.Linear(D, P * P * C * (1 + learn_sigma)), adaLN_modulation=ada(2))
+    def forward(self, x, i, label):
+        return SimpleNamespace(sample=self.scale * self.inner(x, i.float(), Condition(label=label)))
 
-    def forward(self, x, t, y):
-        w = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32) / 128)
-        c = self.t_embedder.mlp(torch.cat([torch.cos(t[:, None] * w), torch.sin(t[:, None] * w)], 1).float())
-        c = c + self.y_embedder.embedding_table(y)
-        x = self.x_embedder.proj(x).flatten(2).transpose(1, 2) + self.pos_embed
-        for b in self.blocks:
-            s1, m1, g1, s2, m2, g2 = b.adaLN_modulation(c).chunk(6, 1)
-            qkv = b.attn.qkv(mod(x, s1, m1)).reshape(*x.shape[:2], 3, self.heads, -1)
-            q, k, v = qkv.permute(2, 0, 3, 1, 4)
-            a = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
-            x = x + g1[:, None] * b.attn.proj(a)
-            x = x + g2[:, None] * b.mlp.fc2(F.gelu(b.mlp.fc1(mod(x, s2, m2)), approximate="tanh"))
-        x = self.final_layer.linear(mod(x, *self.final_layer.adaLN_modulation(c).chunk(2, 1)))
-        n = math.isqrt(x.shape[1])
-        x = torch.einsum("bhwpqc->bchpwq", x.reshape(-1, n, n, self.P, self.P, self.C))
-        return SCALE * x.reshape(-1, self.C, n * self.P, n * self.P)
-'''
+
+class NoEMA:
+    """The interface of diffusers' EMAModel."""
+    def __init__(self, parameters):
+        self.step = lambda parameters: None
 
 
 @pytest.fixture(autouse=True)
@@ -83,9 +53,10 @@ def quick(monkeypatch):
 
 
 def stub(monkeypatch, seconds):
-    """Networks a and b, with steps that seem to take the next of the seconds named after them. The order of turns."""
+    """Networks a and b whose steps seem to take the next of the seconds named after them, and the order of turns."""
     clocks, order = {name: iter([math.nan] * bench.WARMUP + times) for name, times in seconds.items()}, []
-    monkeypatch.setattr(bench, "time_once", lambda side, what, device: order.append(side.name) or next(clocks[side.name]))
+    monkeypatch.setattr(bench, "time_once", lambda side, part, device: order.append(side.name) or
+                        next(clocks[side.name]))
     return [bench.Implementation(name, torch.nn.Identity(), {}, 10 ** 9) for name in seconds], order
 
 
@@ -116,8 +87,8 @@ def test_rows_are_medians_and_quartiles_of_turns_that_alternate(monkeypatch):
     assert bench.measure(short, "train", bench.replace(o, seconds=0.0), CPU)[0]["high"] == 1     # at least a few turns
 
 
-def test_every_weight_is_felt_and_trained():
-    """No layer is zero when timed, and the timed step is one of training: it moves every weight."""
+def test_every_weight_has_an_effect_and_is_trained():
+    """No layer is zero when timed, and the timed step trains: it moves every weight."""
     o = bench.read_options([*TINY, *CLASSES])
     ours = bench.ours(o, bench.make_inputs(o, CPU), "float32", compiled=False)
     before = {k: p.detach().clone() for k, p in ours.net.named_parameters()}
@@ -132,9 +103,10 @@ def test_the_plain_twin_has_the_same_sizes_and_its_own_optimizer(arch, twin, mon
     flags = [f"--model.arch={arch}", "--forced_weight_norm=true", "--lr_mp=0.01", "--against=plain"]
     o, built = bench.read_options([*TINY, *CLASSES, *flags]), []
     monkeypatch.setattr(bench, "ours", lambda cfg, *rest: built.append(cfg) or cfg.model.arch)
-    assert bench.choose_sides(o, bench.make_inputs(o, CPU)) == [twin, arch]     # the last is the reference
+    assert bench.implementations(o, bench.make_inputs(o, CPU)) == [twin, arch]     # the last is the reference
     plain, cfg = built
-    assert (plain.model.arch, plain.forced_weight_norm, plain.lr_mp) == (twin, False, 0) and cfg.forced_weight_norm and cfg.lr_mp
+    assert (plain.model.arch, plain.forced_weight_norm, plain.lr_mp) == (twin, False, 0)
+    assert cfg.forced_weight_norm and cfg.lr_mp
     assert plain.model == bench.replace(cfg.model, arch=twin)
 
 
@@ -150,7 +122,7 @@ def test_compile_compiles_every_block(monkeypatch):
     monkeypatch.setattr(model.DiTBlock, "compile", lambda block, fullgraph: compiled.append(block))
     for choice in ("off", "auto", "on"):
         o = bench.read_options([*TINY, *CLASSES, f"--compile={choice}"])
-        side, = bench.choose_sides(o, bench.make_inputs(o, CPU))
+        side, = bench.implementations(o, bench.make_inputs(o, CPU))
     assert len(compiled) == 2 and side.name == "dit, float32, compiled"
 
 
@@ -162,30 +134,30 @@ def test_against_diffusers(quick, capsys):
     bench.main([*TINY, *CLASSES, "--dtype=float32", "--against=diffusers"])
     lines = capsys.readouterr().out.splitlines()
     assert [tuple(line.split()[:2]) for line in lines[2:]] == [
-        (what, name) for what in bench.PASSES for name in ("dit,", "diffusers")]
+        (part, name) for part in bench.PASSES for name in ("dit,", "diffusers")]
 
 
-def test_against_an_official_checkout(monkeypatch, tmp_path):
-    """Compiled ours meets it three ways: in fp32, in fp32 compiled, and as shipped, here in bfloat16."""
+@pytest.fixture
+def fake_diffusers(monkeypatch):
+    """diffusers in miniature; it returns a function that sets the scale of its output."""
+    monkeypatch.setattr(bench, "optional_import", lambda *names, part: NoEMA)
+    return lambda scale: monkeypatch.setattr(bench, "diffusers_dit", lambda m: Theirs(m, scale))
+
+
+def test_ours_is_compared_in_fp32_and_as_shipped(monkeypatch, fake_diffusers):
+    fake_diffusers(1.0)
     monkeypatch.setattr(model.DiTBlock, "compile", lambda block, fullgraph: None)
-    (tmp_path / "models.py").write_text(OFFICIAL.replace("SCALE", "1"))
-    flags = [*TINY, *CLASSES, f"--official_dit={tmp_path}", "--compile=on", "--dtype=bfloat16"]
-    o = bench.read_options(flags)
-    sides = bench.choose_sides(o, bench.make_inputs(o, CPU))
-    assert [side.name for side in sides] == [
-        "dit, float32", "dit, float32, compiled", "dit, bfloat16, compiled", "official"]
-    assert [side.matmul for side in sides] == ["highest", "highest", "medium", "highest"]
+    o = bench.read_options([*TINY, *CLASSES, "--against=diffusers", "--compile=on", "--dtype=bfloat16"])
+    sides = bench.implementations(o, bench.make_inputs(o, CPU))
+    assert [side.name for side in sides] == ["dit, float32", "dit, bfloat16, compiled", "diffusers"]
+    assert [side.matmul for side in sides] == ["highest", "medium", "highest"]
     assert all(row["ratio"] > 0 for row in bench.measure([sides[0], sides[-1]], "train", o, CPU))
 
 
-@pytest.mark.parametrize("text, message", [
-    (OFFICIAL.replace("SCALE", "1.001"), "differ in forward by 0.001"),
-    ("import a_package_that_is_not_there", "pip install a_package_that_is_not_there"), ("", "has no models.py")])
-def test_a_network_that_is_not_the_same_is_not_timed(text, message, tmp_path):
-    if text:
-        (tmp_path / "models.py").write_text(text)
-    with pytest.raises(UserError, match=message):
-        bench.main([*TINY, *CLASSES, f"--official_dit={tmp_path}"])
+def test_a_network_that_computes_something_else_is_not_timed(fake_diffusers):
+    fake_diffusers(1.001)
+    with pytest.raises(UserError, match="differ in forward by 0.001"):
+        bench.main([*TINY, *CLASSES, "--against=diffusers", "--dtype=float32"])
 
 
 # ---------------------------------------------------------------- options
@@ -200,7 +172,8 @@ def test_a_published_size():
 def test_the_config_file_says_the_rest():
     o = bench.read_options(["--lr=5e-4", "--config=configs/shapes.py", "--model.depth=3"])
     cfg = bench.load("configs/shapes.py")
-    assert (o.lr, o.model.depth, o.model.width, o.steps, o.batch) == (5e-4, 3, cfg.model.width, cfg.steps, cfg.microbatch)
+    assert (o.lr, o.model.depth, o.model.width) == (5e-4, 3, cfg.model.width)
+    assert (o.steps, o.batch) == (cfg.steps, cfg.microbatch)
     assert o.model.text_dim > 0 and o.model.text_length > 0
 
 
@@ -209,13 +182,13 @@ def test_help_names_all_options(capsys):
         bench.main(["--help"])
     assert not end.value.code
     printed = capsys.readouterr().out
-    assert all(f"--{key}" in printed for key in ("vs", "peer", "what", "lr", "model.depth", "config"))
+    assert all(f"--{key}" in printed for key in ("against", "parts", "lr", "model.depth", "config"))
 
 
 @pytest.mark.parametrize("flag, message", [
     ("--parts=forward+dance", "'dance'"), ("--size=DiT-S", "DiT-S/2"), ("--size=CNN-S/2", "dit, mmdit"),
     ("--against=keras", "keras"), ("--against=plain", "mp architecture"), ("--against=diffusers", "--size=DiT-S/2"),
-    ("--official_dit=folder", "--size=DiT-S/2"), ("--batch=-1", "batch=-1"), ("--compile=maybe", "maybe"),
+    ("--batch=-1", "batch=-1"), ("--compile=maybe", "maybe"),
     ("--model.patch=5", "patch=5"), ("--depht=3", "--model.depth")])
 def test_options_that_cannot_be_timed(flag, message):
     with pytest.raises(UserError, match=message):

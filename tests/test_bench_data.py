@@ -1,8 +1,14 @@
-"""bench_data: what it reads and writes, that turns alternate, and how much training consumes."""
+"""bench_data: what it reads and writes, and that turns alternate."""
 import pytest
 
 from config import UserError
 from experiments import bench_data
+
+
+@pytest.fixture(autouse=True)
+def small_photos(monkeypatch):
+    """Photos without detail, which are made at once."""
+    monkeypatch.setattr(bench_data, "synthetic_photo", lambda k: bench_data.Image.new("RGB", (20, 16 + k)))
 
 
 def test_combinations_alternate_and_the_first_turn_is_not_counted(monkeypatch):
@@ -13,8 +19,8 @@ def test_combinations_alternate_and_the_first_turn_is_not_counted(monkeypatch):
     assert calls == [(name, turn) for turn in range(4) for name in "ab"]
 
 
-def test_consumption_of_training():
-    assert bench_data.images_needed(237.2) == pytest.approx(312e12 * 0.4 / (3 * 237.2e9))
+def test_the_default_need_is_an_a100_at_two_fifths_of_its_peak():
+    assert bench_data.Options().need == pytest.approx(312e12 * 0.4 / (3 * 237.2e9)) == pytest.approx(175.4, abs=0.1)
 
 
 @pytest.mark.parametrize("flag", ["--workers=two", "--n=3", "--turns=1", "--data=nowhere"])
@@ -28,7 +34,7 @@ def test_every_source_is_timed_with_every_number_of_workers(monkeypatch, capsys)
     monkeypatch.setattr(bench_data, "read_images", lambda *args: counts.append(read(*args)) or counts[-1])
     bench_data.main(["--n=16", "--workers=0,2", "--turns=2", "--resolution=16", "--need=50"])
     head, *rows = capsys.readouterr().out.splitlines()
-    assert "training needs 50 images/s" in head and counts == [16] * 12         # three turns of four combinations
+    assert "training consumes 50 images/s" in head and counts == [16] * 12      # three turns of four combinations
     assert [row[:17].strip() for row in rows] == [f"{name}, {k} workers" for k in (0, 2) for name in ("folder", "tars")]
 
 
@@ -37,4 +43,10 @@ def test_data_of_a_user_are_read_as_a_run_would(tmp_path, capsys):
     bench_data.main([f"--data={paths['tars']}", "--semantics=text", "--n=16", "--workers=0", "--turns=2",
                      "--resolution=16"])
     head, row = capsys.readouterr().out.splitlines()
-    assert "DiT-XL/2 on one A100" in head and row.startswith("tars, 0 workers")
+    assert "training consumes 175 images/s" in head and row.startswith("tars, 0 workers")
+
+
+def test_photos_have_detail(monkeypatch):
+    monkeypatch.undo()
+    x = bench_data.np.asarray(bench_data.synthetic_photo(1), float)
+    assert x.shape == (256, 342, 3) and 40 < x.std() < 60 and abs(x[:, 1:] - x[:, :-1]).mean() > 2
