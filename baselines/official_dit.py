@@ -76,7 +76,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 def read_folder(path: Path) -> tuple[dict, dict[str, Tensor]]:
     """Read config.json and the tensors of a folder that diffusers wrote, by the names of the official code.
 
-    UserError unless it holds a DiT, or if the blocks' copies of an embedding differ."""
+    UserError unless it holds a DiT."""
     path = path / "transformer" if (path / "transformer").is_dir() else path
     try:
         about = json.loads((path / "config.json").read_text(encoding="utf-8"))
@@ -85,16 +85,22 @@ def read_folder(path: Path) -> tuple[dict, dict[str, Tensor]]:
         about = {k: int(about[k]) for k in ("num_attention_heads", "sample_size")}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{path / 'config.json'} is not that of a DiT in diffusers: {e!r}") from e
+    file = next((path / name for name in FILES if (path / name).is_file()), path / FILES[0])
+    return about, from_diffusers(read_tensors(file), path)
+
+
+def from_diffusers(theirs: dict[str, Tensor], name: object) -> dict[str, Tensor]:
+    """The tensors of a DiT of diffusers by our names. UserError if its blocks' copies of an embedding differ."""
     found: dict[str, Tensor] = {}
-    for key, v in read_tensors(next((path / f for f in FILES if (path / f).is_file()), path / FILES[0])).items():
-        name = next((re.sub(old, new, key) for old, new in OURS.items() if re.match(old + r"(\.|$)", key)), key)
-        if name in found and not torch.equal(found[name], v):
-            raise UserError(f"{path} is not a DiT of [DiT]: {key} differs from that of another block")
-        found[name] = v
+    for key, v in theirs.items():
+        ours = next((re.sub(old, new, key) for old, new in OURS.items() if re.match(old + r"(\.|$)", key)), key)
+        if ours in found and not torch.equal(found[ours], v):
+            raise UserError(f"{name} is not a DiT of [DiT]: {key} differs from that of another block")
+        found[ours] = v
     for key in [k for k in found if ".attn.q." in k]:
-        parts = [found.pop(name) for n in "qkv" if (name := key.replace(".q.", f".{n}.")) in found]
+        parts = [found.pop(part) for n in "qkv" if (part := key.replace(".q.", f".{n}.")) in found]
         found[key.replace(".q.", ".qkv.")] = torch.cat(parts)                   # (3D, D) or (3D,)
-    return about, found
+    return found
 
 
 def infer(tensors: dict[str, Tensor], side: int, heads: int, name: object) -> ModelConfig:

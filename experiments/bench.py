@@ -2,6 +2,7 @@
 
 python -m experiments.bench --config=configs/shapes.py --compile=on                  seconds, images/s, share of peak
 python -m experiments.bench --size=DiT-S/2 --batch=8 --threads=1 --against=diffusers      against diffusers' DiT
+python -m experiments.bench --size=DiT-S/2 --batch=8 --threads=1 --official_dit=PATH      a checkout of the official DiT
 python -m experiments.bench --config=configs/mp/shapes_e.py --threads=1 --against=plain    the cost of MP
 
 A training step is loss, backward pass, clipping, optimizer and weight averaging, as in train.py. Inputs are random and
@@ -10,6 +11,7 @@ Dimensions: B batch, C channels, R resolution, T noise steps.
 """
 import math
 import re
+import runpy
 import statistics
 import time
 from collections.abc import Callable
@@ -30,7 +32,7 @@ from config import SIZES, Config, ModelConfig, UserError, check_name, load, pars
 from ema import PowerEMA
 from runtime import distributed
 from runtime.log import LossWindow
-from runtime.optional import optional_import
+from runtime.optional import optional_import, patch_torchvision_ops
 from sample import ddim, with_guidance
 from schedule import add_noise, alpha_bar_table
 from text import make_encoder
@@ -53,6 +55,7 @@ class Options(Config):
     rounds: int = 30                    # most timed rounds of each step, after the warm-up
     seconds: float = 20.0               # longest time for each step
     against: str = ""                   # compare with diffusers (its DiT), or with plain (the twin of an mp arch)
+    official_dit: str = ""              # compare with the official DiT code: the folder of its models.py
 
 
 class Inputs(NamedTuple):
@@ -91,9 +94,12 @@ def read_options(argv: list[str]) -> Options:
     for part in o.parts.split("+"):
         check_name("parts", part, PASSES)
     check_name("against", o.against, ("", "diffusers", "plain"))
-    if o.against == "diffusers" and (m.arch, m.semantics, m.controls) != ("dit", "class", ""):
-        raise UserError(f"against='diffusers' needs a DiT of classes without controls, such as --size=DiT-S/2, got "
-                        f"model.arch={m.arch!r}, semantics={m.semantics!r}, controls={m.controls!r}")
+    if (o.against == "diffusers" or o.official_dit) and (m.arch, m.semantics, m.controls) != ("dit", "class", ""):
+        raise UserError(f"against={o.against!r}, official_dit={o.official_dit!r} need a DiT of classes without "
+                        f"controls, such as --size=DiT-S/2, got model.arch={m.arch!r}, semantics={m.semantics!r}, "
+                        f"controls={m.controls!r}")
+    if o.against and o.official_dit:
+        raise UserError(f"against={o.against!r} and official_dit={o.official_dit!r} are two comparisons; give one")
     if o.against == "plain" and not m.arch.startswith("mp"):
         raise UserError(f"against='plain' needs an mp architecture, got model.arch={m.arch!r}")
     return o
@@ -174,28 +180,58 @@ def diffusers_dit(m: ModelConfig) -> nn.Module:
 
 
 def diffusers_side(ours: Implementation, s: Inputs) -> Implementation:
-    """diffusers in fp32 with default AdamW and EMAModel and the shortest code for the rest. `ours` gets its weights."""
-    m, label = ours.net.cfg, s.cond.label
-    net = diffusers_dit(m).to(label.device)
-    ours.net.load_state_dict(from_diffusers(net.state_dict(), Path("diffusers")))
-    opt, both = torch.optim.AdamW(net.parameters(), LR), torch.cat([label, torch.full_like(label, m.classes)])
+    """diffusers with its default EMAModel. `ours` gets its weights."""
+    net = diffusers_dit(ours.net.cfg).to(s.x.device)
+    weights = from_diffusers(net.state_dict(), "diffusers")
+    ours.net.load_state_dict({k: v for k, v in weights.items() if k != "pos_embed"})
     ema = optional_import("diffusers.training_utils", "--against=diffusers", part="EMAModel")(net.parameters())
+    return theirs("diffusers", net, lambda x, i, label: net(x, i, label).sample, lambda: ema.step(net.parameters()), s,
+                  ours)
+
+
+def official_side(ours: Implementation, s: Inputs, path: str) -> Implementation:
+    """models.py of a checkout of [DiT] in the folder `path`, with an average of its weights. It gets those of `ours`."""
+    file, m = Path(path) / "models.py", ours.net.cfg
+    if not file.is_file():
+        raise UserError(f"--official_dit={path} has no models.py; give the folder of a checkout of the official DiT")
+    patch_torchvision_ops()                                 # its timm imports torchvision
+    try:
+        kind = runpy.run_path(str(file))["DiT"]
+    except ModuleNotFoundError as e:
+        raise UserError(f"--official_dit={path} needs {e.name}: pip install {e.name}") from e
+    net = kind(input_size=m.resolution, patch_size=m.patch, in_channels=m.channels, hidden_size=m.width,
+               num_heads=m.heads, depth=m.depth, num_classes=m.classes, learn_sigma=False).to(s.x.device)
+    net.load_state_dict({**ours.net.state_dict(), "pos_embed": ours.net.pos_embed[None]})
+    averages = [p.detach().clone() for p in net.parameters()]
+
+    @torch.no_grad()
+    def average() -> None:
+        for mean, p in zip(averages, net.parameters()):
+            mean.mul_(0.9999).add_(p, alpha=1e-4)
+    return theirs("official", net, net, average, s, ours)
+
+
+def theirs(name: str, net: nn.Module, eps: Callable[..., Tensor], average: Callable[[], None], s: Inputs,
+           ours: Implementation) -> Implementation:
+    """Another DiT in fp32 with default AdamW and the shortest code for the rest. eps(x, i, label) calls it."""
+    label, opt = s.cond.label, torch.optim.AdamW(net.parameters(), LR)
+    both = torch.cat([label, torch.full_like(label, ours.net.cfg.classes)])
 
     def train_step() -> None:
         noise, i = torch.randn_like(s.x), torch.randint(len(s.alpha_bar), label.shape, device=label.device)
-        F.mse_loss(net(add_noise(s.x, noise, s.alpha_bar[i]), i, label).sample, noise).backward()
+        F.mse_loss(eps(add_noise(s.x, noise, s.alpha_bar[i]), i, label), noise).backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         opt.step()
         opt.zero_grad()
-        ema.step(net.parameters())
+        average()
 
     def denoise(x: Tensor, i: Tensor) -> Tensor:
-        cond, uncond = net(torch.cat([x, x]), torch.cat([i, i]), both).sample.chunk(2)
+        cond, uncond = eps(torch.cat([x, x]), torch.cat([i, i]), both).chunk(2)
         return uncond + LAM * (cond - uncond)
 
-    steps = {"forward": lambda: net(s.x, s.i, label).sample, "train": train_step,
+    steps = {"forward": lambda: eps(s.x, s.i, label), "train": train_step,
              "sample": lambda: ddim(denoise, s.x, s.alpha_bar, 1)}
-    return Implementation("diffusers", net, steps, model.flops(m))
+    return Implementation(name, net, steps, ours.flops)
 
 
 @torch.inference_mode()
@@ -213,9 +249,10 @@ def implementations(o: Options, s: Inputs) -> list[Implementation]:
     """The networks to time; the last is the reference of a comparison. diffusers meets ours in fp32 and as shipped."""
     dtype = str(distributed.compute_dtype(s.x.device, o.dtype))[6:]
     compiled = o.compile == "on" or o.compile == "auto" and s.x.device.type == "cuda"
-    if o.against == "diffusers":
+    if o.against == "diffusers" or o.official_dit:
         equal = ours(o, s, "float32", False)
-        check_equal(equal, other := diffusers_side(equal, s))
+        other = official_side(equal, s, o.official_dit) if o.official_dit else diffusers_side(equal, s)
+        check_equal(equal, other)
         shipped = [] if (dtype, compiled) == ("float32", False) else [ours(o, s, dtype, compiled)]
         return [equal, *shipped, other]
     plain = replace(o, model=replace(o.model, arch=o.model.arch.removeprefix("mp"), mp=""), forced_weight_norm=False,

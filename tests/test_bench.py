@@ -18,6 +18,58 @@ CLASSES = ["--model.arch=dit", "--model.semantics=class", "--model.classes=5"]
 CPU = torch.device("cpu")
 
 
+# The official interface and key names, as short as they come.
+OFFICIAL = '''
+import torch, math
+from torch import nn
+import torch.nn.functional as F
+
+def mod(x, shift, scale):
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+
+class Holder(nn.Module):
+    def __init__(self, **parts):
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+class DiT(nn.Module):
+    def __init__(self, input_size, patch_size, in_channels, hidden_size, depth, num_heads, mlp_ratio=4.0,
+                 class_dropout_prob=0.1, num_classes=1000, learn_sigma=True):
+        super().__init__()
+        D, P, C = hidden_size, patch_size, in_channels
+        self.P, self.C, self.heads = P, C, num_heads
+        two = lambda a, b: nn.Sequential(nn.Linear(a, b), nn.SiLU(), nn.Linear(b, b))
+        ada = lambda n: nn.Sequential(nn.SiLU(), nn.Linear(D, n * D))
+        self.x_embedder = Holder(proj=nn.Conv2d(C, D, P, P))
+        self.t_embedder = Holder(mlp=two(256, D))
+        self.y_embedder = Holder(embedding_table=nn.Embedding(num_classes + 1, D))
+        self.pos_embed = nn.Parameter(torch.zeros(1, (input_size // P) ** 2, D), requires_grad=False)
+        self.blocks = nn.ModuleList(Holder(
+            attn=Holder(qkv=nn.Linear(D, 3 * D), proj=nn.Linear(D, D)),
+            mlp=Holder(fc1=nn.Linear(D, 4 * D), fc2=nn.Linear(4 * D, D)),
+            adaLN_modulation=ada(6)) for _ in range(depth))
+        self.final_layer = Holder(linear=nn.Linear(D, P * P * C * (1 + learn_sigma)), adaLN_modulation=ada(2))
+
+    def forward(self, x, t, y):
+        w = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32) / 128)
+        c = self.t_embedder.mlp(torch.cat([torch.cos(t[:, None] * w), torch.sin(t[:, None] * w)], 1).float())
+        c = c + self.y_embedder.embedding_table(y)
+        x = self.x_embedder.proj(x).flatten(2).transpose(1, 2) + self.pos_embed
+        for b in self.blocks:
+            s1, m1, g1, s2, m2, g2 = b.adaLN_modulation(c).chunk(6, 1)
+            qkv = b.attn.qkv(mod(x, s1, m1)).reshape(*x.shape[:2], 3, self.heads, -1)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)
+            a = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+            x = x + g1[:, None] * b.attn.proj(a)
+            x = x + g2[:, None] * b.mlp.fc2(F.gelu(b.mlp.fc1(mod(x, s2, m2)), approximate="tanh"))
+        x = self.final_layer.linear(mod(x, *self.final_layer.adaLN_modulation(c).chunk(2, 1)))
+        n = math.isqrt(x.shape[1])
+        x = torch.einsum("bhwpqc->bchpwq", x.reshape(-1, n, n, self.P, self.P, self.C))
+        return SCALE * x.reshape(-1, self.C, n * self.P, n * self.P)
+'''
+
+
 class Theirs(torch.nn.Module):
     """The interface of diffusers' DiT around a DiT of ours, whose output is scaled."""
     def __init__(self, m, scale):
@@ -193,3 +245,24 @@ def test_help_names_all_options(capsys):
 def test_options_that_cannot_be_timed(flag, message):
     with pytest.raises(UserError, match=message):
         bench.read_options([flag])
+
+
+def test_against_an_official_checkout(monkeypatch, tmp_path):
+    """Ours meets it in fp32 and as shipped, here compiled in bfloat16; it gets our weights."""
+    monkeypatch.setattr(model.DiTBlock, "compile", lambda block, fullgraph: None)
+    (tmp_path / "models.py").write_text(OFFICIAL.replace("SCALE", "1"))
+    o = bench.read_options([*TINY, *CLASSES, f"--official_dit={tmp_path}", "--compile=on", "--dtype=bfloat16"])
+    sides = bench.implementations(o, bench.make_inputs(o, CPU))
+    assert [side.name for side in sides] == ["dit, float32", "dit, bfloat16, compiled", "official"]
+    assert [side.matmul for side in sides] == ["highest", "medium", "highest"]
+    assert all(row["ratio"] > 0 for row in bench.measure([sides[0], sides[-1]], "train", o, CPU))
+
+
+@pytest.mark.parametrize("text, message", [
+    (OFFICIAL.replace("SCALE", "1.001"), "differ in forward by 0.001"),
+    ("import a_package_that_is_not_there", "pip install a_package_that_is_not_there"), ("", "has no models.py")])
+def test_an_official_network_that_is_not_the_same_is_not_timed(text, message, tmp_path):
+    if text:
+        (tmp_path / "models.py").write_text(text)
+    with pytest.raises(UserError, match=message):
+        bench.main([*TINY, *CLASSES, f"--official_dit={tmp_path}"])
