@@ -12,7 +12,8 @@ Size        791.9 M parameters
 Hours       25.2 = 3 x 1,049.6 GFLOP x 384 x 150,000 images / (16 x 312 TFLOP/s x 40 %)
 Paper       FID 2.76 of 50,000 samples against the training set: DDIM, 250 steps, lambda 2.0, beta 1.375
 
-Hours and microbatch are arithmetic, not measured: 40 % of the bf16 peak is assumed. What changes with s = 512 / 256 = 2:
+Hours and microbatch are arithmetic, not measured: 40 % of the bf16 peak is assumed.
+What changes with s = 512 / 256 = 2:
 noise       eq. 3, sigma' = 2 sigma: model.sigma_scale=2
 guidance    eq. 4, lambda' = 1 + s (lambda - 1) = 1 + 2 (1.5 - 1) = 2
 positions   the same extent of 16, at 32 x 32 patches

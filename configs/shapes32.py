@@ -6,8 +6,9 @@ python train.py --config=configs/shapes32.py
 `make demo` trained (LOG.md).
 
 [COND] sec. 2.2 pre-trains on local crops, 0.4 to 0.6 of the side, so that objects are as large in pixels as they are
-later on. Here crops are global: a caption names every object of a scene, of which a local crop would show half. Positions are resampled on an extent of 28, so that those of the 8 x 8 patches here are
-0, 4, ... 28, pixels rather than patches: a small network tells them apart sooner (LOG.md).
+later on. Here crops are global: a caption names every object of a scene, of which a local crop would show half.
+Positions are resampled on an extent of 28, so that those of the 8 x 8 patches here are 0, 4, ... 28, pixels rather
+than patches: a small network tells them apart sooner (LOG.md).
 """
 from config import Config, ModelConfig, ShapesConfig
 
