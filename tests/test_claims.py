@@ -13,7 +13,7 @@ def test_a_table_row_is_the_mean_and_the_sample_deviation_over_seeds():
             "on": [{"left_right": 1.0, "color": 0.0}]}
     head, side, color = claims.table(rows).splitlines()
     assert head.split() == ["off", "on"]
-    assert re.split(r"\s{2,}", side) == ["side", "0.600 ± 0.141", "1.000 ± ?"]          # sqrt(2 * 0.1^2 / 1)
+    assert re.split(r"\s{2,}", side) == ["left_right", "0.600 ± 0.141", "1.000 ± ?"]          # sqrt(2 * 0.1^2 / 1)
     assert re.split(r"\s{2,}", color) == ["color", "1.000 ± 0.000", "0.000 ± ?"]
 
 

@@ -4,6 +4,7 @@ import torch
 
 import model
 from conditioning import NULL_LABEL, Condition
+from baselines.official_dit import from_diffusers
 from config import ModelConfig
 from experiments import bench
 from model import SD3Block
@@ -19,11 +20,13 @@ def nets(**size):
     """Ours with every weight random, and diffusers' with the same weights."""
     torch.manual_seed(3)
     net = model.build(ModelConfig(arch="dit", semantics="class", **size)).eval()
-    bench.randomize(net)
-    for name, p in net.named_parameters():
-        if name.endswith("bias"):
+    other = bench.diffusers_dit(net.cfg).eval()
+    for name, p in other.named_parameters():
+        if name.endswith("bias") and ".norm1.emb." not in name:     # those of the embeddings are copies of one another
             torch.nn.init.normal_(p, std=0.1)
-    return net, bench.diffusers_dit(net).eval()
+    weights = from_diffusers(other.state_dict(), "diffusers")
+    net.load_state_dict({k: v for k, v in weights.items() if k != "pos_embed"})
+    return net, other
 
 
 @pytest.mark.parametrize("size", [
