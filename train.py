@@ -137,8 +137,8 @@ def denoising_loss(net: nn.Module, x0: Tensor, cond: Condition, g: torch.Generat
                    cfg: Config) -> tuple[Tensor, Tensor]:
     """[DDPM] eq. 14: |eps_hat(x_t, i, cond) - eps|^2 of every image with i uniform, and i. (B,), (B,)
 
-    Equal to the denoising error |x0_hat - x0|^2 weighted by 1/sigma^2 ([COND] app. A). For guidance a share
-    cond_dropout has neither semantics nor controls, a share control_dropout no controls ([COND] sec. 2.4)."""
+    Equal to the denoising error |x0_hat - x0|^2 weighted by 1/sigma^2 ([COND] app. C). For guidance a share
+    cond_dropout has neither semantics nor controls, a share control_dropout no controls ([COND] sec. 2.1)."""
     B = len(x0)
     i = torch.randint(len(alpha_bar), (B,), generator=g, device=x0.device)
     eps = torch.randn(x0.shape, generator=g, device=x0.device)

@@ -5,7 +5,7 @@
 A layer is kept if its weights have the same names and shapes in both networks; otherwise the whole layer stays fresh.
 The embedder of the class or caption counts as one layer, and so does the MLP of a group of controls: a fresh one has no
 effect at first, while a trained last layer on a fresh first one would have a random effect. Positions follow from the
-config and are not weights. [COND] sec. 2.3 has what else changes with resolution; the report hints at what has not.
+config and are not weights. [COND] sec. 2.2 has what else changes with resolution; the report hints at what has not.
 """
 import json
 from pathlib import Path
@@ -84,7 +84,8 @@ def table(found: dict[str, Tensor], own: dict[str, Tensor], kept: list[str]) -> 
     for part in dict.fromkeys(n.partition(".")[0] for n in (*own, *found)):
         for word, names in groups.items():
             if sizes := [both[n].numel() for n in names if n.partition(".")[0] == part]:
-                lines.append(f"  {part:16}  {word:8}  {len(sizes):,} tensor{'s' * (len(sizes) != 1)}, {sum(sizes):,} parameters")
+                plural = "s" * (len(sizes) != 1)
+                lines.append(f"  {part:16}  {word:8}  {len(sizes):,} tensor{plural}, {sum(sizes):,} parameters")
     return lines + [f"    {n} {tuple(found[n].shape)} -> {tuple(own[n].shape)}" for n in groups["fresh"]
                     if n in found and own[n].shape != found[n].shape]
 

@@ -190,7 +190,7 @@ def diffusers_side(ours: Implementation, s: Inputs) -> Implementation:
 
 
 def official_side(ours: Implementation, s: Inputs, path: str) -> Implementation:
-    """models.py of a checkout of [DiT] in the folder `path`, with an average of its weights. It gets those of `ours`."""
+    """models.py of a checkout of [DiT] in the folder `path`, with an average of its weights. It gets our weights."""
     file, m = Path(path) / "models.py", ours.net.cfg
     if not file.is_file():
         raise UserError(f"--official_dit={path} has no models.py; give the folder of a checkout of the official DiT")

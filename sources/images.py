@@ -33,7 +33,7 @@ ORIENTATION = 0x0112                    # EXIF tag
 MAX_CHARACTERS = 2000                   # of a caption; a text tower reads about 400
 ATTEMPTS = 20                           # to replace one unusable sample
 MAX_WARNINGS = 20                       # unusable samples that get a warning
-CROPS = {"global": (0.9, 1.0), "local": (0.4, 0.6), "mix": (0.4, 1.0)}  # [COND] 1.9: sides, over the short one
+CROPS = {"global": (0.9, 1.0), "local": (0.4, 0.6), "mix": (0.4, 1.0)}  # [COND] sec. 2.2: sides, over the short one
 
 
 # ---------------------------------------------------------------- from a file to RGB

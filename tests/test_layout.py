@@ -243,7 +243,8 @@ def test_every_source_that_is_cited_is_in_the_references():
 def test_sections_of_the_main_paper_that_are_cited_exist():
     wrong = []
     for where, text in prose():
-        for said in re.findall(r"\[COND\]((?:,? (?:and )?(?:sec|app|table|tables|eq|eqs|fig)s?\.? [A-E0-9][\w.]*)+)", text):
+        place = r"(?:sec|app|table|eq|fig)s?\.? [A-E0-9][\w.]*"
+        for said in re.findall(rf"\[COND\]((?:,? (?:and )?{place})+)", text):
             for kind, number in re.findall(r"(sec|app|table|eq|fig)s?\.? ([A-E]?[0-9.]*[0-9]|[A-E])", said):
                 if number not in CITED[kind]:
                     wrong.append(f"{where}: {kind}. {number}")
@@ -259,7 +260,7 @@ def test_links_lead_somewhere(page):
 
 
 def test_files_that_prose_names_exist():
-    """`sources/shapes.py`, `tests/test_fid.py`: a path with a folder that ends in .py, anywhere in docstrings or pages."""
+    """`sources/shapes.py`, `tests/test_fid.py`: a path with a folder that ends in .py, in docstrings and pages."""
     names = [(where, path) for where, text in prose() if where not in ("LOG.md", "extending.md")
              for path in re.findall(r"(?<![\w/<.-])((?:sources|baselines|evaluation|runtime|experiments|tests|configs)/"
                                     r"[\w/]+\.py)\b", text)]
@@ -274,9 +275,9 @@ def commands():
     """(where, command) in the code of the pages and in docstrings, without what explains them."""
     found = []
     for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        blocks = [] if page.name == "LOG.md" else re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S)
-        spans = [] if page.name == "LOG.md" else re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+        text = "" if page.name == "LOG.md" else page.read_text(encoding="utf-8")    # the log's are of their time
+        blocks = re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S)
+        spans = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
         found += [(page.name, line) for line in [line for block in blocks for line in block.splitlines()] + spans]
     for path in [*PATHS.values(), *sorted(ROOT.glob("configs/**/*.py"))]:
         text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""

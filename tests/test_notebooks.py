@@ -129,7 +129,8 @@ def test_every_library_name_exists(name):
                 if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)
                 and inspect.ismodule(names.get(n.value.id)) and not hasattr(names[n.value.id], n.attr)]
     options = {key for key, *_ in config.fields(config.Config())} | {"config"}
-    dicts = [{k.value for k in n.keys if isinstance(k, ast.Constant)} for n in ast.walk(found) if isinstance(n, ast.Dict)]
+    dicts = [{k.value for k in n.keys if isinstance(k, ast.Constant)} for n in ast.walk(found)
+             if isinstance(n, ast.Dict)]
     flags = [keys for keys in dicts if keys & {"config", "lr", "lr_mp", "forced_weight_norm"}]
     assert not [keys - options for keys in flags if not keys <= options]
 
@@ -159,7 +160,8 @@ def test_imports_are_the_library_and_what_is_required(name):
     nodes = [n for n in ast.walk(tree(NOTEBOOKS[name])) if isinstance(n, (ast.Import, ast.ImportFrom))]
     names = {a.name.split(".")[0] for n in nodes if isinstance(n, ast.Import) for a in n.names}
     names |= {n.module.split(".")[0] for n in nodes if isinstance(n, ast.ImportFrom)}
-    assert names <= set(sys.stdlib_module_names) | {*MODULES, *FOLDERS} | {"torch", "numpy", "PIL", "safetensors", "matplotlib"}
+    others = {"torch", "numpy", "PIL", "safetensors", "matplotlib"}
+    assert names <= set(sys.stdlib_module_names) | {*MODULES, *FOLDERS} | others
 
 
 # ---------------------------------------------------------------- fit to be read

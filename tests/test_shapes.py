@@ -138,7 +138,8 @@ def test_scenes_of_sides_are_pairs_on_the_grid_beside_each_other_and_every_capti
     batch = source.records(range(300))
     scene = {k: v.numpy() for k, v in batch["scene"].items()}
     assert (scene["n"] == 2).all() and set(np.unique(scene["relation"][:, 0])) == {0, 1}    # left of, right of
-    assert [parse_caption(text).relations for text in batch["caption"]] == [(RELATIONS[k],) for k in scene["relation"][:, 0]]
+    relations = [parse_caption(text).relations for text in batch["caption"]]
+    assert relations == [(RELATIONS[k],) for k in scene["relation"][:, 0]]
     left = scene["x"][:, 0] < scene["x"][:, 1]
     assert (left == (scene["relation"][:, 0] == 0)).all() and abs(left.mean() - 0.5) < 5 * 0.5 / 300 ** 0.5
     assert (scene["x"][:, :2] * 8 % 1 == 0).all() and (scene["y"][:, :2] * 8 % 1 == 0).all()

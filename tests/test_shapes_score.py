@@ -67,7 +67,7 @@ def test_each_false_word_is_found_by_its_own_score():
     for name, facts in lies.items():
         right = score(batch["image"], [facts_to_caption(f) for f in facts])
         assert right[name].nansum() == 0 and (~right[name].isnan()).sum() > 20, name
-        tied = ({"left_right", "above_below"}, {"count", "color"})      # an object that no caption states has a colour too
+        tied = ({"left_right", "above_below"}, {"count", "color"})      # an object no caption states has a colour too
         others = [right[k] for k in right if k not in (name, "all") and {k, name} not in tied]
         assert all(value.nanmean() == 1 or value.isnan().all() for value in others), name
 
