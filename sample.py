@@ -182,6 +182,8 @@ def check(o: Options, cfg: Config) -> Options:
                         f"{stochastic} adds noise, got sampler={o.sampler!r}")
     if min(o.n, o.batch) < 1:
         raise UserError(f"n={o.n} and batch={o.batch} must be at least 1")
+    if Path(o.name).name != o.name:
+        raise UserError(f"name={o.name!r} is a file name without folders; files go to {o.out}/samples")
     if o.control_guidance != 1 and not model.control_names(m):
         raise UserError(f"control_guidance={o.control_guidance} needs a model with controls; {o.out} has none")
     guidance_indices(o, alpha_bar_table(m.schedule, m.timesteps, m.sigma_scale))
@@ -334,6 +336,8 @@ class Run(NamedTuple):
 
 def load_run(o: Options, device: torch.device) -> Run:
     """Load the run that the options name, or published weights. UserError if the options do not fit it."""
+    if o.pretrained and o.ema_file != Options.ema_file:
+        raise UserError(f"--ema_file={o.ema_file} is of a run, --pretrained={o.pretrained} is not; give one of them")
     if o.pretrained:
         net, m = official_dit.load_official_dit(o.pretrained)
         cfg, header = official_dit.as_run(o.pretrained, m)
