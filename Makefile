@@ -10,10 +10,10 @@ demo: $(VENV)/run.txt
 	$(BIN)/python -m experiments.demo --minutes=$(MINUTES)
 
 test: $(VENV)/dev.txt
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n auto --maxprocesses=8 --dist loadgroup
 
 quick: $(VENV)/dev.txt
-	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+	$(BIN)/python -m pytest -q -n auto --maxprocesses=8 --dist loadgroup -m "not slow"
 
 $(VENV)/run.txt: requirements.txt
 	$(PYTHON) -m venv $(VENV)

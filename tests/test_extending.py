@@ -67,6 +67,8 @@ def printed(tmp_path_factory):
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("extending")
 @pytest.mark.parametrize("title", SECTIONS)
 def test_the_example_runs(printed, title):
     assert f"ran: {title}\n" in printed, printed

@@ -53,6 +53,7 @@ TINY = ["--threads=1", "--workers=0", "--batch=8", "--microbatch=4", "--steps=12
         "--warmup=5", "--sample_every=0", "--augment=", "--dtype=float32", "--model.semantics=none", "--model.width=16",
         "--model.depth=1", "--model.heads=2", "--model.resolution=8"]
 CLOCK = {"images_per_second", "tflops", "share_of_peak", "waited_for_data", "memory_gb", "eta_s"}   # not the same twice
+pytestmark = pytest.mark.xdist_group("train")               # one worker, so that one server forks all runs
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forked")
 
 
