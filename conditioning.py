@@ -219,10 +219,11 @@ def replicate_pad(tokens: Tensor, lengths: Tensor, length: int = 77, beta: float
 
 def pad_text(tokens: Tensor, lengths: Tensor, mode: str, beta: float = 0.02,
              generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
-    """[COND] table 3: fill the positions after short captions (B, L, E), which hold zeros, by one of PADDINGS.
+    """[COND] table 3: fill the positions after short captions (B, L, E) by one of PADDINGS. ValueError for another.
 
-    zero leaves them, replicate repeats the tokens, noisy adds noise of beta too, from one generator for all captions or
-    one for each. ValueError for an unknown mode."""
+    An encoder (text.py) gives n = lengths tokens, CLIP's with marks of beginning and end, then zeros up to L. zero
+    leaves those, replicate repeats the tokens, noisy adds noise of beta: from one generator a microbatch in training
+    (train.inputs), from one an image in sampling (sample.SampleConditions)."""
     if mode not in PADDINGS:
         raise ValueError(f"unknown padding {mode!r}; there are {', '.join(PADDINGS)}")
     if mode == "zero":

@@ -485,7 +485,8 @@ def position_table(cfg: ModelConfig, h: int, w: int) -> Tensor:
 
 # ---------------------------------------------------------------- building, loading, counting
 
-# A class, or "module:Class" for a network whose trunk differs. Like Denoiser, every class has `semantics`, `options`,
+# A class, or "module:Class" for a network whose trunk differs. Like Denoiser, each has `semantics`, `options` and
+# `check_options`; docs/extending.md has an example of each kind.
 ARCHS: dict[str, type[nn.Module] | str] = {
     "dit": DiT, "mmdit": MMDiT, "ditatt": DiTAtt, "sd3": SD3, "pixart": PixArt, "mpdit": MPDiT, "mpmmdit": MPMMDiT}
 

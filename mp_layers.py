@@ -8,7 +8,7 @@ no weight. Norms, angles and Fourier features are in fp32, whatever the type of 
 `mp` lists the changes that a network has (--model.mp):
 cosine    q and k of every head have unit magnitude
 weights   every linear layer divides its rows by their norms
-stream    sums, SiLU, embeddings and positions preserve magnitude, and no layer normalises tokens between them
+stream    sums, SiLU, embeddings and positions preserve magnitude, and no layer normalises tokens; needs weights
 heads     not in [MAG]: attention averages, so each head's output is brought back to unit magnitude
 The paper's ladder: A none; B cosine; C cosine+weights; D as C with --forced_weight_norm, rows normalised every step;
 E is D with stream. Without stream the sums, the norms and the gates are DiT's.

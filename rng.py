@@ -6,7 +6,15 @@
     keyed_noise(indices, shape, seed)               standard normal noise, a tensor for every index
 
 No generator lives from one step to the next, so a resumed run has the random numbers of one that never stopped. A key
-is hashed by its repr: neither the purpose strings in keys nor the types of their parts may ever change.
+is hashed by its repr: neither the purpose strings in keys nor the types of their parts may ever change. They are
+
+    (seed, "weights")                               first values of the network, train.main
+    (seed, "order", epoch)                          which sample a step sees, data.index_and_epoch
+    (seed, "noise", step, microbatch)               padding noise, level, eps and dropout of a microbatch, train.inputs
+    (seed, "sample", image), (seed, "step k", ...)  first noise, and that added at step k, sample.generate
+    (seed, "controls", image), (.., "padding", ..)  controls and padding noise of an image, sample.SampleConditions
+    "aug", "caption", "replace", "latent", "coco", "scene", "view", "word vectors", "judge", "held out": in sources/,
+    text.py, evaluation/ and experiments/
 Dimensions: B batch.
 """
 import hashlib
