@@ -230,8 +230,8 @@ def test_time_modulates_context_only_in_dit_by_attention_and_sd3(arch, moves):
     assert torch.equal(c1, c2) and not torch.equal(ctx1, ctx2)
 
 
-@pytest.mark.parametrize("arch", ["mmdit", *(
-    pytest.param(arch, marks=pytest.mark.slow) for arch in model.ARCHS if arch != "mmdit")])
+@pytest.mark.slow
+@each_arch
 def test_blocks_compile_whole(arch):
     net, x, i, cond = ready(arch, "class")
     eps = net(x, i, cond)
@@ -463,7 +463,9 @@ def block_products(cfg, last, N, L):
     return modulation * D * D // 2 + layers * D * D + 2 * attention * D
 
 
-@pytest.mark.parametrize("arch, semantics, controls", [p for p in EVERY if p.values[2] or p.values[0] == "dit"])
+@pytest.mark.parametrize("arch, semantics, controls", [
+    pytest.param(*p.values, marks=[] if p.values[0] in ("dit", "mpmmdit") else pytest.mark.slow)
+    for p in EVERY if p.values[2] or p.values[0] == "dit"])
 def test_flops_are_those_of_the_closed_formula(arch, semantics, controls):
     cfg = config(arch, semantics, controls)
     assert model.flops(cfg, h * P, w * P) == formula(cfg, h * P, w * P)
@@ -501,8 +503,8 @@ def test_flops_are_of_the_training_resolution_by_default():
 
 
 @pytest.mark.parametrize("size, millions, gmac", [
-    ("S", 33, 6.06), ("B", 130, 23.01), *(pytest.param(*row, marks=pytest.mark.slow) for row in (
-        ("L", 458, 80.71), ("XL", 675, 118.64)))])
+    ("S", 33, 6.06), *(pytest.param(*row, marks=pytest.mark.slow) for row in (
+        ("B", 130, 23.01), ("L", 458, 80.71), ("XL", 675, 118.64)))])
 def test_dit_has_the_published_size_and_cost(size, millions, gmac):
     """Table 4 of the DiT paper, whose Gflops are multiply-adds and whose output also has variances."""
     cfg = ModelConfig(arch="dit", semantics="class", classes=1000, channels=4, patch=2, **SIZES[size])

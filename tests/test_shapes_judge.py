@@ -126,6 +126,7 @@ def test_toy_fd_rises_with_blur_and_with_noise(net, renders, reference):
     assert rises([floor] + [toy_fd(net, (x + s * z).clamp(-1, 1), reference) for s in (0.05, 0.15, 0.4)], 1.3)
 
 
+@pytest.mark.slow
 def test_toy_fd_rises_with_dropped_classes_and_with_collapse(net, reference, renders):
     kept = [renders["image"][renders["label"] < k][:80] for k in (8, 4, 1)]        # equally many images each
     assert {len(x) for x in kept} == {80}
@@ -134,6 +135,7 @@ def test_toy_fd_rises_with_dropped_classes_and_with_collapse(net, reference, ren
     assert rises([toy_fd(net, x[:k].repeat(300 // k, 1, 1, 1), reference) for k in (300, 50, 10, 2)], 1.2)
 
 
+@pytest.mark.slow
 def test_the_floor_falls_as_one_over_n(net, reference, renders):
     x = renders["image"]
     few = np.mean([toy_fd(net, part, reference) for part in x.split(100)])
@@ -264,6 +266,7 @@ def test_images_of_a_run_are_measured(tmp_path, monkeypatch, capsys):
     assert line["n"] == 2 and line["sizes"] == list(shapes_judge.NATIVE) and line["value"] >= 0 and line["renders"] > 0
 
 
+@pytest.mark.slow
 def test_a_judge_is_made_by_the_command_and_examined(tmp_path, capsys):
     file = tmp_path / "small.safetensors"
     shapes_judge.main([f"--write={file}", "--train_steps=1", "--threads=1"])

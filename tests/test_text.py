@@ -247,6 +247,7 @@ def test_encode_each_is_a_function_of_its_captions_and_agrees_with_encode(plain)
     assert all(torch.allclose(row[:len(t)], t, atol=1e-5) for row, t in zip(tokens, first))
 
 
+@pytest.mark.slow
 def test_the_sha256_covers_all_that_decides_the_tokens(plain, tmp_path):
     about = CLIPText(str(plain)).describe()
     assert {k: v for k, v in about.items() if k != "sha256"} == {"name": f"clip:{plain}", "layer": "last", "dim": 64,

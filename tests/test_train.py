@@ -372,6 +372,7 @@ def test_real_images_on_two_processes_then_one_are_those_of_one(run, tmp_path):
         assert sorted(row["name"] for row in rows) == ["class 1/empty.jpg", "class 1/html.jpg"]
 
 
+@pytest.mark.slow
 @needs_fork
 def test_four_microbatches_on_one_and_two_processes_differ_by_rounding_only(run, tmp_path):
     finish(run, tmp_path / "one", "--batch=16", "--steps=4")
@@ -774,6 +775,7 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 def test_the_loop_waits_for_the_device_at_lines_of_the_log_only(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "matmul_peak", lambda *_: 1.0)
     reads, real = Reads(), data.load_microbatch
@@ -817,6 +819,7 @@ def test_shares_that_are_trained_without_controls_and_without_everything(drop, d
         assert abs(share.float().mean().item() - expected) <= 4 * error
 
 
+@pytest.mark.slow
 def test_captions_are_padded_as_configured_and_with_fresh_noise_every_step(tmp_path, monkeypatch):
     """The input of the network, step by step: copies of the tokens, and noise that no two steps share."""
     monkeypatch.setattr(distributed, "matmul_peak", lambda *_: 1.0)
@@ -908,6 +911,7 @@ def test_control_values_come_from_all_over_the_data_and_few_images_are_read_at_a
     assert abs(np.mean(sizes) - 2499.5) < 4 * 5000 / 12 ** 0.5 / len(sizes) ** 0.5      # uniform, 4 standard errors
 
 
+@pytest.mark.slow
 def test_a_measurement_that_a_kill_cut_off_is_made_when_the_run_resumes(tmp_path, monkeypatch):
     class Monitor:
         """Stands for fid.Monitor, which needs the weights of Inception."""
