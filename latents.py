@@ -20,7 +20,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
-from hashlib import file_digest
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from runtime import checkpoint, distributed, log
 from runtime.optional import optional_import
 from runtime.plot import from_uint8, grid, to_uint8
 from sources.cached_latents import (FORMAT, META, ORIGINALS, RECORD, RESULTS, SCALINGS, Latents, content, file_names,
-                                    header, is_latents, latent_scaling, latent_shape, pack_tokens, read_meta, shards)
+                                    header, latent_scaling, latent_shape, pack_tokens, read_meta, shards)
 from text import make_encoder, weights_sha256
 
 SHOWN = 8                               # images on the page of reconstructions
@@ -160,7 +160,7 @@ def open_images(o: Encode) -> data.Source:
             raise UserError(f"{key}={getattr(o, key)} must be at least 1")
     check_name("scaling", o.scaling, SCALINGS)
     check_name("semantics", o.semantics, ("class", "text", "none"))
-    if not o.data or is_latents(Path(o.data).expanduser()):
+    if not o.data or Latents.takes(o.data):
         raise UserError(f"data={o.data!r} must be images: a folder, shards or shapes")
     augment = o.augment.split("+")
     if o.variants > 1 and "crop" not in augment:
@@ -203,7 +203,7 @@ def start_or_resume(out: Path, meta: dict, source: data.Source) -> None:
     """Write meta.json without results, and the first images, unless the folder is finished.
 
     Latents without tokens may get some. UserError if the folder holds other latents or the disk is too small."""
-    if is_latents(out):
+    if Latents.takes(out):
         old, new = content(read_meta(out, finished=False)), content(meta)
         keys = [key for key in old | new if key not in RESULTS and (key != "encoder" or key in old)]
         if changed := [f"{key}: {old[key]!r} -> {new.get(key)!r}" for key in keys if old[key] != new.get(key)]:
@@ -274,9 +274,9 @@ def write_statistics(out: Path, meta: dict) -> None:
     """Write the final meta.json: with hashes of all files, and in float64 mean and std of every channel.
 
     They are those of the mixture of all posteriors: E mean, and E (mean^2 + std^2) - (E mean)^2."""
-    total, count, hashes = 0.0, 0, {ORIGINALS: sha256(out / ORIGINALS)}
+    total, count, names = 0.0, 0, [ORIGINALS]
     for s in tqdm(range(len(shards(meta))), desc="statistics", unit="file", disable=None):
-        hashes |= {name: sha256(out / name) for name in file_names(meta, s).values()}
+        names += file_names(meta, s).values()
         moments = np.load(out / file_names(meta, s)["latents"], mmap_mode="r", allow_pickle=False)
         for k in range(0, len(moments), BLOCK):
             mean, std = np.split(moments[k:k + BLOCK].astype(np.float64), 2, axis=3)    # (B, K, F, C, h, w)
@@ -284,15 +284,10 @@ def write_statistics(out: Path, meta: dict) -> None:
             count += mean.size // meta["channels"]
     mean, square = total / count                                                # (C,) each
     std = np.sqrt(square - mean ** 2)
+    hashes = {name: sha256((out / name).read_bytes()).hexdigest() for name in names}
     meta = meta | {"statistics": {"mean": mean.tolist(), "std": std.tolist()}, "sha256": hashes}
     latent_scaling(meta)                                    # an error now rather than in training
     log.write_text(out / META, json.dumps(meta, indent=1))
-
-
-def sha256(path: Path) -> str:
-    """Hash a file."""
-    with open(path, "rb") as f:
-        return file_digest(f, "sha256").hexdigest()
 
 
 def encode(o: Encode) -> None:
@@ -329,8 +324,6 @@ def encode(o: Encode) -> None:
             log.info(f"{len(latents):,} images in {out}; latents.py check --data={out} shows their statistics")
 
 
-# ---------------------------------------------------------------- checking
-
 @dataclass(frozen=True)
 class Check:
     """Options of `latents.py check`."""
@@ -343,7 +336,7 @@ def check(o: Check) -> None:
     source, cpu = Latents(o.data), torch.device("cpu")
     meta = source.meta
     bad = [name for name, digest in tqdm(meta["sha256"].items(), desc="hashing", unit="file", disable=None)
-           if not (source.path / name).is_file() or sha256(source.path / name) != digest]
+           if not (file := source.path / name).is_file() or sha256(file.read_bytes()).hexdigest() != digest]
     if bad:
         raise UserError(f"{len(bad)} files of {source.path} are damaged or missing: {', '.join(bad[:10])}; remove "
                         "these, and encode with the same options again")
