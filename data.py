@@ -104,8 +104,6 @@ def check_words(source: Source, encoder: TextEncoder | None, cfg: Config) -> Non
                             f"{caption[:80]!r}; use --encoder=clip:PATH") from e
 
 
-# ---------------------------------------------------------------- batches
-
 def records(source: Source, indices: Sequence[int], epochs: Sequence[int]) -> Batch:
     """Return the Batch of these samples in these epochs, of any source."""
     if hasattr(source, "records"):

@@ -43,8 +43,6 @@ CHUNK = 8                               # images decoded at a time
 BLOCK = 64                              # images summed up at a time
 
 
-# ---------------------------------------------------------------- the autoencoder
-
 def open_autoencoder(path: str, device: torch.device | str = "cpu") -> nn.Module:
     """Load the frozen fp32 autoencoder of a folder (or its vae/) or a hub name. UserError if it cannot be loaded."""
     kind, folder = optional_import("diffusers", "the autoencoder", part="AutoencoderKL"), Path(path).expanduser()
@@ -69,13 +67,6 @@ def describe(vae: nn.Module, path: str) -> dict[str, Any]:
 def downscale(vae: nn.Module) -> int:
     """f, the side of an image divided by that of its latent."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
-
-
-@torch.inference_mode()
-def encode_batch(x: Tensor, vae: nn.Module) -> Tensor:
-    """[LDM] sec. 3.1: mean and standard deviation of the posterior. (B, 3, H, W) in [-1, 1] -> (B, 2C, h, w)"""
-    posterior = vae.encode(x).latent_dist
-    return torch.cat([posterior.mean, posterior.std], dim=1)
 
 
 @torch.inference_mode()
@@ -128,8 +119,6 @@ def write_reconstruction(source: Latents, decoder: Callable, device: torch.devic
     log.info(f"reconstruction by the autoencoder: rms difference {rms:.3f} of a range of 2, see {path}")
     return rms
 
-
-# ---------------------------------------------------------------- encoding
 
 @dataclass(frozen=True)
 class Encode:
@@ -230,8 +219,11 @@ def save(path: Path, array: np.ndarray) -> None:
     log.write_bytes(path, file.getvalue())
 
 
+@torch.inference_mode()
 def write_shard(o: Encode, s: int, meta: dict, source: data.Source, vae: nn.Module, bar: tqdm) -> None:
-    """Encode the images of shard s and write its files. Crop v of image k is the source's k in epoch v."""
+    """[LDM] sec. 3.1: write mean and standard deviation of the posteriors of shard s, and its other files.
+
+    Crop v of image k is the source's k in epoch v."""
     part, K, device = shards(meta)[s], meta["variants"], next(vae.parameters()).device
     moments = np.empty(latent_shape(meta, len(part)), np.float16)
     rows, captions = np.zeros((len(part), K), RECORD), bytearray()
@@ -242,7 +234,8 @@ def write_shard(o: Encode, s: int, meta: dict, source: data.Source, vae: nn.Modu
             x = batch["image"].to(device)                                       # (B, 3, R, R)
             here = slice(k - part.start, k - part.start + len(x))
             for f, view in enumerate((x, x.flip(3))[:1 + meta["mirrored"]]):
-                moments[here, v, f] = encode_batch(view, vae).cpu().numpy()     # (B, 2C, h, w)
+                posterior = vae.encode(view).latent_dist                        # (B, C, h, w)
+                moments[here, v, f] = torch.cat([posterior.mean, posterior.std], dim=1).cpu().numpy()
             if not np.isfinite(moments[here, v]).all():
                 raise UserError(f"latents of images {k} to {k + len(x) - 1} are not finite in float16; use another "
                                 f"autoencoder than {o.autoencoder}")

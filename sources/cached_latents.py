@@ -40,8 +40,6 @@ ENCODER = {"name": str, "layer": str, "dim": int, "length": int, "sha256": str}
 RESULTS = ("statistics", "sha256")
 
 
-# ---------------------------------------------------------------- the format
-
 def file_names(meta: dict, s: int) -> dict[str, str]:
     """Names of the files of shard s by what they hold."""
     names = {"captions": f"captions-{s:05d}.jsonl"} if meta["captions"] else {}

@@ -1,9 +1,5 @@
 """Folders of images as sources: classes by folder, or captions beside the images; and images for evaluation.
 
-ImageFolder("train", 256)           train/CLASS/any/depth.jpg
-CaptionFolder("mine", 256)          images, each with its text in metadata.jsonl or in a .txt of the same stem
-open_images("folder")               images for evaluation, of a folder or an array, read by number
-
 Dimensions: B batch, H x W pixels, n images.
 """
 import hashlib
@@ -58,7 +54,6 @@ class ImageFolder(ImageSource):
         return bad.items()
 
     def load(self, index: int, epoch: int) -> tuple[Path, dict[str, Any]]:
-        """Return its path, and its label if the source has classes."""
         return self.path / self.names[index], {"label": self.labels[index]} if self.classes else {}
 
 
@@ -97,17 +92,11 @@ class CaptionFolder(ImageSource):
         return sorted(bad.items())
 
     def load(self, index: int, epoch: int) -> tuple[Path, dict[str, Any]]:
-        """Return its path and its caption."""
         text = self.texts[index]
-        try:
-            text = decode_utf8(text.read_bytes()) if isinstance(text, Path) else text
-        except OSError as e:
-            raise BadSample(f"{type(e).__name__}: {e}") from e
+        text = decode_utf8(text.read_bytes()) if isinstance(text, Path) else text
         draw = seed64(self.seed, "caption", index, epoch) if isinstance(text, list) else 0
         return self.path / self.names[index], {"caption": pick_caption(text, draw)}
 
-
-# ---------------------------------------------------------------- what is in a folder
 
 class Names(Sequence[str]):
     """File names in their UTF-8 bytes and eight more: a list takes four times as much in every process, and
@@ -191,8 +180,6 @@ def walk(root: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, int]]:
                 raise UserError(f"cannot read {e.filename!r}: {e.strerror}") from e
             todo += sorted(found, reverse=True)
 
-
-# ---------------------------------------------------------------- images for evaluation
 
 class FolderImages:
     """All images of a folder and its subfolders, numbered in the order of their names.

@@ -38,8 +38,6 @@ class BadSample(ValueError):
     """An unusable image or caption; the message says why."""
 
 
-# ---------------------------------------------------------------- from a file to RGB
-
 def open_image(file: Any, short: float = 0) -> tuple[Image.Image, tuple[int, int]]:
     """Return the upright RGB image in a file (path or binary stream), and its original (height, width) in pixels.
 
@@ -66,8 +64,6 @@ def open_image(file: Any, short: float = 0) -> tuple[Image.Image, tuple[int, int
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert any image to upright RGB: upper 8 bits of 16-bit grey, alpha over white, EXIF rotation undone."""
     turn = image.getexif().get(ORIENTATION)
-    if image.mode == "F":
-        raise BadSample("floating-point pixels")         # nothing states their range
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
@@ -79,8 +75,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
     ImageOps.exif_transpose(image, in_place=True)
     return image
 
-
-# ---------------------------------------------------------------- captions
 
 def decode_utf8(content: bytes) -> str:
     """Decode UTF-8, with or without a byte order mark. Raises BadSample for any other encoding."""
@@ -108,9 +102,8 @@ def pick_caption(value: Any, draw: int) -> str:
 
 def parse_object(content: bytes) -> dict[str, Any]:
     """Parse a JSON object. Raises BadSample for anything else."""
-    text = decode_utf8(content)
     try:
-        found = json.loads(text)
+        found = json.loads(content)
     except (ValueError, RecursionError) as e:
         raise BadSample(f"not JSON: {type(e).__name__}: {e}") from e
     if not isinstance(found, dict):
@@ -205,7 +198,10 @@ class ImageSource(ABC):
     def load_record(self, index: int, epoch: int) -> dict[str, Any]:
         """Return one Record, augmented by (seed, index, epoch). Raises BadSample."""
         R, (low, high) = self.resolution, self.side
-        file, known = self.load(index, epoch)
+        try:
+            file, known = self.load(index, epoch)
+        except OSError as e:
+            raise BadSample(f"{type(e).__name__}: {e}") from e
         image, (h, w) = open_image(file, short=2 * R / low)
         u = np.random.Generator(np.random.Philox(seed64(self.seed, "aug", index, epoch))).random(4)
         u = u if self.random else (0, 0.5, 0.5, u[3])

@@ -34,8 +34,6 @@ MAX_BYTES = 64 * 2 ** 20                # of a member
 BLOCK = tarfile.BLOCKSIZE
 
 
-# ---------------------------------------------------------------- which files
-
 def expand(pattern: str) -> list[str]:
     """Return all names of a pattern: {a,b} is either, {007..012} every number, at least as wide as the first."""
     parts = BRACES.split(pattern)                                       # text, first, last, list, text, ..., text
@@ -61,8 +59,6 @@ def find_shards(where: str) -> list[Path]:
                         f"(looked at {Path(missing[0]).absolute()})")
     return paths
 
-
-# ---------------------------------------------------------------- where samples lie in a tar
 
 def index(path: Path) -> np.ndarray:
     """Return the samples (n, 6) uint32 of a tar. Raises UserError for a damaged tar."""
@@ -150,8 +146,6 @@ def member_name(shard: Path, row: np.ndarray) -> str:
     return f"{shard.name}/{name}"
 
 
-# ---------------------------------------------------------------- the source
-
 class TarShards(ImageSource):
     """The samples of tar shards: image, caption from the .txt or else the .json, original size from the .json.
 
@@ -194,17 +188,12 @@ class TarShards(ImageSource):
         return self.shards[int(np.searchsorted(self.ends, index, side="right"))]
 
     def name(self, index: int) -> str:
-        """Return tar and member."""
         return member_name(self.shard(index), self.rows[index])
 
     def load(self, index: int, epoch: int) -> tuple[BinaryIO, dict[str, Any]]:
-        """Return its image, its caption, and the original size if the .json has it."""
         row = self.rows[index].tolist()
-        try:
-            with open(self.shard(index), "rb") as file:
-                image, text, about = (read_member(file, *row[k:k + 2]) for k in (0, 2, 4))
-        except OSError as e:
-            raise BadSample(f"{type(e).__name__}: {e}") from e
+        with open(self.shard(index), "rb") as file:
+            image, text, about = (read_member(file, *row[k:k + 2]) for k in (0, 2, 4))
         fields, known = parse_object(about) if about else {}, {}
         size = fields.get("original_height"), fields.get("original_width")
         if size != (None, None):

@@ -44,7 +44,7 @@ def test_what_is_wrong_with_coco_is_said(tmp_path):
     (root / "val2014" / "COCO_2.jpg").unlink()
     source = data.CocoCaptions(root, 8, max_bad=0.2)
     assert len(source) == 5 and list(source.bad) == ["COCO_2.jpg"]
-    with pytest.raises(UserError, match="captions json, or a folder"):
+    with pytest.raises(UserError, match="FileNotFoundError.* or a folder with annotations/captions_val2014.json"):
         data.CocoCaptions(tmp_path, 8)
     image = [{"id": 1, "file_name": "x.jpg"}]
     for number, (changes, match) in enumerate((

@@ -99,11 +99,6 @@ def test_big_jpegs_are_decoded_smaller_but_keep_their_size():
     assert images.open_image(io.BytesIO(content), short=500)[0].size == (1003, 801)
 
 
-def test_floating_point_pixels_are_refused():
-    with pytest.raises(images.BadSample, match="floating-point"):
-        images.to_rgb(Image.fromarray(np.zeros((9, 9), np.float32)))
-
-
 @pytest.mark.filterwarnings("ignore")
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 900), st.integers(0, 900), st.integers(0, 255), st.sampled_from(images.FORMATS))
