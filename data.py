@@ -33,7 +33,7 @@ import torch
 from tqdm import tqdm
 
 from conditioning import CONTROLS
-from config import Config, ModelConfig, UserError, parse, run
+from config import Config, ModelConfig, UserError, check_name, parse, run
 from rng import permute, seed64
 from runtime.plot import grid
 from sources.cached_latents import Latents
@@ -77,8 +77,7 @@ def open_source(cfg: Config, split: str = "train") -> Source:
     want, varied = cfg.model, cfg.augment.split("+")
     if unknown := [a for a in varied if a and a not in CONTROLS]:
         raise UserError(f"augment={cfg.augment!r} names {unknown[0]!r}; there are {', '.join(CONTROLS)}")
-    if cfg.crop not in CROPS:
-        raise UserError(f"unknown crop={cfg.crop!r}; there are {', '.join(CROPS)}")
+    check_name("crop", cfg.crop, CROPS)
     kind = SOURCES[source_type(cfg.data)]
     if want.semantics == "class" and not kind.can_have_classes:
         raise UserError(f"{cfg.data!r} has captions and no classes; use --model.semantics=text, or none")
@@ -175,8 +174,6 @@ def read_prompts(file: str, seed: int = 0) -> list[str]:
     return [clean_caption(line) for line in lines]
 
 
-# ---------------------------------------------------------------- looking
-
 def titles(batch: Batch, classes: Sequence[str] = ()) -> list[str]:
     """Return a title for each image: its caption, or its class by name or number, or nothing."""
     labels = [classes[k] if classes else f"class {k}" for k in batch.get("label", torch.tensor([])).tolist()]
@@ -230,8 +227,6 @@ def check_files(source: ImageSource, R: int, limit: int) -> None:
         print(f"{count:>9,}  {source.classes[label]}")
     for name, reason in sorted(source.bad.items()):
         print(f"broken: {name!r}: {reason}")
-    for reason, count in Counter(reason.split(":")[0] for reason in source.bad.values()).most_common(10):
-        print(f"{count:>9,}  broken: {reason}")
     sides = [side for side, _ in good] or [0]
     part = "" if len(indices) == n else f"{len(indices):,} of them decoded, "
     print(f"{source.files:,} images, {part}{len(source.bad)} broken; short side {min(sides)} to {max(sides)} "

@@ -3,7 +3,6 @@
 python latents.py encode --data=path/to/folder --out=latents/mine --autoencoder=stabilityai/sd-vae-ft-ema
 torchrun --nproc_per_node=8 -- latents.py encode --data=path/to/folder --out=latents/mine     (resumes after a stop)
 python latents.py check --data=latents/mine                 (hashes of all files, and a page of reconstructions)
-python train.py --config=configs/imagenet256.py --data=latents/mine
 
 A shard of --shard images appears whole or not at all, and a run resumes with the missing ones. The same --batch on the
 same machine gives the same bytes, however often the run was killed and with any number of processes. --autoencoder is

@@ -17,7 +17,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from config import Config, UserError
+from config import Config, UserError, check_name
 from rng import seed64, uniform
 from sources.images import CROPS
 from sources.shapes_grammar import BACKGROUNDS, COLORS, RELATIONS, SHAPES, SceneFacts, facts_to_caption
@@ -55,8 +55,7 @@ class Shapes:
     def __init__(self, resolution: int = 32, seed: int = 0, split: str = "train",
                  objects: tuple[int, ...] = (1, 2, 3), native: bool = True, crop: bool = True,
                  flip: bool = True, side: tuple[float, float] = (1.0, 1.0), layout: str = "free"):
-        if layout not in LAYOUTS:
-            raise UserError(f"unknown layout={layout!r}; there are {', '.join(LAYOUTS)}")
+        check_name("layout", layout, LAYOUTS)
         if not set(objects) <= {1, 2, 3}:
             raise UserError(f"objects wants numbers of 1, 2 and 3, got {objects!r}")
         if resolution < 8:
@@ -128,8 +127,6 @@ class Shapes:
     def open(cls, cfg: Config, split: str = "train") -> "Shapes":
         """Open a split. A global crop is as wide as the image and moves over a wider canvas, so it cuts too."""
         n, layout, varied = cfg.shapes.objects, cfg.shapes.layout, cfg.augment.split("+")
-        if layout == "sides" and n != 2:
-            raise UserError(f"shapes.layout='sides' needs shapes.objects=2, got shapes.objects={n}")
         side = (1.0, 1.0) if cfg.crop == "global" else CROPS[cfg.crop]
         return cls(cfg.model.resolution, cfg.seed, split, tuple(range(1, n + 1)),
                    *(name in varied for name in ("size", "crop", "flip")), side, layout)
