@@ -1,11 +1,6 @@
 """Data: what a record is, which records a training step sees, and the table of sources.
 
     python data.py --check PATH     decodes it and says what it holds, what is broken, what the network will see
-    python data.py --check shapes   the same for the captioned shapes
-
-PATH is what --data takes: shapes (sources/shapes.py), a folder of class folders or of captioned images
-(sources/folders.py), tar shards (sources/shards.py), coco:PATH (sources/coco.py), or cached latents
-(sources/cached_latents.py).
 
 A source has len() and `records(indices, epochs) -> Batch` or `record(index, epoch) -> Record`, one row of it.
 A Batch is a dict; label and caption are in it if the source has them, text and lengths with an encoder:
@@ -29,7 +24,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +33,14 @@ import torch
 from tqdm import tqdm
 
 from conditioning import CONTROLS
-from config import Config, ModelConfig, UserError, parse, run
+from config import Config, ModelConfig, UserError, check_name, parse, run
 from rng import permute, seed64
 from runtime.plot import grid
 from sources.cached_latents import Latents
 from sources.coco import CocoCaptions
 from sources.coco import read as read_coco
 from sources.folders import ImageFolder
-from sources.images import CROPS, UNUSABLE, BadCaption, ImageSource, clean_caption, decode_utf8, pick_caption
+from sources.images import CROPS, BadSample, ImageSource, clean_caption, decode_utf8, pick_caption
 from sources.shapes import Shapes
 from sources.shards import TarShards
 from text import WordVectors
@@ -55,13 +50,6 @@ Source, TextEncoder = Any, Any          # contracts, stated above and at text.ma
 SHOWN = 16                              # records in check.png
 
 
-# ---------------------------------------------------------------- which sample a step sees
-
-def stream_positions(step: int, m: int, batch: int, microbatch: int) -> np.ndarray:
-    """Return the positions of microbatch `m` of `step` in the endless stream of samples."""
-    return step * batch + m * microbatch + np.arange(microbatch, dtype=np.int64)
-
-
 def index_and_epoch(positions: np.ndarray, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Return sample index and epoch, int64, at each position. Epoch e permutes range(n) by a key from (seed, e)."""
     epoch, offset = np.divmod(positions, n)
@@ -69,8 +57,6 @@ def index_and_epoch(positions: np.ndarray, n: int, seed: int) -> tuple[np.ndarra
     keys = np.array([seed64(seed, "order", int(e)) for e in epochs], dtype=np.uint64)
     return permute(offset, n, keys[which]), epoch
 
-
-# ---------------------------------------------------------------- sources
 
 SOURCES = {                             # the first that takes a value of --data opens it
     "shapes": Shapes,
@@ -91,8 +77,7 @@ def open_source(cfg: Config, split: str = "train") -> Source:
     want, varied = cfg.model, cfg.augment.split("+")
     if unknown := [a for a in varied if a and a not in CONTROLS]:
         raise UserError(f"augment={cfg.augment!r} names {unknown[0]!r}; there are {', '.join(CONTROLS)}")
-    if cfg.crop not in CROPS:
-        raise UserError(f"unknown crop={cfg.crop!r}; there are {', '.join(CROPS)}")
+    check_name("crop", cfg.crop, CROPS)
     kind = SOURCES[source_type(cfg.data)]
     if want.semantics == "class" and not kind.can_have_classes:
         raise UserError(f"{cfg.data!r} has captions and no classes; use --model.semantics=text, or none")
@@ -106,22 +91,17 @@ def open_source(cfg: Config, split: str = "train") -> Source:
     return source
 
 
-def check_words(source: Source, encoder: TextEncoder | None, cfg: Config, limit: int = 100) -> None:
+def check_words(source: Source, encoder: TextEncoder | None, cfg: Config) -> None:
     """Raise UserError if the encoder is the shapes' and lacks words of the first captions of another source."""
     if not isinstance(encoder, WordVectors) or isinstance(source, Shapes):
         return
-    for index in range(min(limit, len(source))):
-        with suppress(*UNUSABLE):
-            row = source.load(index, 0)[1] if isinstance(source, ImageSource) else source.record(index, 0)
-            caption = row["caption"]
-            try:
-                encoder.encode([caption])
-            except UserError as e:
-                raise UserError(f"encoder=words knows the captions of the shapes only, and {cfg.data!r} has others, "
-                                f"e.g. {caption[:80]!r}; use --encoder=clip:PATH") from e
+    for caption in cyclic_batch(source, range(100))["caption"]:
+        try:
+            encoder.encode([caption])
+        except UserError as e:
+            raise UserError(f"encoder=words knows the captions of the shapes only, and {cfg.data!r} has others, e.g. "
+                            f"{caption[:80]!r}; use --encoder=clip:PATH") from e
 
-
-# ---------------------------------------------------------------- batches
 
 def records(source: Source, indices: Sequence[int], epochs: Sequence[int]) -> Batch:
     """Return the Batch of these samples in these epochs, of any source."""
@@ -154,8 +134,8 @@ def collate(rows: list[Record]) -> Batch:
 
 def load_microbatch(source: Source, encoder: Any, seed: int, batch: int, microbatch: int, step: int, m: int) -> Batch:
     """Load microbatch `m` of `step`, with text and lengths if there are captions and an encoder."""
-    where = index_and_epoch(stream_positions(step, m, batch, microbatch), len(source), seed)
-    return with_text(records(source, *where), encoder)
+    positions = step * batch + m * microbatch + np.arange(microbatch, dtype=np.int64)       # in the endless stream
+    return with_text(records(source, *index_and_epoch(positions, len(source), seed)), encoder)
 
 
 def prefetch(fetch_fn: Callable, keys: Iterable[tuple], workers: int, depth: int = 2) -> Iterator[Any]:
@@ -187,14 +167,12 @@ def read_prompts(file: str, seed: int = 0) -> list[str]:
         return [pick_caption(captions[k], seed64(seed, "coco", k)) for k in sorted(names) if k in captions]
     try:
         lines = decode_utf8(Path(file).read_bytes()).splitlines()
-    except (OSError, BadCaption) as e:
+    except (OSError, BadSample) as e:
         raise UserError(f"--prompts={file} cannot be read: {e}") from e
     if not lines:
         raise UserError(f"--prompts={file} is empty; wanted captions, one a line")
     return [clean_caption(line) for line in lines]
 
-
-# ---------------------------------------------------------------- looking
 
 def titles(batch: Batch, classes: Sequence[str] = ()) -> list[str]:
     """Return a title for each image: its caption, or its class by name or number, or nothing."""
@@ -211,8 +189,17 @@ class Options:
 
 
 def check(where: str, R: int, limit: int = 0) -> None:
-    """Print what the image files hold and which are broken, and write 16 records with their controls to check.png."""
-    source = open_for_check(where, R)
+    """Print what the image files hold and which are broken, and write 16 records with their controls to check.png.
+
+    The images have captions, else classes, else neither."""
+    kind, source = SOURCES[source_type(where)], None
+    if kind is Latents:
+        raise UserError(f"{where!r} holds no image files; python latents.py check shows it")
+    cfg = Config(data=where, max_bad_fraction=1.0, augment="+".join(CONTROLS))
+    for semantics in ("text", "class"):
+        with suppress(UserError):
+            source = source or kind.open(replace(cfg, model=ModelConfig(semantics=semantics, resolution=R)))
+    source = source or kind.open(replace(cfg, model=ModelConfig(semantics="none", resolution=R)))
     if isinstance(source, ImageSource):
         check_files(source, R, limit)
     shown = load_microbatch(source, None, 0, SHOWN, SHOWN, 0, 0)
@@ -229,7 +216,7 @@ def check_files(source: ImageSource, R: int, limit: int) -> None:
         try:
             row = source.load_record(i, 0)
             return min(row["size"]), row.get("caption")
-        except UNUSABLE as e:
+        except BadSample as e:
             source.mark_bad(source.name(i), str(e))
 
     n = len(source)
@@ -240,8 +227,6 @@ def check_files(source: ImageSource, R: int, limit: int) -> None:
         print(f"{count:>9,}  {source.classes[label]}")
     for name, reason in sorted(source.bad.items()):
         print(f"broken: {name!r}: {reason}")
-    for reason, count in Counter(reason.split(":")[0] for reason in source.bad.values()).most_common(10):
-        print(f"{count:>9,}  broken: {reason}")
     sides = [side for side, _ in good] or [0]
     part = "" if len(indices) == n else f"{len(indices):,} of them decoded, "
     print(f"{source.files:,} images, {part}{len(source.bad)} broken; short side {min(sides)} to {max(sides)} "
@@ -249,19 +234,6 @@ def check_files(source: ImageSource, R: int, limit: int) -> None:
     if words := sorted(len(text.split()) for _, text in good if text is not None):
         print(f"captions of {words[0]} to {words[-1]} words, half of them up to {words[len(words) // 2]}; "
               f"{words.count(0):,} empty, {sum(count > 75 for count in words):,} certainly too long for 77 tokens")
-
-
-def open_for_check(where: str, R: int) -> Source:
-    """Open the images at this place with captions, else with classes, else without, whatever is broken."""
-    what = source_type(where)
-    if what == "latents":
-        raise UserError(f"{where!r} holds no image files; python latents.py check shows it")
-    cfgs = [Config(data=where, max_bad_fraction=1.0, augment="+".join(CONTROLS),
-                   model=ModelConfig(semantics=semantics, resolution=R)) for semantics in ("text", "class", "none")]
-    for cfg in cfgs[:-1]:
-        with suppress(UserError):
-            return SOURCES[what].open(cfg)
-    return SOURCES[what].open(cfgs[-1])
 
 
 def main(argv: list[str]) -> None:

@@ -3,7 +3,6 @@
 python latents.py encode --data=path/to/folder --out=latents/mine --autoencoder=stabilityai/sd-vae-ft-ema
 torchrun --nproc_per_node=8 -- latents.py encode --data=path/to/folder --out=latents/mine     (resumes after a stop)
 python latents.py check --data=latents/mine                 (hashes of all files, and a page of reconstructions)
-python train.py --config=configs/imagenet256.py --data=latents/mine
 
 A shard of --shard images appears whole or not at all, and a run resumes with the missing ones. The same --batch on the
 same machine gives the same bytes, however often the run was killed and with any number of processes. --autoencoder is
@@ -20,7 +19,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
-from hashlib import file_digest
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +34,13 @@ from runtime import checkpoint, distributed, log
 from runtime.optional import optional_import
 from runtime.plot import from_uint8, grid, to_uint8
 from sources.cached_latents import (FORMAT, META, ORIGINALS, RECORD, RESULTS, SCALINGS, Latents, content, file_names,
-                                    header, is_latents, latent_scaling, latent_shape, pack_tokens, read_meta, shards)
+                                    header, latent_scaling, latent_shape, pack_tokens, read_meta, shards)
 from text import make_encoder, weights_sha256
 
 SHOWN = 8                               # images on the page of reconstructions
 CHUNK = 8                               # images decoded at a time
 BLOCK = 64                              # images summed up at a time
 
-
-# ---------------------------------------------------------------- the autoencoder
 
 def open_autoencoder(path: str, device: torch.device | str = "cpu") -> nn.Module:
     """Load the frozen fp32 autoencoder of a folder (or its vae/) or a hub name. UserError if it cannot be loaded."""
@@ -69,13 +66,6 @@ def describe(vae: nn.Module, path: str) -> dict[str, Any]:
 def downscale(vae: nn.Module) -> int:
     """f, the side of an image divided by that of its latent."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
-
-
-@torch.inference_mode()
-def encode_batch(x: Tensor, vae: nn.Module) -> Tensor:
-    """[LDM] sec. 3.1: mean and standard deviation of the posterior. (B, 3, H, W) in [-1, 1] -> (B, 2C, h, w)"""
-    posterior = vae.encode(x).latent_dist
-    return torch.cat([posterior.mean, posterior.std], dim=1)
 
 
 @torch.inference_mode()
@@ -129,8 +119,6 @@ def write_reconstruction(source: Latents, decoder: Callable, device: torch.devic
     return rms
 
 
-# ---------------------------------------------------------------- encoding
-
 @dataclass(frozen=True)
 class Encode:
     """Options of `latents.py encode`."""
@@ -160,7 +148,7 @@ def open_images(o: Encode) -> data.Source:
             raise UserError(f"{key}={getattr(o, key)} must be at least 1")
     check_name("scaling", o.scaling, SCALINGS)
     check_name("semantics", o.semantics, ("class", "text", "none"))
-    if not o.data or is_latents(Path(o.data).expanduser()):
+    if not o.data or Latents.takes(o.data):
         raise UserError(f"data={o.data!r} must be images: a folder, shards or shapes")
     augment = o.augment.split("+")
     if o.variants > 1 and "crop" not in augment:
@@ -203,7 +191,7 @@ def start_or_resume(out: Path, meta: dict, source: data.Source) -> None:
     """Write meta.json without results, and the first images, unless the folder is finished.
 
     Latents without tokens may get some. UserError if the folder holds other latents or the disk is too small."""
-    if is_latents(out):
+    if Latents.takes(out):
         old, new = content(read_meta(out, finished=False)), content(meta)
         keys = [key for key in old | new if key not in RESULTS and (key != "encoder" or key in old)]
         if changed := [f"{key}: {old[key]!r} -> {new.get(key)!r}" for key in keys if old[key] != new.get(key)]:
@@ -230,8 +218,11 @@ def save(path: Path, array: np.ndarray) -> None:
     log.write_bytes(path, file.getvalue())
 
 
+@torch.inference_mode()
 def write_shard(o: Encode, s: int, meta: dict, source: data.Source, vae: nn.Module, bar: tqdm) -> None:
-    """Encode the images of shard s and write its files. Crop v of image k is the source's k in epoch v."""
+    """[LDM] sec. 3.1: write mean and standard deviation of the posteriors of shard s, and its other files.
+
+    Crop v of image k is the source's k in epoch v."""
     part, K, device = shards(meta)[s], meta["variants"], next(vae.parameters()).device
     moments = np.empty(latent_shape(meta, len(part)), np.float16)
     rows, captions = np.zeros((len(part), K), RECORD), bytearray()
@@ -242,7 +233,8 @@ def write_shard(o: Encode, s: int, meta: dict, source: data.Source, vae: nn.Modu
             x = batch["image"].to(device)                                       # (B, 3, R, R)
             here = slice(k - part.start, k - part.start + len(x))
             for f, view in enumerate((x, x.flip(3))[:1 + meta["mirrored"]]):
-                moments[here, v, f] = encode_batch(view, vae).cpu().numpy()     # (B, 2C, h, w)
+                posterior = vae.encode(view).latent_dist                        # (B, C, h, w)
+                moments[here, v, f] = torch.cat([posterior.mean, posterior.std], dim=1).cpu().numpy()
             if not np.isfinite(moments[here, v]).all():
                 raise UserError(f"latents of images {k} to {k + len(x) - 1} are not finite in float16; use another "
                                 f"autoencoder than {o.autoencoder}")
@@ -274,9 +266,9 @@ def write_statistics(out: Path, meta: dict) -> None:
     """Write the final meta.json: with hashes of all files, and in float64 mean and std of every channel.
 
     They are those of the mixture of all posteriors: E mean, and E (mean^2 + std^2) - (E mean)^2."""
-    total, count, hashes = 0.0, 0, {ORIGINALS: sha256(out / ORIGINALS)}
+    total, count, names = 0.0, 0, [ORIGINALS]
     for s in tqdm(range(len(shards(meta))), desc="statistics", unit="file", disable=None):
-        hashes |= {name: sha256(out / name) for name in file_names(meta, s).values()}
+        names += file_names(meta, s).values()
         moments = np.load(out / file_names(meta, s)["latents"], mmap_mode="r", allow_pickle=False)
         for k in range(0, len(moments), BLOCK):
             mean, std = np.split(moments[k:k + BLOCK].astype(np.float64), 2, axis=3)    # (B, K, F, C, h, w)
@@ -284,15 +276,10 @@ def write_statistics(out: Path, meta: dict) -> None:
             count += mean.size // meta["channels"]
     mean, square = total / count                                                # (C,) each
     std = np.sqrt(square - mean ** 2)
+    hashes = {name: sha256((out / name).read_bytes()).hexdigest() for name in names}
     meta = meta | {"statistics": {"mean": mean.tolist(), "std": std.tolist()}, "sha256": hashes}
     latent_scaling(meta)                                    # an error now rather than in training
     log.write_text(out / META, json.dumps(meta, indent=1))
-
-
-def sha256(path: Path) -> str:
-    """Hash a file."""
-    with open(path, "rb") as f:
-        return file_digest(f, "sha256").hexdigest()
 
 
 def encode(o: Encode) -> None:
@@ -329,8 +316,6 @@ def encode(o: Encode) -> None:
             log.info(f"{len(latents):,} images in {out}; latents.py check --data={out} shows their statistics")
 
 
-# ---------------------------------------------------------------- checking
-
 @dataclass(frozen=True)
 class Check:
     """Options of `latents.py check`."""
@@ -343,7 +328,7 @@ def check(o: Check) -> None:
     source, cpu = Latents(o.data), torch.device("cpu")
     meta = source.meta
     bad = [name for name, digest in tqdm(meta["sha256"].items(), desc="hashing", unit="file", disable=None)
-           if not (source.path / name).is_file() or sha256(source.path / name) != digest]
+           if not (file := source.path / name).is_file() or sha256(file.read_bytes()).hexdigest() != digest]
     if bad:
         raise UserError(f"{len(bad)} files of {source.path} are damaged or missing: {', '.join(bad[:10])}; remove "
                         "these, and encode with the same options again")

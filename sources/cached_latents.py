@@ -1,8 +1,5 @@
 """Cached latents: the format of a folder of encoded images, and the data source that reads it.
 
-source = open_latents(cfg)                  cfg.data is such a folder, written by latents.py
-batch = source.records([3, 5], [0, 0])      samples 3 and 5 in epoch 0
-
 meta.json              autoencoder, data, augmentation, scaling, statistics of every channel, sha256 of the files
 latents-00000.npy      (n, K, F, 2C, h, w) float16: mean and standard deviation of the posterior of each image
 records-00000.npy      (n, K) RECORD: label, size, crop, and the first and last byte of the caption in
@@ -43,8 +40,6 @@ ENCODER = {"name": str, "layer": str, "dim": int, "length": int, "sha256": str}
 RESULTS = ("statistics", "sha256")
 
 
-# ---------------------------------------------------------------- the format
-
 def file_names(meta: dict, s: int) -> dict[str, str]:
     """Names of the files of shard s by what they hold."""
     names = {"captions": f"captions-{s:05d}.jsonl"} if meta["captions"] else {}
@@ -60,11 +55,6 @@ def shards(meta: dict) -> list[range]:
 def latent_shape(meta: dict, n: int) -> tuple[int, ...]:
     """(n, K, F, 2C, h, w) of a file of n images."""
     return n, meta["variants"], 1 + meta["mirrored"], 2 * meta["channels"], meta["side"], meta["side"]
-
-
-def is_latents(path: Path) -> bool:
-    """Whether a folder holds cached latents, finished or not."""
-    return (path / META).is_file()
 
 
 def read_meta(path: Path, finished: bool = True) -> dict:
@@ -136,8 +126,6 @@ def pad_tokens(rows: Sequence[Tensor], length: int, dim: int) -> tuple[Tensor, T
     return out, torch.tensor([len(row) for row in rows], dtype=torch.long)
 
 
-# ---------------------------------------------------------------- the source
-
 class Latents:
     """[LDM] sec. 3.1: latents of images, a new draw from each posterior every epoch, in the records of data.py.
 
@@ -146,6 +134,33 @@ class Latents:
     flip        use the mirror image half of the time if it is stored, else never
     text        give text and lengths of the captions if tokens are stored; `encoder` then describes their encoder"""
     bad: dict[str, str] = {}                                # a damaged latent is an error, so none is skipped
+    can_have_classes = True
+
+    @staticmethod
+    def takes(where: str) -> bool:
+        """Whether a folder holds cached latents, finished or not."""
+        return (Path(where).expanduser() / META).is_file()
+
+    @classmethod
+    def open(cls, cfg: Config, split: str = "train") -> "Latents":
+        """Open `cfg.data`, without splits. UserError if it cannot give what the config requests.
+
+        Mirror images are used if they are stored and --augment names flip. The crops are the stored ones."""
+        augment, size = {*cfg.augment.split("+")} - {""}, cfg.model.resolution
+        source = cls(cfg.data, cfg.seed, "flip" in augment, cfg.model.semantics == "text")
+        meta, stored = source.meta, source.meta["augment"].split("+")
+        if size != meta["side"]:
+            raise UserError(f"model.resolution={size}, but the latents in {cfg.data} have {meta['side']}, of images "
+                            f"with {meta['resolution']}; use --model.resolution={meta['side']}")
+        if ("crop" in augment) != ("crop" in stored) or "crop" in stored and cfg.crop != meta["crop"] or \
+                not augment - {"crop"} <= {*source.controls, *stored}:
+            raise UserError(f"augment={cfg.augment!r} and crop={cfg.crop!r}, but {cfg.data} was encoded with "
+                            f"augment={meta['augment']!r} and crop={meta['crop']!r}; use those, or encode it again")
+        semantics, needs = cfg.model.semantics, {"class": "labels", "text": "captions"}
+        if semantics in needs and not meta[needs[semantics]]:
+            raise UserError(f"{cfg.data} has no {needs[semantics]} for model.semantics={semantics}; encode the data "
+                            f"again with --semantics={semantics}")
+        return source
 
     def __init__(self, path: str | Path, seed: int = 0, flip: bool = True, text: bool = True) -> None:
         self.path, self.seed = Path(path).expanduser(), seed
@@ -181,10 +196,6 @@ class Latents:
 
     def __len__(self) -> int:
         return self.meta["n"]
-
-    def record(self, index: int, epoch: int) -> dict:
-        """One row of `records`."""
-        return {key: value[0] for key, value in self.records([index], [epoch]).items()}
 
     def records(self, indices: Sequence[int], epochs: Sequence[int]) -> dict:
         """The batch of these samples in these epochs. UserError, with the files to make again, if it is damaged."""
@@ -229,35 +240,3 @@ class Latents:
         shard = self.meta["shard"]
         mean = np.stack([self.latents[i // shard][i % shard, 0, 0] for i in range(count)])      # (B, 2C, h, w)
         return (torch.from_numpy(mean).float()[:, :self.channels] - self.shift) / self.scale
-
-    can_have_classes = True
-
-    @staticmethod
-    def takes(where: str) -> bool:
-        return is_latents(Path(where).expanduser())
-
-    @staticmethod
-    def open(cfg: Config, split: str = "train") -> "Latents":
-        """Open `cfg.data`. Latents have no splits."""
-        return open_latents(cfg)
-
-
-def open_latents(cfg: Config) -> Latents:
-    """The source of `cfg.data`, a folder of latents. UserError if they cannot give what the config requests.
-
-    Mirror images are used if they are stored and --augment names flip. The crops are the stored ones."""
-    augment = [a for a in cfg.augment.split("+") if a]
-    source = Latents(cfg.data, cfg.seed, "flip" in augment, cfg.model.semantics == "text")
-    meta, cropped = source.meta, "crop" in source.meta["augment"].split("+")
-    if cfg.model.resolution != meta["side"]:
-        raise UserError(f"model.resolution={cfg.model.resolution}, but the latents in {cfg.data} have {meta['side']}, "
-                        f"of images with {meta['resolution']}; use --model.resolution={meta['side']}")
-    if ("crop" in augment) != cropped or cropped and cfg.crop != meta["crop"] or \
-            not set(augment) - {"crop"} <= {*source.controls, *meta["augment"].split("+")}:
-        raise UserError(f"augment={cfg.augment!r} and crop={cfg.crop!r}, but {cfg.data} was encoded with "
-                        f"augment={meta['augment']!r} and crop={meta['crop']!r}; use those, or encode the data again")
-    for semantics, key in (("class", "labels"), ("text", "captions")):
-        if cfg.model.semantics == semantics and not meta[key]:
-            raise UserError(f"{cfg.data} has no {key} for model.semantics={semantics}; encode the data again with "
-                            f"--semantics={semantics}")
-    return source

@@ -1,8 +1,5 @@
 """COCO captions, for evaluation: images with five captions each, one chosen by seed.
 
-CocoCaptions("coco", 256)           coco/annotations/captions_val2014.json, images in coco/val2014/
-read("captions_val2014.json")       file names and captions by image number, without opening an image
-
 A seed always chooses the same caption of an image, so all evaluations see the same prompts.
 """
 import hashlib
@@ -16,25 +13,24 @@ from config import Config, UserError
 from rng import seed64
 from sources.images import ImageSource, clean_caption, decode_utf8, pick_caption
 
-PREFERRED = "captions_val2014.json"     # papers evaluate on it
+CAPTIONS = "annotations/captions_val2014.json"      # papers evaluate on it
 
 
 class CocoCaptions(ImageSource):
     """Images of a COCO captions file in the order of their numbers, each with one of its captions.
 
-    path: the captions json, or the folder above annotations/. Images without a caption or a file are unusable."""
+    path: the captions json, or the folder with CAPTIONS. Images without a caption or a file are unusable."""
     @staticmethod
     def takes(where: str) -> bool:
         return where.startswith("coco:")
 
     @classmethod
     def open(cls, cfg: Config, split: str = "train") -> ImageSource:
-        """Open coco:PATH."""
         return super().open(replace(cfg, data=cfg.data.removeprefix("coco:")), split)
 
     def scan(self) -> Iterable[tuple[str, str]]:
         """captions_val2014.json describes the images in val2014 beside annotations/, or beside itself."""
-        file = find_json(self.path)
+        file = self.path / CAPTIONS if self.path.is_dir() else self.path
         names, captions = read(file)
         root = file.parent.parent if file.parent.name == "annotations" else file.parent
         named = root / file.stem.removeprefix("captions_")
@@ -51,19 +47,8 @@ class CocoCaptions(ImageSource):
         return bad.items()
 
     def load(self, index: int, epoch: int) -> tuple[Path, dict[str, Any]]:
-        """Return its path and its caption, the same in every epoch."""
         draw = seed64(self.seed, "coco", self.numbers[index])
         return self.folder / self.names[index], {"caption": pick_caption(self.captions[index], draw)}
-
-
-def find_json(path: Path) -> Path:
-    """Return the captions file of this path. Raises UserError if there are none or several."""
-    found = [path] if path.is_file() else sorted(path.glob("annotations/captions_*.json"))
-    wanted = [file for file in found if file.name == PREFERRED] or found
-    if len(wanted) != 1:
-        raise UserError(f"coco:PATH needs a captions json, or a folder with annotations/{PREFERRED}; "
-                        f"{str(path)!r} has {', '.join(file.name for file in found) or 'none'}")
-    return wanted[0]
 
 
 def read(file: Path | str) -> tuple[dict[int, str], dict[int, list[str]]]:
@@ -76,10 +61,9 @@ def read(file: Path | str) -> tuple[dict[int, str], dict[int, list[str]]]:
         captions: dict[int, list[str]] = {}
         for _, number, text in sorted((row["id"], row["image_id"], row["caption"]) for row in tree["annotations"]):
             captions.setdefault(number, []).append(clean_caption(text))
-        if not all(type(number) is int for number in (*names, *captions)):
-            raise TypeError("the number of an image is no whole number")
         if any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in names.values()):
             raise ValueError("a file name leads out of the folder of images")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise UserError(f"{file} is not a COCO captions json: {type(e).__name__}: {e}") from e
+        raise UserError(f"{file} is not a COCO captions json: {type(e).__name__}: {e}; coco:PATH is such a file, or a "
+                        f"folder with {CAPTIONS}") from e
     return names, captions

@@ -1,9 +1,5 @@
 """Folders of images as sources: classes by folder, or captions beside the images; and images for evaluation.
 
-ImageFolder("train", 256)           train/CLASS/any/depth.jpg
-CaptionFolder("mine", 256)          images, each with its text in metadata.jsonl or in a .txt of the same stem
-open_images("folder")               images for evaluation, of a folder or an array, read by number
-
 Dimensions: B batch, H x W pixels, n images.
 """
 import hashlib
@@ -13,7 +9,6 @@ import zipfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,7 +19,7 @@ from torch import Tensor
 from config import Config, UserError
 from rng import seed64
 from runtime.plot import to_uint8
-from sources.images import (SUFFIXES, BadCaption, BadImage, ImageSource, decode_utf8, open_image, parse_metadata,
+from sources.images import (SUFFIXES, BadSample, ImageSource, decode_utf8, open_image, parse_metadata,
                             pick_caption)
 
 METADATA = "metadata.jsonl"
@@ -59,7 +54,6 @@ class ImageFolder(ImageSource):
         return bad.items()
 
     def load(self, index: int, epoch: int) -> tuple[Path, dict[str, Any]]:
-        """Return its path, and its label if the source has classes."""
         return self.path / self.names[index], {"label": self.labels[index]} if self.classes else {}
 
 
@@ -74,8 +68,12 @@ class CaptionFolder(ImageSource):
         images, lengths, bad = find_images(self.path)
         files = dict(walk(self.path, (".txt", ".jsonl")))
         beside = {posixpath.splitext(name)[0]: name for name in files if name.lower().endswith(".txt")}
-        texts, wrong, sources = self.read_metadata([name for name in files if posixpath.basename(name) == METADATA])
-        self.names, self.texts, parts = [], [], []
+        texts, wrong, sources, parts, self.names, self.texts = {}, {}, [], [], [], []
+        for file in [name for name in files if posixpath.basename(name) == METADATA]:
+            content = (self.path / file).read_bytes()
+            found, lines = parse_metadata(content, posixpath.dirname(file))
+            texts, wrong = found | texts, wrong | {f"{file} {line}": reason for line, reason in lines.items()}
+            sources.append((file, hashlib.sha256(content).hexdigest()))
         for name, size in zip(images, lengths):
             txt = beside.get(posixpath.splitext(name)[0])
             if name in texts or txt:
@@ -94,27 +92,11 @@ class CaptionFolder(ImageSource):
         return sorted(bad.items())
 
     def load(self, index: int, epoch: int) -> tuple[Path, dict[str, Any]]:
-        """Return its path and its caption."""
         text = self.texts[index]
-        try:
-            text = decode_utf8(text.read_bytes()) if isinstance(text, Path) else text
-        except OSError as e:
-            raise BadCaption(f"{type(e).__name__}: {e}") from e
+        text = decode_utf8(text.read_bytes()) if isinstance(text, Path) else text
         draw = seed64(self.seed, "caption", index, epoch) if isinstance(text, list) else 0
         return self.path / self.names[index], {"caption": pick_caption(text, draw)}
 
-    def read_metadata(self, files: list[str]) -> tuple[dict[str, Any], dict[str, str], list[tuple[str, str]]]:
-        """Return {image: text} of these metadata.jsonl, {line: reason} of unusable ones, and (file, sha256) of each."""
-        texts, bad, sources = {}, {}, []
-        for file in files:
-            content = (self.path / file).read_bytes()
-            found, wrong = parse_metadata(content, posixpath.dirname(file))
-            texts, bad = found | texts, bad | {f"{file} {line}": reason for line, reason in wrong.items()}
-            sources.append((file, hashlib.sha256(content).hexdigest()))
-        return texts, bad, sources
-
-
-# ---------------------------------------------------------------- what is in a folder
 
 class Names(Sequence[str]):
     """File names in their UTF-8 bytes and eight more: a list takes four times as much in every process, and
@@ -122,12 +104,8 @@ class Names(Sequence[str]):
     def __init__(self, names: Iterable[str] = ()) -> None:
         self.letters, self.ends = bytearray(), array("q", [0])
         for name in names:
-            self.append(name)
-
-    def append(self, name: str) -> None:
-        """Add a name at the end."""
-        self.letters += name.encode("utf-8", "surrogatepass")           # surrogates stand for other bytes
-        self.ends.append(len(self.letters))
+            self.letters += name.encode("utf-8", "surrogatepass")       # surrogates stand for other bytes
+            self.ends.append(len(self.letters))
 
     def __len__(self) -> int:
         return len(self.ends) - 1
@@ -136,23 +114,22 @@ class Names(Sequence[str]):
         k = range(len(self))[k]
         return self.letters[self.ends[k]:self.ends[k + 1]].decode("utf-8", "surrogatepass")
 
-    def __iter__(self) -> Iterator[str]:
-        return (self.letters[a:b].decode("utf-8", "surrogatepass") for a, b in pairwise(self.ends))
-
 
 def find_images(root: Path, nested: bool = False) -> tuple[Names, array, dict[str, str]]:
     """Return names and bytes of the images below `root`, sorted by name, and {name: reason} of unusable ones.
 
     nested: those that lie in `root` itself are unusable"""
-    names, sizes, bad = Names(), array("q"), {}
-    for name, size in walk(root, SUFFIXES):
-        if not size:
-            bad[name] = "empty file or link to nothing"
-        elif nested and "/" not in name:
-            bad[name] = "in no class folder"
-        else:
-            names.append(name)
-            sizes.append(size)
+    sizes, bad = array("q"), {}
+
+    def usable() -> Iterator[str]:
+        for name, size in walk(root, SUFFIXES):
+            if not size or nested and "/" not in name:
+                bad[name] = "in no class folder" if size else "empty file or link to nothing"
+            else:
+                sizes.append(size)
+                yield name
+
+    names = Names(usable())
     if not names:
         hint = "; put them into folders named after their classes, or use --model.semantics=text or none" * nested
         raise UserError(f"no images in {'class folders of ' * nested}{str(root)!r}, {len(bad)} unusable files; looked "
@@ -192,26 +169,17 @@ def walk(root: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, int]]:
             yield name, size
         elif (here := os.path.realpath(root / name)) not in seen:
             seen.add(here)
+            found = []
             try:
-                with os.scandir(here) as entries:
-                    found = [row for entry in entries if (row := measure(entry, suffixes))]
+                for entry in [entry for entry in os.scandir(here) if not entry.name.startswith(".")]:
+                    if entry.is_dir():
+                        found.append((f"{name}{entry.name}/", 0))
+                    elif entry.name.lower().endswith(suffixes) and (entry.is_file() or entry.is_symlink()):
+                        found.append((name + entry.name, entry.stat().st_size if entry.is_file() else 0))
             except OSError as e:
                 raise UserError(f"cannot read {e.filename!r}: {e.strerror}") from e
-            todo += sorted(((name + below, size) for below, size in found), reverse=True)
+            todo += sorted(found, reverse=True)
 
-
-def measure(entry: os.DirEntry, suffixes: tuple[str, ...]) -> tuple[str, int] | None:
-    """Return (name, bytes) of a file with these suffixes, (name/, 0) of a folder, None for all else."""
-    if entry.name.startswith("."):
-        return None
-    if entry.is_dir():
-        return entry.name + "/", 0
-    if entry.name.lower().endswith(suffixes) and (entry.is_file() or entry.is_symlink()):
-        return entry.name, entry.stat().st_size if entry.is_file() else 0
-    return None
-
-
-# ---------------------------------------------------------------- images for evaluation
 
 class FolderImages:
     """All images of a folder and its subfolders, numbered in the order of their names.
@@ -220,7 +188,7 @@ class FolderImages:
     `jpegs` counts JPEG files. An unreadable file raises a UserError: skipping it would change the result."""
     workers, broken = 4, 0              # threads that may read ahead; images that are not finite
 
-    def __init__(self, path: Path, resolution: int = 0) -> None:
+    def __init__(self, path: Path, resolution: int) -> None:
         self.path, self.resolution = path, resolution
         self.source = ImageFolder(path, resolution, flip=False, max_bad=1, side=None, annotated=False)
         if empty := self.source.bad:
@@ -232,7 +200,7 @@ class FolderImages:
 
     def __call__(self, indices: np.ndarray) -> Tensor:
         """Return images number `indices` (B,) as uint8 (B, 3, H, W)."""
-        images = [self.read(int(k)) for k in indices]
+        images = [self.read(k) for k in indices]
         if len(shapes := {image.shape for image in images}) > 1:
             raise UserError(f"images of {self.path} have different sizes, e.g. {min(shapes)[:2]} and "
                             f"{max(shapes)[:2]}; give --center_crop=R to crop and resize them all")
@@ -245,7 +213,7 @@ class FolderImages:
             if self.resolution:
                 return to_uint8(self.source.load_record(index, 0)["image"][None])[0]
             return np.asarray(open_image(file)[0])
-        except BadImage as e:
+        except BadSample as e:
             raise UserError(f"{file} cannot be read: {e}") from e
 
 
@@ -256,9 +224,8 @@ class ArrayImages:
     def __init__(self, path: Path) -> None:
         self.path = path
         with self.open() as file:
-            version = np.lib.format.read_magic(file)
-            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            self.shape, fortran, dtype = header(file)
+            np.lib.format.read_magic(file)
+            self.shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
             self.start = file.tell()
         if dtype != np.uint8 or len(self.shape) != 4 or self.shape[3] != 3 or fortran or not self.shape[0]:
             raise UserError(f"{path} holds {dtype} {self.shape}; wanted uint8 (n, height, width, 3), values 0 to 255")

@@ -1,9 +1,7 @@
 """Image files and captions as training samples: decode, clean, crop, and replace what is unusable.
 
-image, (h, w) = open_image("cat.jpg")       upright RGB; BadImage says why a file is unusable
-pick_caption(["a cat", "a tabby"], 7)       one caption of a list, cleaned; BadCaption says why not
-
-ImageSource is the base class of the sources in sources/folders.py, sources/shards.py and sources/coco.py.
+image, (h, w) = open_image("cat.jpg")       upright RGB
+pick_caption(["a cat", "a tabby"], 7)       one caption of a list, cleaned
 
 Dimensions: C channels, R resolution, H height, W width.
 """
@@ -36,40 +34,36 @@ MAX_WARNINGS = 20                       # unusable samples that get a warning
 CROPS = {"global": (0.9, 1.0), "local": (0.4, 0.6), "mix": (0.4, 1.0)}  # [COND] sec. 2.2: sides, over the short one
 
 
-# ---------------------------------------------------------------- from a file to RGB
-
-class BadImage(ValueError):
-    """An unusable image file; the message says why."""
+class BadSample(ValueError):
+    """An unusable image or caption; the message says why."""
 
 
 def open_image(file: Any, short: float = 0) -> tuple[Image.Image, tuple[int, int]]:
     """Return the upright RGB image in a file (path or binary stream), and its original (height, width) in pixels.
 
-    Decodes a JPEG with a short side of 2, 4 or 8 times `short` that much smaller. Raises BadImage only."""
+    Decodes a JPEG with a short side of 2, 4 or 8 times `short` that much smaller. Raises BadSample only."""
     try:
         with Image.open(file, formats=FORMATS) as image:
             w, h = image.size
             if w * h > MAX_PIXELS or min(w, h) < MIN_SIDE:
-                raise BadImage(f"{w} x {h} pixels; sides start at {MIN_SIDE}, areas end at {MAX_PIXELS:,}")
+                raise BadSample(f"{w} x {h} pixels; sides start at {MIN_SIDE}, areas end at {MAX_PIXELS:,}")
             if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:     # MPO: a JPEG with previews
-                raise BadImage(f"animated, {image.n_frames} frames")
+                raise BadSample(f"animated, {image.n_frames} frames")
             if short:
                 image.draft(None, (math.ceil(w * short / min(w, h)), math.ceil(h * short / min(w, h))))
             h, w = (w, h) if image.getexif().get(ORIENTATION) in (5, 6, 7, 8) else (h, w)
             return to_rgb(image), (h, w)
-    except (BadImage, MemoryError):
+    except (BadSample, MemoryError):
         raise
     except UnidentifiedImageError as e:
-        raise BadImage("not a JPEG, PNG or WebP image") from e
+        raise BadSample("not a JPEG, PNG or WebP image") from e
     except Exception as e:                              # damaged bytes raise nearly every type
-        raise BadImage(f"{type(e).__name__}: {e}") from e
+        raise BadSample(f"{type(e).__name__}: {e}") from e
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert any image to upright RGB: upper 8 bits of 16-bit grey, alpha over white, EXIF rotation undone."""
     turn = image.getexif().get(ORIENTATION)
-    if image.mode == "F":
-        raise BadImage("floating-point pixels")         # nothing states their range
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
@@ -82,18 +76,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image
 
 
-# ---------------------------------------------------------------- captions
-
-class BadCaption(ValueError):
-    """An unusable caption; the message says why."""
-
-
 def decode_utf8(content: bytes) -> str:
-    """Decode UTF-8, with or without a byte order mark. Raises BadCaption for any other encoding."""
+    """Decode UTF-8, with or without a byte order mark. Raises BadSample for any other encoding."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        raise BadCaption(f"not UTF-8: {e.reason} at byte {e.start}") from e
+        raise BadSample(f"not UTF-8: {e.reason} at byte {e.start}") from e
 
 
 def clean_caption(text: str) -> str:
@@ -104,23 +92,22 @@ def clean_caption(text: str) -> str:
 
 
 def pick_caption(value: Any, draw: int) -> str:
-    """Clean a caption, or number `draw` (any whole number) of a list. Raises BadCaption for other types."""
+    """Clean a caption, or number `draw` (any whole number) of a list. Raises BadSample for other types."""
     if isinstance(value, list) and value:
         value = value[draw % len(value)]
     if not isinstance(value, str):
-        raise BadCaption(f"a caption is text or a list of texts, got {type(value).__name__}")
+        raise BadSample(f"a caption is text or a list of texts, got {type(value).__name__}")
     return clean_caption(value)
 
 
 def parse_object(content: bytes) -> dict[str, Any]:
-    """Parse a JSON object. Raises BadCaption for anything else."""
-    text = decode_utf8(content)
+    """Parse a JSON object. Raises BadSample for anything else."""
     try:
-        found = json.loads(text)
+        found = json.loads(content)
     except (ValueError, RecursionError) as e:
-        raise BadCaption(f"not JSON: {type(e).__name__}: {e}") from e
+        raise BadSample(f"not JSON: {type(e).__name__}: {e}") from e
     if not isinstance(found, dict):
-        raise BadCaption(f"not a JSON object but {type(found).__name__}")
+        raise BadSample(f"not a JSON object but {type(found).__name__}")
     return found
 
 
@@ -135,20 +122,15 @@ def parse_metadata(content: bytes, folder: str = "") -> tuple[dict[str, Any], di
         try:
             row = parse_object(line)
             if not isinstance(row.get("file_name"), str) or "text" not in row:
-                raise BadCaption("lacks file_name or text")
+                raise BadSample("lacks file_name or text")
             name = posixpath.normpath(posixpath.join(folder, row["file_name"]))
             if name in texts or name.startswith(("/", "..")):
-                raise BadCaption(f"{name!r} is named a second time" if name in texts else f"{name!r} is outside")
+                raise BadSample(f"{name!r} is outside or named a second time")
             texts[name] = row["text"]
-        except BadCaption as e:
+        except BadSample as e:
             bad[f"line {number}"] = str(e)
     return texts, bad
 
-
-UNUSABLE = (BadImage, BadCaption)
-
-
-# ---------------------------------------------------------------- the base class of sources
 
 class ImageSource(ABC):
     """A source of image files, cropped and mirrored at random. A subclass adds `scan` and `load`.
@@ -170,8 +152,7 @@ class ImageSource(ABC):
     def __init__(self, path: str | Path, resolution: int, seed: int = 0, flip: bool = True, max_bad: float = 0.01,
                  side: tuple[float, float] | None = CROPS["global"], annotated: bool = True):
         self.path, self.resolution, self.seed, self.flip = Path(path).expanduser(), resolution, seed, flip
-        self.max_bad, self.random, self.side = max_bad, side is not None, side or (1.0, 1.0)
-        self.annotated = annotated
+        self.max_bad, self.annotated, self.random, self.side = max_bad, annotated, bool(side), side or (1.0, 1.0)
         self.controls = ("size", "crop", "flip") if flip else ("size", "crop")
         self.bad: dict[str, str] = {}
         self.skipped: Any = None                                # optional log of unusable files, log.SkippedFiles
@@ -194,7 +175,7 @@ class ImageSource(ABC):
     def load(self, index: int, epoch: int) -> tuple[Any, dict[str, Any]]:
         """Return the image, as a path or a binary stream, and what else is known: label, caption, original size.
 
-        Raises BadImage or BadCaption for an unusable sample."""
+        Raises BadSample for an unusable sample."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -209,15 +190,18 @@ class ImageSource(ABC):
         for attempt in range(ATTEMPTS):
             try:
                 return self.load_record(use, epoch)
-            except UNUSABLE as e:
+            except BadSample as e:
                 self.mark_bad(self.name(use), str(e))
             use = seed64(self.seed, "replace", index, epoch, attempt) % len(self)
         raise UserError(f"{ATTEMPTS} images of {self.path} in a row are unreadable, see data.py --check")
 
     def load_record(self, index: int, epoch: int) -> dict[str, Any]:
-        """Return one Record, augmented by (seed, index, epoch). Raises BadImage or BadCaption."""
+        """Return one Record, augmented by (seed, index, epoch). Raises BadSample."""
         R, (low, high) = self.resolution, self.side
-        file, known = self.load(index, epoch)
+        try:
+            file, known = self.load(index, epoch)
+        except OSError as e:
+            raise BadSample(f"{type(e).__name__}: {e}") from e
         image, (h, w) = open_image(file, short=2 * R / low)
         u = np.random.Generator(np.random.Philox(seed64(self.seed, "aug", index, epoch))).random(4)
         u = u if self.random else (0, 0.5, 0.5, u[3])

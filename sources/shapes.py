@@ -1,11 +1,7 @@
 """Captioned shapes: an endless data set with exact ground truth, rendered on demand, with no download.
 
-source = Shapes(resolution=32)
-batch = source.records(range(64))       image, label, caption, size, crop, flip, index, scene
-
-A scene holds one to three objects of different colours on a plain background. (seed, split, index) decides what it
-shows; the epoch also decides where it is cropped and whether it is mirrored. `draw_scene` makes a scene from hashed
-numbers, `caption` describes it, `render` gives its pixels.
+(seed, split, index) decides what a scene shows; the epoch also decides where it is cropped and whether it is mirrored.
+`draw_scene` makes a scene from hashed numbers, `caption` describes it, `render` gives its pixels.
 
 Lengths are fractions of the image's side, y points down, and (0, 0) is the top left corner. The canvas is a quarter
 wider than the image, to the right and below, so a crop of the image's width at (0, 0) cuts nothing.
@@ -21,12 +17,11 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from config import Config, UserError
+from config import Config, UserError, check_name
 from rng import seed64, uniform
 from sources.images import CROPS
 from sources.shapes_grammar import BACKGROUNDS, COLORS, RELATIONS, SHAPES, SceneFacts, facts_to_caption
 
-SPLITS = ("train", "test", "held_out")
 LAYOUTS = ("free", "grid", "sides")
 VERSION = "shapes 2"                        # changes when an index shows something else
 HELD_OUT = (("green", "square"), ("purple", "star"), ("cyan", "heart"), ("orange", "cross"),
@@ -44,36 +39,27 @@ PAIR, CAPTION_DRAWS = 3, 48                 # first of those for a pair's layout
 RELATION_DRAWS = CAPTION_DRAWS + 3          # below 0.75 the caption states a pair's relation
 
 
-# ---------------------------------------------------------------- the data set
-
 class Shapes:
     """An endless source of captioned images of shapes, labelled by the shape of the largest object.
 
-    resolution  R
     split       train, test (other scenes, same distribution) or held_out (the largest object is one of HELD_OUT)
     objects     possible numbers of objects: some of 1, 2 and 3
     native      render at a side from NATIVE, likelier coarse for the first classes; off: at the finest
-    crop        crop the canvas anywhere; off: at (0, 0), which cuts nothing
-    side        range of the fraction of the image's side that a crop shows; with crop off always all of it
-    flip        mirror half of the images but not their captions; off: none
+    crop, side  crop anywhere, to a fraction of the image's side from this range; off: at (0, 0), which cuts nothing
+    flip        mirror half of the images but not their captions
     layout      free: any place and size; grid: places eighths of the side apart and two sizes, which a small network
                 learns sooner; sides: a grid of two objects side by side, with a caption that says which is left"""
-    channels, encoder, bad = 3, None, {}
+    channels, encoder, bad, can_have_classes = 3, None, {}, True
     classes = list(SHAPES)
 
     def __init__(self, resolution: int = 32, seed: int = 0, split: str = "train",
                  objects: tuple[int, ...] = (1, 2, 3), native: bool = True, crop: bool = True,
                  flip: bool = True, side: tuple[float, float] = (1.0, 1.0), layout: str = "free"):
-        if layout not in LAYOUTS:
-            raise UserError(f"unknown layout={layout!r}; there are {', '.join(LAYOUTS)}")
-        if split not in SPLITS:
-            raise UserError(f"unknown split {split!r} of shapes; it has: {', '.join(SPLITS)}")
-        if not objects or not set(objects) <= {1, 2, 3}:
+        check_name("layout", layout, LAYOUTS)
+        if not set(objects) <= {1, 2, 3}:
             raise UserError(f"objects wants numbers of 1, 2 and 3, got {objects!r}")
         if resolution < 8:
             raise UserError(f"shapes want a resolution of at least 8, got {resolution}")
-        if not 0 < side[0] <= side[1] <= 1:
-            raise UserError(f"side wants a range in (0, 1], got {side!r}")
         self.resolution, self.split, self.layout = resolution, split, layout
         self.objects = (2,) if layout == "sides" else tuple(objects)
         self.native, self.crop, self.flip = native, crop, flip
@@ -108,12 +94,17 @@ class Shapes:
         captions = [caption(scene, b, u[b]) for b in range(len(index))]
         label = scene["shape"][np.arange(len(index)), scene["main"]]
         size = np.array(NATIVE, np.float32)[scene["native"]]
+        finer, exists = S[:, None] / canvas_side(R), scene["shape"] >= 0
+        x, y, r = (scene[name] * finer for name in "xyr")   # in fractions of the crop's side, (B, 3) each
+        x, y = x - left[:, None] / R, y - top[:, None] / R
+        x = np.where(flip[:, None], 1 - x, x)
+        scene |= {name: np.where(exists, value, -1) for name, value in (("x", x), ("y", y), ("r", r))}
         return dict(
             image=torch.from_numpy(image), caption=captions, label=torch.from_numpy(label),
             size=torch.from_numpy(size)[:, None].repeat(1, 2),
             crop=torch.from_numpy(np.stack([top, left], 1).astype(np.float32)),
             flip=torch.from_numpy(flip.astype(np.float32)), index=torch.from_numpy(index),
-            scene={k: torch.from_numpy(v) for k, v in project_scene(scene, S, top, left, flip, R).items()})
+            scene={k: torch.from_numpy(v) for k, v in scene.items()})
 
     def random_scenes(self, index: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Return the random numbers (B, DRAWS) of these scenes (B,), and the scenes that draw_scene makes of them."""
@@ -128,8 +119,6 @@ class Shapes:
         scene = {key: value[0] for key, value in batch.pop("scene").items()}
         return {**{key: value[0] for key, value in batch.items()}, "scene": scene}
 
-    can_have_classes = True
-
     @staticmethod
     def takes(where: str) -> bool:
         return where == "shapes"
@@ -138,35 +127,14 @@ class Shapes:
     def open(cls, cfg: Config, split: str = "train") -> "Shapes":
         """Open a split. A global crop is as wide as the image and moves over a wider canvas, so it cuts too."""
         n, layout, varied = cfg.shapes.objects, cfg.shapes.layout, cfg.augment.split("+")
-        if layout == "sides" and n != 2:
-            raise UserError(f"shapes.layout='sides' needs shapes.objects=2, got shapes.objects={n}")
         side = (1.0, 1.0) if cfg.crop == "global" else CROPS[cfg.crop]
         return cls(cfg.model.resolution, cfg.seed, split, tuple(range(1, n + 1)),
                    *(name in varied for name in ("size", "crop", "flip")), side, layout)
 
 
-def project_scene(scene: dict[str, np.ndarray], S: np.ndarray, top: np.ndarray, left: np.ndarray, flip: np.ndarray,
-                  R: int) -> dict:
-    """Return the scene in fractions of the crop's side: enlarged and moved by the crop, mirrored by the flip."""
-    exists, finer = scene["shape"] >= 0, S[:, None] / canvas_side(R)
-    x, y, r = (scene[name] * finer for name in "xyr")                                      # (B, 3)
-    x, y = x - left[:, None] / R, y - top[:, None] / R
-    x = np.where(flip[:, None], 1 - x, x)
-    return dict(scene, **{name: np.where(exists, value, -1) for name, value in (("x", x), ("y", y), ("r", r))})
-
-
 def rgb(palette: dict[str, tuple[int, int, int]]) -> np.ndarray:
     """Return a palette as (names, 3) float32 in [-1, 1]."""
     return np.array(list(palette.values()), np.float32) / 127.5 - 1
-
-
-# ---------------------------------------------------------------- scenes
-
-def native_table() -> np.ndarray:
-    """Return cumulative probabilities (classes, len(NATIVE)): the first classes are mostly coarse, the last fine."""
-    tilt = np.linspace(-1, 1, len(SHAPES))[:, None] * np.linspace(-1, 1, len(NATIVE))
-    p = np.exp(1.5 * tilt)
-    return np.cumsum(p / p.sum(1, keepdims=True), axis=1)
 
 
 def draw_scene(u: np.ndarray, objects: tuple[int, ...], held_out: bool, grid: bool = False) -> dict[str, np.ndarray]:
@@ -197,8 +165,13 @@ def draw_scene(u: np.ndarray, objects: tuple[int, ...], held_out: bool, grid: bo
         color[:, k] = rank[:, k].argmax(1)
         rank[rows, k + 1:, color[:, k]] = -1
 
-    x, y, relation = (place_on_grid if grid else place)(u[:, PAIR:PAIR + 3] < 0.5, u[:, 17:24], n, r)
-    native = (u[:, 1, None] > native_table()[shape[rows, main], :-1]).sum(1)
+    vertical, far, before = (u[:, PAIR:PAIR + 3] < 0.5).astype(int).T
+    along, across = (place_on_grid if grid else place)(far, before, u[:, 17:24], n, r)
+    x, y = np.where(vertical[:, None], (across, along), (along, across))
+    relation = np.stack([2 * vertical + far, 2 * (1 - vertical) + before], axis=1)
+    p = np.exp(1.5 * (np.linspace(-1, 1, len(SHAPES))[:, None] * np.linspace(-1, 1, len(NATIVE))))
+    table = np.cumsum(p / p.sum(1, keepdims=True), axis=1)      # the first classes are mostly coarse, the last fine
+    native = (u[:, 1, None] > table[shape[rows, main], :-1]).sum(1)
     scene = dict(shape=shape, color=color, x=x, y=y, r=r)
     scene = {name: np.where(exists, value, -1) for name, value in scene.items()}
     return dict(scene, n=n, main=main, relation=np.where(exists[:, 1:], relation, -1), native=native,
@@ -221,12 +194,11 @@ def sizes_on_grid(u: np.ndarray, n: np.ndarray) -> np.ndarray:
     return np.where(np.arange(3) == large[:, None], TWO_SIZES[1], TWO_SIZES[0])
 
 
-def place(coin: np.ndarray, u: np.ndarray, n: np.ndarray, r: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Return centres x, y (B, 3) and relation (B, 2): object 0 beside object 1, object 2 across from both.
+def place(far: np.ndarray, before: np.ndarray, u: np.ndarray, n: np.ndarray, r: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Return the centres (B, 3) along and across the axis on which object 1 follows object 0; object 2 is beside both.
 
-    coin (B, 3) says whether the pair's axis is vertical, object 0 is the far one, and object 2 is the near one."""
+    far, before (B,): whether object 0 is the far one of the pair, and object 2 is nearer than both."""
     rows, span = np.arange(len(n)), 1 - 2 * MARGIN
-    vertical, far, before = coin.astype(int).T
     low, high = np.sort(u[:, :2], axis=1).T
     near = np.where(far, r[:, 1], r[:, 0])                              # radius of the pair's near one
     slack = span - GAP - 2 * r[:, 0] - 2 * r[:, 1]
@@ -245,15 +217,13 @@ def place(coin: np.ndarray, u: np.ndarray, n: np.ndarray, r: np.ndarray) -> tupl
         inside = edge[rows, before] + r[:, k] + jitter * (band - 2 * r[:, k])
         across[:, k] = np.where(n > 2, inside, across[:, k])
     across[:, 2] = edge[rows, 1 - before] + r[:, 2]
-
-    x, y = np.where(vertical[:, None], (across, along), (along, across))
-    return x, y, np.stack([2 * vertical + far, 2 * (1 - vertical) + before], axis=1)
+    return along, across
 
 
-def place_on_grid(coin: np.ndarray, u: np.ndarray, n: np.ndarray, r: np.ndarray) -> tuple[np.ndarray, ...]:
+def place_on_grid(far: np.ndarray, before: np.ndarray, u: np.ndarray, n: np.ndarray,
+                  r: np.ndarray) -> tuple[np.ndarray, ...]:
     """Return what `place` does, with centres on the grid. Objects of either size do not touch."""
     rows = np.arange(len(n))
-    vertical, far, before = coin.astype(int).T
     free = np.array(GRID_CENTRES)[(u[:, :6] * len(GRID_CENTRES)).astype(int)]               # (B, 6)
     along, across = free[:, :3].copy(), free[:, 3:].copy()
     pair, band = (np.array(GRID_PAIRS)[(v * len(GRID_PAIRS)).astype(int)] for v in (u[:, 6], u[:, 0]))  # (B, 2)
@@ -261,9 +231,7 @@ def place_on_grid(coin: np.ndarray, u: np.ndarray, n: np.ndarray, r: np.ndarray)
         along[:, k] = np.where(n > 1, pair[rows, far ^ k], along[:, k])
         across[:, k] = np.where(n > 2, band[rows, before], across[:, k])
     across[:, 2] = band[rows, 1 - before]
-
-    x, y = np.where(vertical[:, None], (across, along), (along, across)) / 8
-    return x, y, np.stack([2 * vertical + far, 2 * (1 - vertical) + before], axis=1)
+    return along / 8, across / 8
 
 
 def caption(scene: dict[str, np.ndarray], b: int, u: np.ndarray) -> str:
@@ -278,8 +246,6 @@ def caption(scene: dict[str, np.ndarray], b: int, u: np.ndarray) -> str:
         relations=tuple(RELATIONS[links[k]] if u[RELATION_DRAWS + k] < 0.75 else None for k in range(n - 1)),
         background=list(BACKGROUNDS)[scene["background"][b]] if u[CAPTION_DRAWS + 5] < 0.5 else None))
 
-
-# ---------------------------------------------------------------- pixels
 
 def sdf(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Return the signed distance to the outline of a shape in [-1, 1]^2: negative inside, exact near the outline."""

@@ -1,8 +1,5 @@
 """Tar shards as img2dataset writes them: images, captions and original sizes, read in any order.
 
-TarShards("cc12m", 256)                             a folder of .tar files
-TarShards("cc12m/{00000..01242}.tar", 256)          a pattern; {a,b} works too
-
 A sample is the members a/key.jpg, a/key.txt and a/key.json, one after the other; a key ends at the first dot of a
 name. One walk over each tar finds where they lie, and INDEX beside the tars keeps it, so any sample is one read away.
 Nothing is extracted or unpickled, and links and names that lead elsewhere are skipped.
@@ -27,8 +24,7 @@ from tqdm import tqdm
 
 from config import UserError
 from runtime import log
-from sources.images import (SUFFIXES, BadCaption, BadImage, ImageSource, clean_caption, decode_utf8, parse_object,
-                            pick_caption)
+from sources.images import SUFFIXES, BadSample, ImageSource, clean_caption, decode_utf8, parse_object, pick_caption
 
 COLUMN = {**{suffix[1:]: 0 for suffix in SUFFIXES}, "txt": 2, "json": 4}        # of the end of a name, in an index
 INDEX, FORMAT = ".index", 1             # folder of the indices, and the version of their format
@@ -37,8 +33,6 @@ MAX_NAMES = 1_000_000                   # of a pattern
 MAX_BYTES = 64 * 2 ** 20                # of a member
 BLOCK = tarfile.BLOCKSIZE
 
-
-# ---------------------------------------------------------------- which files
 
 def expand(pattern: str) -> list[str]:
     """Return all names of a pattern: {a,b} is either, {007..012} every number, at least as wide as the first."""
@@ -65,8 +59,6 @@ def find_shards(where: str) -> list[Path]:
                         f"(looked at {Path(missing[0]).absolute()})")
     return paths
 
-
-# ---------------------------------------------------------------- where samples lie in a tar
 
 def index(path: Path) -> np.ndarray:
     """Return the samples (n, 6) uint32 of a tar. Raises UserError for a damaged tar."""
@@ -134,15 +126,15 @@ def cached_index(path: Path) -> np.ndarray:
 
 
 def read_member(file: BinaryIO, block: int, size: int) -> bytes | None:
-    """Return the content of a member, None if block is 0. BadImage if it is too large or the tar has been cut."""
+    """Return the content of a member, None if block is 0. BadSample if it is too large or the tar has been cut."""
     if block == 0:
         return None
     if size > MAX_BYTES:
-        raise BadImage(f"{size:,} bytes; at most {MAX_BYTES:,} are read")
+        raise BadSample(f"{size:,} bytes; at most {MAX_BYTES:,} are read")
     file.seek(block * BLOCK)
     content = file.read(size)
     if len(content) < size:
-        raise BadImage("the tar ends within it; it has changed since the start")
+        raise BadSample("the tar ends within it; it has changed since the start")
     return content
 
 
@@ -153,8 +145,6 @@ def member_name(shard: Path, row: np.ndarray) -> str:
         name = file.read(100).split(b"\0")[0].decode("utf-8", "backslashreplace")
     return f"{shard.name}/{name}"
 
-
-# ---------------------------------------------------------------- the source
 
 class TarShards(ImageSource):
     """The samples of tar shards: image, caption from the .txt or else the .json, original size from the .json.
@@ -195,26 +185,20 @@ class TarShards(ImageSource):
         return len(self.rows)
 
     def shard(self, index: int) -> Path:
-        """Return the tar with this sample."""
         return self.shards[int(np.searchsorted(self.ends, index, side="right"))]
 
     def name(self, index: int) -> str:
-        """Return tar and member."""
         return member_name(self.shard(index), self.rows[index])
 
     def load(self, index: int, epoch: int) -> tuple[BinaryIO, dict[str, Any]]:
-        """Return its image, its caption, and the original size if the .json has it."""
         row = self.rows[index].tolist()
-        try:
-            with open(self.shard(index), "rb") as file:
-                image, text, about = (read_member(file, *row[k:k + 2]) for k in (0, 2, 4))
-        except OSError as e:
-            raise BadImage(f"{type(e).__name__}: {e}") from e
+        with open(self.shard(index), "rb") as file:
+            image, text, about = (read_member(file, *row[k:k + 2]) for k in (0, 2, 4))
         fields, known = parse_object(about) if about else {}, {}
         size = fields.get("original_height"), fields.get("original_width")
         if size != (None, None):
             if not all(type(side) is int and 0 < side < 10 ** 6 for side in size):
-                raise BadCaption(f"original_height and original_width are {size} in its .json")
+                raise BadSample(f"original_height and original_width are {size} in its .json")
             known["size"] = size
         if self.annotated:
             known["caption"] = (pick_caption(fields.get("caption"), 0) if text is None

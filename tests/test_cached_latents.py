@@ -19,7 +19,7 @@ import train
 from config import Config, ModelConfig, UserError
 from sample import Options, SampleConditions
 from sources import cached_latents
-from sources.cached_latents import Latents, open_latents, pack_tokens, pad_tokens
+from sources.cached_latents import Latents, pack_tokens, pad_tokens
 
 L, E, SHARD, N, C, SIDE = 77, 6, 4, 7, 5, 8
 TEXTS = ["a red ring", "", "a cat on a mat", "a red ring", "a blue square", "cat", ""]
@@ -158,7 +158,7 @@ def test_training_with_the_same_encoder_loads_no_tower(folder, tower):
 
 
 def test_another_encoder_is_an_error(folder, monkeypatch):
-    cfg, stored = config(folder), open_latents(config(folder)).encoder
+    cfg, stored = config(folder), Latents.open(config(folder)).encoder
     with pytest.raises(UserError, match="encoder='words'.*of 'clip:here'; use --encoder=clip:here"):
         text.make_encoder(replace(cfg, encoder="words"), stored)
     for weights, error in (("w", False), ("other", True)):
@@ -175,14 +175,14 @@ def test_another_encoder_is_an_error(folder, monkeypatch):
 
 def test_a_run_without_text_reads_no_tokens(folder):
     for semantics in ("none", "text"):
-        source = open_latents(config(folder, model=replace(MODEL, semantics=semantics), encoder="clip:here"))
-        assert bool(source.encoder) == ("text" in source.record(0, 0)) == (semantics == "text")
+        source = Latents.open(config(folder, model=replace(MODEL, semantics=semantics), encoder="clip:here"))
+        assert bool(source.encoder) == ("text" in source.records([0], [0])) == (semantics == "text")
 
 
 def test_latents_without_tokens_load_the_tower(tmp_path, tower):
     cfg = config(write(tmp_path / "set", None))
     source = data.open_source(cfg)
-    assert source.encoder is None and "text" not in source.record(0, 0) and "encoder" not in source.meta
+    assert source.encoder is None and "text" not in source.records([0], [0]) and "encoder" not in source.meta
     encoder = text.make_encoder(cfg, source.encoder)
     assert data.load_microbatch(source, encoder, 0, 6, 6, 0, 0)["text"].shape == (6, L, E) and len(tower) == 1
 
@@ -235,7 +235,7 @@ def test_damaged_tokens_are_an_error(tmp_path):
     for wrong in ([0, len(wide) + 1], [-2, 1], [3, 2]):
         np.save(root / "spans-00000.npy", np.where(True, wrong, spans))
         with pytest.raises(UserError, match="damaged: tokens .* of shard 0 cannot be"):
-            Latents(root).record(0, 0)
+            Latents(root).records([0], [0])
     np.save(root / "spans-00000.npy", spans)
     wide[0] = np.nan                                        # the first token of "a red ring"
     np.save(root / "tokens-00000.npy", wide)

@@ -24,7 +24,7 @@ import text
 from config import Config, ModelConfig, UserError
 from runtime import log
 from sources import cached_latents
-from sources.cached_latents import Latents, header, latent_scaling, open_latents, read_meta
+from sources.cached_latents import Latents, header, latent_scaling, read_meta
 from sources.folders import ImageFolder
 from sources.images import CROPS
 from sources.shapes import Shapes
@@ -180,7 +180,7 @@ def test_latents_keep_the_captions_and_controls_of_their_source(folder, tmp_path
     for key in ("label", "size", "crop"):
         assert torch.equal(batch[key], theirs[key]), key
     assert source.controls == ("size",) and (tmp_path / "captions-00002.jsonl").is_file()
-    assert source.record(6, 1)["caption"] == theirs["caption"][0]
+    assert source.records([6], [1])["caption"][0] == theirs["caption"][0]
 
 
 # ---------------------------------------------------------------- kill and resume
@@ -385,8 +385,8 @@ def test_eps_is_standard_normal_and_a_function_of_seed_sample_and_epoch(folder):
 
     again = Latents(folder / "out", flip=False).records(index[::-1], epoch[::-1])
     assert torch.equal(again["image"].flip(0), batch["image"])
-    row = source.record(int(index[77]), int(epoch[77]))
-    assert torch.equal(row["image"], batch["image"][77]) and row["label"] == batch["label"][77]
+    row = source.records(index[77:78], epoch[77:78])
+    assert torch.equal(row["image"][0], batch["image"][77]) and row["label"] == batch["label"][77]
     other = Latents(folder / "out", seed=1, flip=False).records(index, epoch)
     assert (other["image"] != batch["image"]).float().mean() > 0.99
 
@@ -432,8 +432,8 @@ def test_augmentation_that_was_not_encoded_is_an_error(folder, tmp_path):
     latents.encode(options(folder, out=tmp_path / "out", augment="", variants=1, count=3, crop="global"))
     for augment in ("flip", "crop", "flip+size"):
         with pytest.raises(UserError, match=f"augment='{augment.replace('+', '.')}'.*encoded with augment=''"):
-            open_latents(config(tmp_path, augment=augment, crop="global"))
-    assert open_latents(config(tmp_path, augment="size", crop="mix")).controls == ("size", "crop")
+            Latents.open(config(tmp_path, augment=augment, crop="global"))
+    assert Latents.open(config(tmp_path, augment="size", crop="mix")).controls == ("size", "crop")
 
 
 # ---------------------------------------------------------------- damage

@@ -220,7 +220,7 @@ def test_a_caption_in_metadata(tmp_path, name):
     (b"{", "not JSON"), (b"[" * 100_000, "not JSON"), (b"7", "not a JSON object"),
     (b'{"text": "x"}', "lacks file_name or text"),
     (b'{"file_name": "a9.png", "txt": "x"}', "lacks file_name or text"), (b'{"file_name": 7, "text": "x"}', "lacks"),
-    ('{"file_name": "a9.png", "text": "é"}'.encode("latin-1"), "not UTF-8"),
+    ('{"file_name": "a9.png", "text": "é"}'.encode("latin-1"), "not JSON: UnicodeDecodeError"),
     (b'{"file_name": "../../x.png", "text": "x"}', "outside"),
     (b'{"file_name": "/etc/x.png", "text": "x"}', "outside"), (b'{"file_name": "gone.png", "text": "x"}', "no such"),
     (b'{"file_name": "a0.png", "text": "a"}\n{"file_name": "a0.png", "text": "b"}', "second time"),

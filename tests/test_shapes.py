@@ -71,9 +71,7 @@ def test_switches_decide_the_controls_and_the_fingerprint():
 
 
 def test_wrong_arguments_are_named():
-    cases = (dict(split="val"), "'val'"), (dict(objects=(0, 1)), "objects"), (dict(resolution=4), "4")
-    cases += tuple((dict(side=side), "side wants a range") for side in ((0, 1), (0.6, 0.4), (0.5, 1.1)))
-    for wrong, word in cases:
+    for wrong, word in (dict(objects=(0, 1)), "objects"), (dict(resolution=4), "4"):
         with pytest.raises(UserError, match=word):
             Shapes(**wrong)
 
