@@ -4,8 +4,7 @@
 <out>/step-00012000/meta.json           step, config, versions, data fingerprint, sha256 of the state and of all this
 <out>/weights.safetensors               the averaged network for users, its config as JSON in the header
 
-Files are written under a temporary name, flushed to the disk and renamed. A damaged checkpoint falls back to the one
-before. Nothing here runs code from a file or unpickles.
+Nothing here runs code from a file or unpickles.
 """
 import errno
 import hashlib
@@ -13,8 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -30,7 +28,6 @@ from runtime.log import TEMPORARY, atomic_path, info, remove, sync, warn_on_disk
 FORMAT = 1                              # of checkpoints; a newer one is refused
 KEEP = 2                                # checkpoints that stay
 MARGIN = 1.2                            # free disk space that a checkpoint needs, as a multiple of its size
-MAX_LISTED = 16                         # names in an error message
 # Options that can keep a run from diverging.
 RETRY_FIELDS = ("lr", "lr_mp", "warmup", "lr_decay_start", "cooldown", "grad_clip", "dtype")
 RETRY_HINT = f"change {' or '.join('--' + key for key in RETRY_FIELDS)}"
@@ -44,25 +41,24 @@ class Nonfinite(Exception):
     """The loss, a gradient or a weight is inf or nan."""
 
 
-@contextmanager
-def lock(out: Path) -> Iterator[None]:
-    """Make the run folder, lock it against other runs until this process ends, and remove unfinished files."""
+def lock(out: Path) -> AbstractContextManager:
+    """Make the run folder, lock it against other runs within the context returned, and remove unfinished files."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / f"{TEMPORARY}probe").touch()                 # an old lock file says nothing about the folder
         remove(out / f"{TEMPORARY}probe")
     except OSError as e:
         raise UserError(f"cannot write to the run folder {out}: {e}; choose another --out") from e
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(FileLock(out / ".lock", timeout=0))
-        except Timeout as e:
-            raise UserError(f"another run is writing to {out}; wait for it or choose another --out") from e
-        except (OSError, RuntimeError):                     # some network disks have no locks
-            info(f"note: {out} cannot be locked; let one run at a time write to it.")
-        for stale in (*out.glob(f"{TEMPORARY}*"), *out.glob(f"samples/{TEMPORARY}*")):
-            remove(stale)
-        yield
+    held = nullcontext()
+    try:
+        held = FileLock(out / ".lock", timeout=0).acquire()
+    except Timeout as e:
+        raise UserError(f"another run is writing to {out}; wait for it or choose another --out") from e
+    except (OSError, RuntimeError):                         # some network disks have no locks
+        info(f"note: {out} cannot be locked; let one run at a time write to it.")
+    for stale in (*out.glob(f"{TEMPORARY}*"), *out.glob(f"samples/{TEMPORARY}*")):
+        remove(stale)
+    return held
 
 
 def steps(out: Path) -> list[int]:
@@ -163,9 +159,7 @@ def read_state(where: Path, tensors: dict[str, Tensor]) -> None:
 
 
 class Checkpointer:
-    """Saves the state of a run. Every process calls every method; rank 0 alone writes.
-
-    saved: step of the last checkpoint. meta: further fields of meta.json."""
+    """Saves the state of a run, last at step `saved`. Every process calls every method; rank 0 alone writes."""
     def __init__(self, out: Path, net: nn.Module, tensors: dict[str, Tensor], saved: int, meta: dict,
                  dist: distributed.Dist) -> None:
         self.out, self.net, self.tensors, self.saved, self.meta, self.dist = out, net, tensors, saved, meta, dist
@@ -175,7 +169,7 @@ class Checkpointer:
         if distributed.replicas_differ(self.net, self.dist):
             raise RuntimeError(f"weights differ between processes at step {step:,}; nothing was saved")
         if broken := not_finite(self.tensors):
-            raise Nonfinite(f"{', '.join(broken[:MAX_LISTED])} are not finite at step {step:,}; nothing was saved")
+            raise Nonfinite(f"{', '.join(broken[:5])} are not finite at step {step:,}; nothing was saved")
         if self.dist.rank == 0 and save(self.out, step, self.tensors, self.meta):
             self.saved = step
 
@@ -211,9 +205,6 @@ def check_resume(cfg: Config, meta: dict, fingerprint: str, out: Path) -> None:
     if meta["step"] > cfg.steps:
         raise UserError(f"{out} is at step {meta['step']:,} already, past steps={cfg.steps:,}; raise --steps or choose "
                         "another --out")
-    now = {"threads": torch.get_num_threads(), **distributed.versions()}
-    if other := [f"{k} {meta.get(k)} -> {v}" for k, v in now.items() if meta.get(k) != v]:
-        info(f"note: {', '.join(other)}; sums may differ in the last bit.")
 
 
 # ---------------------------------------------------------------- weights
@@ -245,7 +236,6 @@ def write_weights(path: Path, tensors: dict[str, Tensor], header: dict[str, str]
     tensors = {k: v.detach().cpu().contiguous() for k, v in sorted(tensors.items())}
     with atomic_path(path) as tmp:
         save_file(tensors, tmp, metadata={**header, "sha256": _sha256_of(tensors, header)})
-        sync(tmp)
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

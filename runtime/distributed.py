@@ -1,8 +1,5 @@
 """Distributed runs: process group, device, compute dtype, collectives, signals.
 
-dist = distributed.setup()                          device, rank and number of processes, for python and for torchrun
-with distributed.Stop(verbose=True) as stop: ...    stop.signal is the number of a SIGINT or SIGTERM, else 0
-
 A process group always exists, of one process if need be, so nothing below `setup` branches on it.
 """
 import os
@@ -86,8 +83,6 @@ def find_device(local_rank: int = 0) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-# ---------------------------------------------------------------- dtype, speed, memory
-
 def compute_dtype(device: torch.device, name: str) -> torch.dtype:
     """The dtype of the tokens; "auto" is bfloat16 where the hardware multiplies it.
 
@@ -157,9 +152,7 @@ def wrap_ddp(net: nn.Module, dist: Dist) -> nn.Module:
     """Wrap the network so that its backward pass averages gradients over processes. MPS has no collectives."""
     if dist.device.type == "mps":
         return net
-    ddp = nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
-    ddp.broadcast_buffers = False                           # they never change
-    return ddp
+    return nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def all_reduce_sum(x: Tensor, dist: Dist) -> Tensor:
@@ -187,8 +180,6 @@ def replicas_differ(net: nn.Module, dist: Dist) -> bool:
     return bool((both[:len(sums)] + both[len(sums):]).any())
 
 
-# ---------------------------------------------------------------- signals
-
 class Stop:
     """A context in which SIGINT and SIGTERM only set `signal`; a second one, DEBOUNCE_S later, ends the process.
 
@@ -205,7 +196,6 @@ class Stop:
             signal.signal(number, handler)
 
     def handle(self, number: int, frame: object) -> None:
-        """Handle a signal."""
         if self.ignore or self.signal and time.monotonic() - self.received < DEBOUNCE_S:
             return
         if self.signal:

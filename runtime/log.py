@@ -1,10 +1,5 @@
 """Logging: printed lines, files that appear whole, log.jsonl and skipped.jsonl during a run, status.json at its end.
 
-write_text(out / "config.json", text)           the whole new file or the old one, whatever fails
-window.add(loss, i, T); window.read(...)        sums stay on the device; only `read` waits for it
-run_log.report(step, line)                      a line of log.jsonl, and the progress bar
-
-A line of log.jsonl averages the steps since the line before: loss, also by quarter of the noise range, gradient norm.
 Dimensions: B batch, T noise steps.
 """
 import errno
@@ -34,12 +29,9 @@ TEMPORARY = ".tmp"                      # prefix of unfinished files and folders
 SKIPPED = "skipped.jsonl"
 
 
-# ---------------------------------------------------------------- printing and small files
-
 def info(line: str) -> None:
     """Print one line on stderr, past any progress bar."""
     tqdm.write(line, file=sys.stderr)
-    sys.stderr.flush()
 
 
 @contextmanager
@@ -53,10 +45,11 @@ def warn_on_disk_error(what: str) -> Iterator[None]:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it to `path` on success, remove it on failure."""
+    """Yield a temporary path beside `path`; flush it and rename it to `path` on success, remove it on failure."""
     temporary = path.with_name(f"{TEMPORARY}-{os.getpid()}-{path.name}")
     try:
         yield temporary
+        sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
     finally:
@@ -67,7 +60,6 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Replace a file in one step."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)
-        sync(temporary)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -88,11 +80,9 @@ def sync(path: Path) -> None:
 
 def remove(path: Path) -> None:
     """Delete a file or a folder as far as the disk allows."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(OSError):
-            path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):
+        path.unlink()
 
 
 # ---------------------------------------------------------------- log.jsonl
@@ -100,16 +90,15 @@ def remove(path: Path) -> None:
 class LossWindow:
     """Sums since the last line of the log, on the device: loss and count by noise quarter, gradient norm.
 
-    `bad` becomes 1 at the first step with a gradient that is not finite, and stays so; `bad_step` is that step."""
+    `bad` becomes 1 at the first step whose gradient is not finite, and stays so; `bad_step` is that step, before -1."""
     def __init__(self, device: torch.device) -> None:
         self.loss, self.count = torch.zeros(QUARTERS, device=device), torch.zeros(QUARTERS, device=device)
         self.norm, self.bad = torch.zeros((), device=device), torch.zeros((), device=device)
         self.bad_step = torch.full((), -1.0, device=device)
-        self.quarters = torch.arange(QUARTERS, device=device)
 
     def add(self, loss: Tensor, i: Tensor, T: int) -> None:
         """Add the losses (B,) of images at noise indices i (B,)."""
-        here = (i * QUARTERS // T)[:, None] == self.quarters                    # (B, 4)
+        here = (i * QUARTERS // T)[:, None] == torch.arange(QUARTERS, device=i.device)          # (B, 4)
         self.loss += torch.where(here, loss.detach()[:, None], 0.0).sum(0)
         self.count += here.sum(0)
 
@@ -121,9 +110,7 @@ class LossWindow:
         self.bad.copy_(torch.maximum(self.bad, bad))
 
     def read(self, steps: int, stop: distributed.Stop, dist: distributed.Dist) -> tuple[dict, int, int]:
-        """Return means over all processes, the signal that any of them got (0 = none), the first bad step (-1 = none).
-
-        Then start the sums again."""
+        """Return means over all processes, the signal that any got (0 = none), the first bad step; start again."""
         signals = torch.tensor([float(stop.signal == s) for s in distributed.SIGNALS], device=dist.device)
         shared = distributed.all_reduce_sum(torch.cat([self.loss, self.count, signals]), dist)
         *shared, norm, bad_step = torch.cat([shared, self.norm[None], self.bad_step[None]]).tolist()
@@ -176,7 +163,6 @@ class RunLog:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Start to time the next window of steps."""
         self.t0, self.seconds = time.monotonic(), Counter()
 
     @contextmanager
@@ -209,8 +195,6 @@ class RunLog:
             info(f"step {step:,}/{self.cfg.steps:,}  {text}  {minutes}:{seconds:02} left")
 
 
-# ---------------------------------------------------------------- status.json
-
 class Status:
     """status.json, for supervisors: torchrun turns every exit code into 1. Writes nothing before `out` is set."""
     def __init__(self) -> None:
@@ -237,12 +221,8 @@ def read_status(out: Path) -> dict:
     return {}
 
 
-# ---------------------------------------------------------------- skipped.jsonl
-
 class SkippedFiles:
-    """skipped.jsonl: every unusable file of a run once, with the reason, {"name": "b/7.jpg", "reason": "not a JPEG"}.
-
-    All processes and threads of a run share the file, and a resumed run adds to it."""
+    """skipped.jsonl: every unusable file of a run once, with the reason; its processes and threads share the file."""
     def __init__(self, out: Path) -> None:
         self.path, self.names, self.end = out / SKIPPED, set(), 0               # names in the file up to byte `end`
 

@@ -1,12 +1,9 @@
 """Plots of a run's loss and magnitudes, and grids of images above their captions.
 
 python -m runtime.plot --out=out/shapes         writes loss.png and, with --magnitudes_every, magnitudes.png
-grid(images, columns=4, captions=texts)         a PIL image
-to_uint8(images), from_uint8(pixels)            the one conversion between [-1, 1] and the bytes of a file
 
 Dimensions: B batch, C channels, H height, W width.
 """
-import io
 import math
 import re
 import textwrap
@@ -37,8 +34,7 @@ def plot(out: str | Path) -> str:
         return f"not plotted; {out}/log.jsonl has no lines yet"
     axes, steps = figure.subplots(), [line["step"] for line in lines]
     for k, name in enumerate(NAMES):
-        quarter = [line["loss_by_noise"][k] for line in lines]
-        axes.plot(steps, [float("nan") if v is None else v for v in quarter], linewidth=0.8, label=name)
+        axes.plot(steps, [line["loss_by_noise"][k] for line in lines], linewidth=0.8, label=name)
     axes.plot(steps, [line["loss"] for line in lines], color="black", linewidth=1.6, label="mean")
     axes.set(xlabel="step", ylabel="squared error of eps", yscale="log")
     axes.grid(True, which="both", linewidth=0.3)
@@ -101,9 +97,8 @@ def _figure() -> Any:
 
 
 def _save(figure: Any, path: Path) -> str:
-    png = io.BytesIO()
-    figure.savefig(png, dpi=150, format="png")
-    log.write_bytes(path, png.getvalue())
+    with log.atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
     return str(path)
 
 
@@ -152,8 +147,6 @@ def _wrap(text: str, font: Any, width: int) -> list[str]:
     letters = int(width * len(text) / max(1, sum(font.getlength(part) for part in parts)))
     return [line for part in parts for line in textwrap.wrap(part, max(8, letters), max_lines=6)][:6]
 
-
-# ---------------------------------------------------------------- command line
 
 @dataclass(frozen=True)
 class Options:
