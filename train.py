@@ -8,7 +8,6 @@ step-*/, weights.safetensors. Exit codes: 0 done; 1 crash, try again; 2 somethin
 130, 143 stopped by SIGINT, SIGTERM, and saved.
 Dimensions: B batch, C channels, R resolution, T noise steps.
 """
-import io
 import json
 import math
 import os
@@ -41,8 +40,7 @@ from sources import cached_latents
 from text import make_encoder
 from transfer import init_from
 
-PREVIEWS = 16                           # images of a preview
-PREVIEW_STEPS = 20                      # their sampling steps
+PREVIEWS, PREVIEW_STEPS = 16, 20        # images of a preview, and their sampling steps
 CONTROL_ROWS = 1000                     # control values stored with the weights, for sampling from their distribution
 READ = 50                               # images read at a time to find these
 
@@ -131,8 +129,6 @@ def weights_metadata(cfg: Config, source: data.Source) -> dict[str, str]:
     return about
 
 
-# ---------------------------------------------------------------- one step
-
 def denoising_loss(net: nn.Module, x0: Tensor, cond: Condition, g: torch.Generator, alpha_bar: Tensor,
                    cfg: Config) -> tuple[Tensor, Tensor]:
     """[DDPM] eq. 14: |eps_hat(x_t, i, cond) - eps|^2 of every image with i uniform, and i. (B,), (B,)
@@ -157,8 +153,6 @@ def inputs(batch: data.Batch, step: int, m: int, cfg: Config,
                           device)
     return batch["image"].to(device, non_blocking=True), cond, g
 
-
-# ---------------------------------------------------------------- previews
 
 class Previewer:
     """Previews from fixed noise and FID during training: call it with the averaged network at every step.
@@ -196,11 +190,11 @@ class Previewer:
                               cfg.padding_noise, sample.padding_generators(range(PREVIEWS), 0))
         options = sample.Options(steps=min(PREVIEW_STEPS, cfg.model.timesteps))
         images = sample.generate(net, cfg, cond, range(PREVIEWS), options, self.dist.device)
-        png = io.BytesIO()
-        data.grid(self.decode(images).cpu(), 4, data.titles(batch, self.names)).save(png, "png")
+        page = data.grid(self.decode(images).cpu(), 4, data.titles(batch, self.names))
         with log.warn_on_disk_error(str(path)):
             path.parent.mkdir(exist_ok=True)
-            log.write_bytes(path, png.getvalue())
+            with log.atomic_path(path) as temporary:
+                page.save(temporary, "png")
 
 
 # ---------------------------------------------------------------- the run

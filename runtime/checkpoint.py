@@ -72,8 +72,6 @@ def folder(out: Path, step: int) -> Path:
     return out / f"step-{step:08d}"
 
 
-# ---------------------------------------------------------------- state of a run
-
 def need_space(out: Path, tensors: dict[str, Tensor]) -> None:
     """OSError unless the disk has room for one checkpoint of these tensors."""
     need = int(MARGIN * sum(t.numel() * t.element_size() for t in tensors.values()))
@@ -85,7 +83,6 @@ def save(out: Path, step: int, tensors: dict[str, Tensor], meta: dict) -> bool:
     """Write one checkpoint, then drop old ones. A disk error is a warning and False."""
     tmp = out / f"{TEMPORARY}-{step:08d}"
     try:
-        remove(tmp)
         need_space(out, tensors)
         tmp.mkdir()
         save_file({k: v.detach().contiguous() for k, v in tensors.items()}, tmp / "state.safetensors")
@@ -102,34 +99,30 @@ def save(out: Path, step: int, tensors: dict[str, Tensor], meta: dict) -> bool:
         info(f"warning: checkpoint at step {step:,} not written: {e}. Training continues; last good checkpoint: "
              f"step {max(steps(out), default=0):,}.")
         return False
-    for newer in [s for s in steps(out) if s > step]:       # damaged, or the run would have resumed there
-        remove(folder(out, newer))
-    prune(out, step)
+    prune(out, step, newer=True)                            # damaged, or the run would have resumed there
     return True
 
 
-def prune(out: Path, step: int) -> None:
-    """Drop checkpoints older than the last KEEP up to `step`."""
-    for old in [s for s in steps(out) if s <= step][KEEP:]:
-        remove(folder(out, old))
+def prune(out: Path, step: int, newer: bool = False) -> None:
+    """Drop checkpoints older than the last KEEP up to `step`; with `newer`, also later ones."""
+    kept = [s for s in steps(out) if s <= step][:KEEP]
+    for other in [s for s in steps(out) if s not in kept and (newer or s < step)]:
+        remove(folder(out, other))
 
 
 def latest(out: Path) -> dict | None:
     """Return the meta of the newest undamaged checkpoint, with a warning for each damaged one; None without any.
 
     UserError if all are damaged, or if only weights are left: a run never starts over an old one."""
-    damaged = []
     for step in steps(out):
         try:
             return read_meta(folder(out, step))
         except UserError:
             raise
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-            damaged.append(f"{folder(out, step).name}: {e or type(e).__name__}")
-            info(f"warning: checkpoint {damaged[-1]}; it is damaged, trying the one before.")
-    if damaged:
-        raise UserError(f"none of the {len(damaged)} checkpoints in {out} can be read ({'; '.join(damaged)}); choose "
-                        "another --out")
+            info(f"warning: checkpoint {folder(out, step).name}: {e or type(e).__name__}; it is damaged.")
+    if found := steps(out):
+        raise UserError(f"none of the {len(found)} checkpoints in {out} can be read; choose another --out")
     if (out / "weights.safetensors").exists():
         raise UserError(f"{out} has weights.safetensors but no checkpoint to resume from; choose another --out")
     return None

@@ -60,8 +60,8 @@ def raise_file_limit() -> None:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     for limit in FILES if hard < 0 else (min(FILES[0], hard), min(FILES[1], hard)):     # < 0: no limit
-        with suppress(ValueError, OSError):                 # macOS grants less than it says
-            if 0 <= soft < limit:
+        if 0 <= soft < limit:
+            with suppress(ValueError, OSError):             # macOS grants less than it says
                 return resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
@@ -84,12 +84,11 @@ def find_device(local_rank: int = 0) -> torch.device:
 
 
 def compute_dtype(device: torch.device, name: str) -> torch.dtype:
-    """The dtype of the tokens; "auto" is bfloat16 where the hardware multiplies it.
-
-    With bfloat16, the remaining fp32 products may use fast units too (TF32 on CUDA, oneDNN's kernels on CPU)."""
+    """The dtype of the tokens; "auto" is bfloat16 where the hardware multiplies it."""
     check_name("dtype", name, DTYPES)
     if name == "float32" or name == "auto" and not supports_bf16(device):
         return torch.float32
+    # The remaining fp32 products may use fast units too: TF32 on CUDA, oneDNN's kernels on CPU.
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else "medium")
     return torch.bfloat16
 
@@ -139,8 +138,6 @@ def versions() -> dict[str, str]:
             "pillow": PIL.__version__, "device": gpu or f"{platform.system()} {platform.machine()}"}
 
 
-# ---------------------------------------------------------------- several processes
-
 def pin_memory(batch: dict, dist: Dist) -> dict:
     """The batch in memory from which a GPU copies while it computes; other devices need none."""
     if dist.device.type != "cuda":
@@ -152,7 +149,9 @@ def wrap_ddp(net: nn.Module, dist: Dist) -> nn.Module:
     """Wrap the network so that its backward pass averages gradients over processes. MPS has no collectives."""
     if dist.device.type == "mps":
         return net
-    return nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True, broadcast_buffers=False)
+    ddp = nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
+    ddp.broadcast_buffers = False                           # they never change
+    return ddp
 
 
 def all_reduce_sum(x: Tensor, dist: Dist) -> Tensor:

@@ -85,8 +85,6 @@ def remove(path: Path) -> None:
         path.unlink()
 
 
-# ---------------------------------------------------------------- log.jsonl
-
 class LossWindow:
     """Sums since the last line of the log, on the device: loss and count by noise quarter, gradient norm.
 

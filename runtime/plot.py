@@ -20,7 +20,6 @@ from torch import Tensor
 from config import UserError, parse, run
 from runtime import log
 
-NAMES = ("cleanest quarter of the noise range", "second", "third", "noisiest quarter")
 CURVES = 12                             # most measurements in a plot, spread over the run
 MISSING = "not plotted; it needs matplotlib: pip install matplotlib"
 
@@ -33,7 +32,7 @@ def plot(out: str | Path) -> str:
     if not lines:
         return f"not plotted; {out}/log.jsonl has no lines yet"
     axes, steps = figure.subplots(), [line["step"] for line in lines]
-    for k, name in enumerate(NAMES):
+    for k, name in enumerate(("cleanest quarter of the noise range", "second", "third", "noisiest quarter")):
         axes.plot(steps, [line["loss_by_noise"][k] for line in lines], linewidth=0.8, label=name)
     axes.plot(steps, [line["loss"] for line in lines], color="black", linewidth=1.6, label="mean")
     axes.set(xlabel="step", ylabel="squared error of eps", yscale="log")
@@ -43,9 +42,7 @@ def plot(out: str | Path) -> str:
 
 
 def plot_magnitudes(out: str | Path) -> str:
-    """Write <out>/magnitudes.png: magnitude by depth, one curve a step. Returns its path, or why not.
-
-    Left the tokens after each block, 0 the embedded patches; right the RMS of all weights of each block."""
+    """Write <out>/magnitudes.png: magnitudes of tokens and weights by depth. Returns its path, or why not."""
     lines = [line for line in log.read(Path(out)) if "activations" in line]
     if (figure := _figure()) is None:
         return MISSING
@@ -76,7 +73,7 @@ def trunk(activations: dict[str, float]) -> tuple[list[int], list[float]]:
 
 
 def weights(named: dict[str, float]) -> tuple[list[int], list[float]]:
-    """(block, RMS over its weight matrices, each counting alike); scalars, such as gains, are left out."""
+    """(block, RMS over its weight matrices, each counting alike), without scalars such as gains."""
     squares: dict[int, list[float]] = {}
     for name, v in named.items():
         if m := re.fullmatch(r"blocks\.(\d+)\..*weight", name):
