@@ -46,19 +46,13 @@ RENAMED = {
     "most": "limit", "what": "parts", "vs": "against", "peer": "official_dit"}                             # data, bench
 # Names from other projects: the option here, or a sentence.
 HABITS = {
-    "cfg": "guidance", "cfg_scale": "guidance", "guidance_scale": "guidance", "batch_size": "batch",
-    "global_batch_size": "batch", "learning_rate": "lr", "output_dir": "out", "results_dir": "out", "data_path": "data",
-    "data_dir": "data", "num_steps": "steps", "num_inference_steps": "steps", "num_sampling_steps": "steps",
-    "image_size": "model.resolution",
+    "cfg": "guidance", "cfg_scale": "guidance", "batch_size": "batch", "global_batch_size": "batch",
+    "learning_rate": "lr", "output_dir": "out", "results_dir": "out", "num_steps": "steps",
+    "num_inference_steps": "steps", "num_sampling_steps": "steps", "image_size": "model.resolution",
     "arr0": "is gone: `python sample.py --n=50000` writes the same .npz, and resumes",
     "resume": "is not needed: the same command again resumes the run in --out",
     "wandb": "does not exist: <out>/log.jsonl has every line, and `python -m runtime.plot` draws it",
     "epochs": "does not exist: a run has --steps, each of --batch images"}
-
-
-def note_renamed(old: str, new: str) -> None:
-    """Print the new name of an option on stderr."""
-    print(f"note: {old} is now {new}", file=sys.stderr)
 
 
 class OldNames(type):
@@ -69,7 +63,7 @@ class OldNames(type):
         for key in [key for key in given if key not in known]:
             new = RENAMED.get(prefix + key, "").removeprefix(prefix)
             if new.split(".")[0] in known:
-                note_renamed(prefix + key, prefix + new)
+                print(f"note: {prefix + key} is now {prefix + new}", file=sys.stderr)
                 old[new] = given.pop(key)
         options = super().__call__(*args, **given)
         for new, value in old.items():
@@ -176,8 +170,6 @@ def run(main: Callable[[list[str]], int | None], cleanup: Callable[[], None] | N
         cleanup()
     sys.exit(code)
 
-
-# ---------------------------------------------------------------- reading
 
 def read_config(argv: list[str]) -> Config:
     """Read the config of --config=FILE, or the default one, and put the other flags into it."""
@@ -295,7 +287,7 @@ def find_field(options: Any, key: str) -> tuple[str, type]:
     """Name today and type of the field `key` ("lr", "model.depth"). UserError with the nearest names if unknown."""
     known = {name: kind for name, kind, _, _ in fields(options)}
     if key not in known and RENAMED.get(key) in known:
-        note_renamed(f"--{key}", f"--{RENAMED[key]}")
+        print(f"note: --{key} is now --{RENAMED[key]}", file=sys.stderr)
         key = RENAMED[key]
     if key in known:
         return key, known[key]
@@ -324,8 +316,6 @@ def put(options: Any, key: str, value: Any) -> Any:
     head, _, rest = key.partition(".")
     return dataclasses.replace(options, **{head: put(getattr(options, head), rest, value) if rest else value})
 
-
-# ---------------------------------------------------------------- showing
 
 def fields(options: Any, prefix: str = "") -> list[tuple[str, type, Any, str]]:
     """(key, type, value, comment) of every field, in the order of the source, one level of nesting flattened."""

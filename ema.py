@@ -51,8 +51,6 @@ class PowerEMA:
         torch._foreach_lerp_(list(self.net.parameters()), [p.detach() for p in net.parameters()], 1 - beta)
 
 
-# ---------------------------------------------------------------- snapshots, during a run
-
 def make_emas(net: nn.Module, std: float, snapshots: int) -> dict[float, PowerEMA]:
     """Make the averages of a run, by width: its own first, then WIDTHS if it takes snapshots."""
     return {width: PowerEMA(net, width) for width in dict.fromkeys((std, *(WIDTHS if snapshots else ())))}
@@ -88,8 +86,6 @@ def drop_after(out: Path, step: int) -> None:
         if path.name.startswith(log.TEMPORARY) or name and int(name[1]) > step:
             path.unlink()
 
-
-# ---------------------------------------------------------------- any width, after a run
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -129,7 +125,6 @@ def solve_coefficients(snapshots: list[Snapshot], std: float) -> tuple[Tensor, f
     last = max(s.step for s in snapshots)
     t = torch.tensor([s.step / last for s in snapshots], dtype=torch.float64)               # (S,)
     gamma = torch.tensor([std_to_gamma(s.std) for s in snapshots], dtype=torch.float64)
-
     norm = profile_inner_product(t, gamma, t, gamma).sqrt()         # unit length, as early profiles are very short
     A = profile_inner_product(t[:, None], gamma[:, None], t, gamma) / norm[:, None] / norm                  # (S, S)
     b = profile_inner_product(t, gamma, torch.ones_like(t), gamma_r) / norm
@@ -143,8 +138,7 @@ def solve_coefficients(snapshots: list[Snapshot], std: float) -> tuple[Tensor, f
 def posthoc(snapshots: list[Snapshot], std: float) -> dict[str, Tensor]:
     """[EDM2] sec. 3.2: reconstruct the average of width `std` at the last of the snapshots from all of them, by name.
 
-    Sums in float64, with one file in memory at a time. UserError as for solve_coefficients, and for a file that is
-    damaged or of another model."""
+    Sums in float64. UserError as for solve_coefficients, and for a file that is damaged or of another model."""
     x, _ = solve_coefficients(snapshots, std)
     total: dict[str, Tensor] = {}
     for share, s in zip(x.tolist(), snapshots):

@@ -33,8 +33,6 @@ def learning_rate(step: int, cfg: Config) -> float:
     return cfg.lr * min(1.0, rising, falling) * decaying
 
 
-# ---------------------------------------------------------------- groups
-
 def mp_weights(net: nn.Module) -> list[Tensor]:
     """The weights (m, n) of MPLinear and MPEmbedding, of which only the direction of each row matters."""
     return [m.weight for m in net.modules() if isinstance(m, (MPLinear, MPEmbedding))]
@@ -119,7 +117,6 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Update all weights, without waiting for the device."""
         self.adam.step()
         rate, decay = self.group["lr"], 1 - self.group["lr"] * self.group["weight_decay"]
         for D in self.sides:
@@ -157,13 +154,11 @@ def merge_squares(parts: Tensor, w: Tensor) -> Tensor:
     return torch.cat(list(parts), dim=0 if w.shape[1] == parts.shape[1] else 1)
 
 
-# ---------------------------------------------------------------- rows of unit magnitude
-
 def normalized_rows(net: nn.Module, cfg: Config) -> list[Tensor]:
     """[EDM2] sec. 2.3, [MAG]: weights (m, n) whose rows stay at unit RMS; [] unless cfg.forced_weight_norm.
 
-    Normalises them once and sets their layers to rely on it. UserError if the network has no such weights.
-    Make EMAs from the network before: a mean of unit rows is shorter than one."""
+    Normalises them once and sets their layers to rely on it, which those of an average, made before, may not.
+    UserError if the network has no such weights."""
     if not cfg.forced_weight_norm:
         return []
     rows = mp_weights(net)

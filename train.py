@@ -49,8 +49,6 @@ class Stopped(Exception):
     """A signal has stopped the run: its number, and what was saved."""
 
 
-# ---------------------------------------------------------------- before the first step
-
 def check(cfg: Config, world: int) -> None:
     """UserError for a config that cannot run, before anything is opened or built."""
     check_fields(cfg, world)
@@ -76,9 +74,9 @@ def complete(cfg: Config, source: data.Source, encoder: data.TextEncoder | None)
 
 def start_or_resume(cfg: Config, dist: distributed.Dist, source: data.Source, tensors: dict[str, Tensor],
                     stack: ExitStack, status: log.Status) -> int:
-    """Return the step of the newest good checkpoint after copying its state into `tensors`, or 0.
+    """Copy the newest good checkpoint into `tensors` and return its step, or 0. Rank 0 locks the folder and decides.
 
-    Rank 0 locks the folder and decides for all. UserError or Nonfinite on every rank if the run must not start."""
+    UserError or Nonfinite on every rank if the run must not start."""
     out, step, error = Path(cfg.out), 0, None
     if dist.rank == 0:
         try:
@@ -155,10 +153,7 @@ def inputs(batch: data.Batch, step: int, m: int, cfg: Config,
 
 
 class Previewer:
-    """Previews from fixed noise and FID during training: call it with the averaged network at every step.
-
-    Made before the first step, so that a missing decoder or metric stops the run there. Rank 0 generates the previews,
-    all processes measure FID."""
+    """Previews by rank 0, and FID by all. Made before the first step, to notice a missing decoder or metric there."""
     def __init__(self, cfg: Config, source: data.Source, encoder: data.TextEncoder | None, about: dict[str, str],
                  dist: distributed.Dist) -> None:
         self.cfg, self.names, self.dist, self.monitor = cfg, source.classes, dist, None
@@ -196,8 +191,6 @@ class Previewer:
             with log.atomic_path(path) as temporary:
                 page.save(temporary, "png")
 
-
-# ---------------------------------------------------------------- the run
 
 def announce(cfg: Config, net: nn.Module, source: data.Source, dist: distributed.Dist, peak: float) -> None:
     """Print the config, the size of the model and how the processes share the work."""

@@ -173,8 +173,6 @@ class Checkpointer:
                 write_weights(self.out / "weights.safetensors", net.state_dict(), {**header, "step": str(step)})
 
 
-# ---------------------------------------------------------------- conditions of resuming
-
 def check_retry(cfg: Config, out: Path) -> None:
     """Nonfinite if the last run in `out` diverged and no option that could change this has changed."""
     last = log.read_status(out)
@@ -199,8 +197,6 @@ def check_resume(cfg: Config, meta: dict, fingerprint: str, out: Path) -> None:
         raise UserError(f"{out} is at step {meta['step']:,} already, past steps={cfg.steps:,}; raise --steps or choose "
                         "another --out")
 
-
-# ---------------------------------------------------------------- weights
 
 def load_strictly(net: nn.Module, tensors: dict[str, Tensor], name: str) -> None:
     """Load every weight of `net`; UserError if names or shapes differ or a number is not finite."""

@@ -151,9 +151,7 @@ def drop_after(out: Path, step: int) -> None:
 
 
 class RunLog:
-    """Times a run and reports it. Rank 0 writes lines of log.jsonl and shows a progress bar, other ranks nothing.
-
-    flops: of a training step per image. peak: FLOP/s of all processes together."""
+    """Times a run and reports it, on rank 0. flops: of a training step per image; peak: FLOP/s of all processes."""
     def __init__(self, out: Path, start: int, cfg: Config, flops: int, peak: float, dist: distributed.Dist) -> None:
         self.out, self.cfg, self.flops, self.peak, self.dist, self.last = out, cfg, flops, peak, dist, start
         hidden = dist.rank > 0 or not sys.stderr.isatty()
@@ -185,8 +183,7 @@ class RunLog:
             return
         with warn_on_disk_error("a line of log.jsonl"):
             append(self.out, {"step": step, **line})
-        text = (f"loss {line['loss']:.4f}  {line['images_per_second']:.0f} images/s, {line['share_of_peak']:.0%} of "
-                "peak")
+        text = f"loss {line['loss']:.4f}  {line['images_per_second']:.0f} images/s, {line['share_of_peak']:.0%} of peak"
         self.bar.set_postfix_str(text)
         if self.bar.disable:
             minutes, seconds = divmod(round(line["eta_s"]), 60)
@@ -225,7 +222,7 @@ class SkippedFiles:
         self.path, self.names, self.end = out / SKIPPED, set(), 0               # names in the file up to byte `end`
 
     def note(self, bad: dict[str, str]) -> None:
-        """Add those {name: reason} that the file lacks. A disk error is a warning."""
+        """Add those {name: reason} that the file lacks."""
         if bad.keys() <= self.names:
             return
         with warn_on_disk_error(SKIPPED), FileLock(self.path.with_name(".skipped.lock")):

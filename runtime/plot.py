@@ -84,13 +84,10 @@ def weights(named: dict[str, float]) -> tuple[list[int], list[float]]:
 def _figure() -> Any:
     """An empty matplotlib figure without a window; None without matplotlib."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(7, 4), layout="constrained")
 
 
 def _save(figure: Any, path: Path) -> str:
@@ -98,8 +95,6 @@ def _save(figure: Any, path: Path) -> str:
         figure.savefig(temporary, dpi=150, format="png")
     return str(path)
 
-
-# ---------------------------------------------------------------- grids of images
 
 def to_uint8(x: Tensor) -> np.ndarray:
     """[-1, 1] -> 0 .. 255, rounded to nearest. (B, C, H, W) -> (B, H, W, C)"""
