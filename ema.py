@@ -7,7 +7,6 @@ each. [EDM2] sec. 3.2: an average of another width is nearly a weighted sum of t
 """
 import copy
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,14 +78,6 @@ def take_snapshot(out: Path, step: int, emas: dict[float, PowerEMA], metadata: d
             checkpoint.write_weights(path, emas[std].net.state_dict(), header)
 
 
-def drop_after(out: Path, step: int) -> None:
-    """Delete snapshots newer than the checkpoint that a run resumes from, and temporary files of a killed run."""
-    for path in (out / "snapshots").glob("*"):
-        name = re.fullmatch(r"step-(\d+)-ema.*", path.name)
-        if path.name.startswith(log.TEMPORARY) or name and int(name[1]) > step:
-            path.unlink()
-
-
 @dataclass(frozen=True)
 class Snapshot:
     """One file of <out>/snapshots: the average of width `std` after `step`."""
@@ -138,13 +129,11 @@ def solve_coefficients(snapshots: list[Snapshot], std: float) -> tuple[Tensor, f
 def posthoc(snapshots: list[Snapshot], std: float) -> dict[str, Tensor]:
     """[EDM2] sec. 3.2: reconstruct the average of width `std` at the last of the snapshots from all of them, by name.
 
-    Sums in float64. UserError as for solve_coefficients, and for a file that is damaged or of another model."""
+    Sums in float64. UserError as for solve_coefficients, and for a file that is damaged."""
     x, _ = solve_coefficients(snapshots, std)
     total: dict[str, Tensor] = {}
     for share, s in zip(x.tolist(), snapshots):
         tensors, _ = checkpoint.read_weights(s.path)
-        if total and {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in total.items()}:
-            raise UserError(f"{s.path} is of another model than {snapshots[0].path}")
         for k, v in tensors.items():
             total[k] = total[k].add_(v.double(), alpha=share) if k in total else v.double() * share
     return {k: v.float() for k, v in total.items()}

@@ -61,14 +61,13 @@ def param_groups(net: nn.Module, cfg: Config) -> list[dict]:
     """
     rows, sinusoid = ({id(w) for w in weights} for weights in (mp_weights(net), sinusoid_weights(net)))
     matrices = {id(p) for p in hidden_matrices(net)} if cfg.lr_muon > 0 else set()
-    if cfg.lr_mp > 0 and not rows:
-        raise UserError(f"lr_mp={cfg.lr_mp} is for magnitude-preserving weights; {_network(cfg)} has none")
+    for key, held, what in (("lr_mp", rows, "magnitude-preserving weights"), ("lr_muon", matrices, "blocks' matrices")):
+        if getattr(cfg, key) > 0 and not held:
+            raise UserError(f"{key}={getattr(cfg, key)} is for {what}; {_network(cfg)} has none")
     kinds: dict[str, list[Tensor]] = {"rest": [], "sinusoid": [], "scalars": [], "rows": [], "matrices": []}
     for p in net.parameters():
         kinds["matrices" if id(p) in matrices else "rows" if id(p) in rows else "sinusoid" if id(p) in sinusoid
               else "scalars" if p.numel() == 1 else "rest"].append(p)
-    if cfg.lr_muon > 0 and not kinds["matrices"]:
-        raise UserError(f"lr_muon={cfg.lr_muon} is for blocks' matrices; {_network(cfg)} has none")
     rate = {"rows": cfg.lr_mp or cfg.lr, "sinusoid": SINUSOID_LR_SCALE * cfg.lr, "matrices": cfg.lr_muon}
     return [{"params": kinds[k], "lr": rate.get(k, cfg.lr), "scale": rate.get(k, cfg.lr) / cfg.lr,
              "weight_decay": 0.0 if id(kinds[k][0]) in rows or k == "scalars" else cfg.weight_decay}

@@ -90,7 +90,6 @@ def start_or_resume(cfg: Config, dist: distributed.Dist, source: data.Source, te
                 info(f"resuming {out} from step {step:,} on {dist.world} processes (was {meta['world']}).")
             checkpoint.need_space(out, tensors)
             log.drop_after(out, step)
-            ema.drop_after(out, step)
             log.write_text(out / "config.json", to_json(cfg))
         except (UserError, Nonfinite) as e:
             error = e

@@ -56,7 +56,7 @@ def lock(out: Path) -> AbstractContextManager:
         raise UserError(f"another run is writing to {out}; wait for it or choose another --out") from e
     except (OSError, RuntimeError):                         # some network disks have no locks
         info(f"note: {out} cannot be locked; let one run at a time write to it.")
-    for stale in (*out.glob(f"{TEMPORARY}*"), *out.glob(f"samples/{TEMPORARY}*")):
+    for stale in [path for sub in ("", "samples", "snapshots") for path in (out / sub).glob(f"{TEMPORARY}*")]:
         remove(stale)
     return held
 

@@ -5,6 +5,7 @@ Dimensions: B batch, T noise steps.
 import errno
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -101,7 +102,6 @@ class LossWindow:
         self.count += here.sum(0)
 
     def add_norm(self, norm: Tensor, step: int) -> None:
-        """Add the gradient norm of a step, without waiting for the device."""
         self.norm += norm
         bad = 1 - torch.isfinite(norm).float()
         self.bad_step.copy_(torch.where(bad > self.bad, float(step), self.bad_step))
@@ -143,11 +143,11 @@ def read(out: Path) -> list[dict]:
 
 
 def drop_after(out: Path, step: int) -> None:
-    """Drop lines and previews newer than the checkpoint, so that a resumed run leaves each once."""
+    """Drop lines, previews and snapshots newer than the checkpoint, so that a resumed run leaves each once."""
     write_text(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in read(out) if line["step"] <= step))
-    for preview in out.glob("samples/step-*.png"):
-        if (n := preview.stem.removeprefix("step-")).isdigit() and int(n) > step:
-            preview.unlink()
+    for path in (*out.glob("samples/*.png"), *out.glob("snapshots/*.safetensors")):
+        if (m := re.match(r"step-(\d+)[.-]", path.name)) and int(m[1]) > step:
+            path.unlink()
 
 
 class RunLog:

@@ -20,6 +20,8 @@ from torch import Tensor
 from config import UserError, parse, run
 from runtime import log
 
+TOKENS = r"x_embedder|blocks\.(\d+)"   # measured: the embedded patches, and the tokens after each block
+WEIGHTS = r"blocks\.(\d+)\..*weight"  # each block's matrices, without scalars such as gains
 CURVES = 12                             # most measurements in a plot, spread over the run
 MISSING = "not plotted; it needs matplotlib: pip install matplotlib"
 
@@ -54,8 +56,8 @@ def plot_magnitudes(out: str | Path) -> str:
     color = ScalarMappable(Normalize(0, lines[-1]["step"]), "viridis")
     every = math.ceil(len(lines) / CURVES)
     for line in lines[(len(lines) - 1) % every::every]:     # the last one always
-        for axes, points in ((left, trunk(line["activations"])), (right, weights(line["weights"]))):
-            axes.plot(*points, color=color.to_rgba(line["step"]), linewidth=1.2, marker=".")
+        for axes, key, pattern in ((left, "activations", TOKENS), (right, "weights", WEIGHTS)):
+            axes.plot(*by_depth(line[key], pattern), color=color.to_rgba(line["step"]), linewidth=1.2, marker=".")
     left.set(xlabel="after block", ylabel="magnitude of the tokens", yscale="log")
     right.set(xlabel="block", ylabel="RMS of the weights", yscale="log")
     for axes in (left, right):
@@ -65,19 +67,12 @@ def plot_magnitudes(out: str | Path) -> str:
     return _save(figure, Path(out) / "magnitudes.png")
 
 
-def trunk(activations: dict[str, float]) -> tuple[list[int], list[float]]:
-    """(depth, magnitude): the embedded patches, then the tokens after each block."""
-    found = {0: activations["x_embedder"]}
-    found |= {int(m[1]) + 1: v for name, v in activations.items() if (m := re.fullmatch(r"blocks\.(\d+)", name))}
-    return list(found), list(found.values())
-
-
-def weights(named: dict[str, float]) -> tuple[list[int], list[float]]:
-    """(block, RMS over its weight matrices, each counting alike), without scalars such as gains."""
+def by_depth(named: dict[str, float], pattern: str) -> tuple[list[int], list[float]]:
+    """(depth, RMS over the values of that depth whose name is like `pattern`), 0 for a name without a number."""
     squares: dict[int, list[float]] = {}
     for name, v in named.items():
-        if m := re.fullmatch(r"blocks\.(\d+)\..*weight", name):
-            squares.setdefault(int(m[1]) + 1, []).append(v * v)
+        if m := re.fullmatch(pattern, name):
+            squares.setdefault(int(m[1] or -1) + 1, []).append(v * v)
     return list(squares), [math.sqrt(sum(s) / len(s)) for s in squares.values()]
 
 
