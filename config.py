@@ -46,19 +46,13 @@ RENAMED = {
     "most": "limit", "what": "parts", "vs": "against", "peer": "official_dit"}                             # data, bench
 # Names from other projects: the option here, or a sentence.
 HABITS = {
-    "cfg": "guidance", "cfg_scale": "guidance", "guidance_scale": "guidance", "batch_size": "batch",
-    "global_batch_size": "batch", "learning_rate": "lr", "output_dir": "out", "results_dir": "out", "data_path": "data",
-    "data_dir": "data", "num_steps": "steps", "num_inference_steps": "steps", "num_sampling_steps": "steps",
-    "image_size": "model.resolution",
+    "cfg": "guidance", "cfg_scale": "guidance", "batch_size": "batch", "global_batch_size": "batch",
+    "learning_rate": "lr", "output_dir": "out", "results_dir": "out", "num_steps": "steps",
+    "num_inference_steps": "steps", "num_sampling_steps": "steps", "image_size": "model.resolution",
     "arr0": "is gone: `python sample.py --n=50000` writes the same .npz, and resumes",
     "resume": "is not needed: the same command again resumes the run in --out",
     "wandb": "does not exist: <out>/log.jsonl has every line, and `python -m runtime.plot` draws it",
     "epochs": "does not exist: a run has --steps, each of --batch images"}
-
-
-def note_renamed(old: str, new: str) -> None:
-    """Print the new name of an option on stderr."""
-    print(f"note: {old} is now {new}", file=sys.stderr)
 
 
 class OldNames(type):
@@ -69,7 +63,7 @@ class OldNames(type):
         for key in [key for key in given if key not in known]:
             new = RENAMED.get(prefix + key, "").removeprefix(prefix)
             if new.split(".")[0] in known:
-                note_renamed(prefix + key, prefix + new)
+                print(f"note: {prefix + key} is now {prefix + new}", file=sys.stderr)
                 old[new] = given.pop(key)
         options = super().__call__(*args, **given)
         for new, value in old.items():
@@ -160,13 +154,10 @@ class Config(metaclass=OldNames):
     threads: int = 0                # CPU threads; 0 = all cores, shared by the processes of this machine
 
 
-# ---------------------------------------------------------------- commands
-
 def run(main: Callable[[list[str]], int | None], cleanup: Callable[[], None] | None = None) -> NoReturn:
     """The main guard of every command: call `main` with the command line and exit with its code, 0 for None.
 
-    A UserError is one line on stderr and exit code 2; Ctrl-C is 130. cleanup leaves the process group; it runs only
-    when all processes end alike, normally or by a signal."""
+    `cleanup` leaves the process group; it runs only when all processes end alike, normally or by a signal."""
     try:
         code = main(sys.argv[1:]) or 0
     except UserError as e:
@@ -179,8 +170,6 @@ def run(main: Callable[[list[str]], int | None], cleanup: Callable[[], None] | N
         cleanup()
     sys.exit(code)
 
-
-# ---------------------------------------------------------------- reading
 
 def read_config(argv: list[str]) -> Config:
     """Read the config of --config=FILE, or the default one, and put the other flags into it."""
@@ -225,7 +214,7 @@ def check_types(options: Any) -> Any:
 MANY = 2 ** 31
 RANGES = {"batch": (1, 2 ** 20), "microbatch": (1, 2 ** 20), "steps": (1, MANY), "warmup": (0, MANY),
           "log_every": (1, MANY), "save_every": (1, MANY), "sample_every": (0, MANY), "shapes.objects": (1, MANY),
-          "workers": (0, 256), "threads": (0, 1024), "lr": (0, 1e3), "cooldown": (0, 1), "beta1": (0, 0.9999),
+          "workers": (0, 256), "threads": (0, 1024), "lr": (1e-9, 1e3), "cooldown": (0, 1), "beta1": (0, 0.9999),
           "beta2": (0, 0.999999), "weight_decay": (0, 1e3), "grad_clip": (0, 1e30), "ema_std": (0.001, 0.288),
           "cond_dropout": (0, 1), "max_bad_fraction": (0, 1), "guidance": (-1e3, 1e3), "eta": (0, 1),
           "loss_sigma_power": (-8, 8), "control_dropout": (0, 1), "padding_noise": (0, 10), "lr_decay_start": (0, 1),
@@ -274,17 +263,16 @@ def parse(argv: list[str], options: Any) -> Any:
     """Put `--key=value` and `--key value` into `options` (a dataclass), each read as its field's type.
 
     `--help` prints every field and exits. UserError for an unknown field, a wrong type, a missing value."""
-    words, word = list(argv), ""
+    words = list(argv)
     while words:
-        before, word = word, words.pop(0)
+        word = words.pop(0)
         if word in ("-h", "--help"):
             print(help_text(options))
             sys.exit(0)
         if word.endswith(".py") and not word.startswith("--"):
             raise UserError(f"a config file is given as --config={word}")
         if not word.startswith("--"):
-            got = f"{word!r} after {before}" if before else repr(word)
-            raise UserError(f"expected --key=value, got {got}; --help lists the keys")
+            raise UserError(f"expected --key=value, got {word!r}; --help lists the keys")
         name, equals, text = word[2:].partition("=")
         key, kind = find_field(options, name.replace("-", "_"))
         if not equals and kind is not bool and not words:
@@ -299,15 +287,13 @@ def find_field(options: Any, key: str) -> tuple[str, type]:
     """Name today and type of the field `key` ("lr", "model.depth"). UserError with the nearest names if unknown."""
     known = {name: kind for name, kind, _, _ in fields(options)}
     if key not in known and RENAMED.get(key) in known:
-        note_renamed(f"--{key}", f"--{RENAMED[key]}")
+        print(f"note: --{key} is now --{RENAMED[key]}", file=sys.stderr)
         key = RENAMED[key]
     if key in known:
         return key, known[key]
     habit = HABITS.get(key, "")
-    if habit in known:
-        raise UserError(f"--{key} is --{habit} here")
-    if " " in habit:
-        raise UserError(f"--{key} {habit}")
+    if habit in known or " " in habit:
+        raise UserError(f"--{key} {habit if ' ' in habit else f'is --{habit} here'}")
     near = [k for k in known if k.endswith("." + key)] or difflib.get_close_matches(key, known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join('--' + k for k in near)}?" if near else f"it has: {', '.join(known)}"
     raise UserError(f"unknown field --{key} of {type(options).__name__}; {hint}")
@@ -330,8 +316,6 @@ def put(options: Any, key: str, value: Any) -> Any:
     head, _, rest = key.partition(".")
     return dataclasses.replace(options, **{head: put(getattr(options, head), rest, value) if rest else value})
 
-
-# ---------------------------------------------------------------- showing
 
 def fields(options: Any, prefix: str = "") -> list[tuple[str, type, Any, str]]:
     """(key, type, value, comment) of every field, in the order of the source, one level of nesting flattened."""
@@ -356,8 +340,8 @@ def help_text(options: Any) -> str:
     """The text of `--help`: one line a field with its type, its present value and its comment."""
     rows = [(f"--{key}={kind.__name__}", f"{value!r}", comment) for key, kind, value, comment in fields(options)]
     wide = [max(len(row[k]) for row in rows) for k in (0, 1)]
-    head = "options, each with its type, its value if not given, and its meaning"
-    return "\n".join([head] + [f"  {flag:{wide[0]}}  {value:{wide[1]}}  {comment}" for flag, value, comment in rows])
+    lines = [f"  {flag:{wide[0]}}  {value:{wide[1]}}  {comment}" for flag, value, comment in rows]
+    return "\n".join(["options, each with its type, its value if not given, and its meaning", *lines])
 
 
 def to_json(options: Any) -> str:

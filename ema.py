@@ -3,12 +3,10 @@
 python ema.py --out=out/shapes --std=0.08            writes out/shapes/weights-ema0.08.safetensors
 
 A run with --ema_snapshots=N keeps averages of WIDTHS and writes them N times into <out>/snapshots, one weights file
-each. [EDM2] sec. 3.2: an average of another width is nearly a weighted sum of them.
-Dimensions: S snapshots; an average has the shapes of the weights.
+each. [EDM2] sec. 3.2: an average of another width is nearly a weighted sum of them. Dimensions: S snapshots.
 """
 import copy
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +17,7 @@ from config import UserError, parse, run
 from runtime import checkpoint, log
 
 WIDTHS = (0.05, 0.10)                   # of the averages in snapshots, [EDM2] sec. 3.2
-NAME = re.compile(r"step-(\d{8,})-ema(0\.\d+)\.safetensors")
 PINV_RTOL = 1e-13                       # singular values below this share of the largest count as zero
-WARN_ERROR = 0.1                        # error of a reconstructed profile above which the command warns
 
 
 def std_to_gamma(std: float) -> float:
@@ -54,8 +50,6 @@ class PowerEMA:
         torch._foreach_lerp_(list(self.net.parameters()), [p.detach() for p in net.parameters()], 1 - beta)
 
 
-# ---------------------------------------------------------------- snapshots, during a run
-
 def make_emas(net: nn.Module, std: float, snapshots: int) -> dict[float, PowerEMA]:
     """Make the averages of a run, by width: its own first, then WIDTHS if it takes snapshots."""
     return {width: PowerEMA(net, width) for width in dict.fromkeys((std, *(WIDTHS if snapshots else ())))}
@@ -84,16 +78,6 @@ def take_snapshot(out: Path, step: int, emas: dict[float, PowerEMA], metadata: d
             checkpoint.write_weights(path, emas[std].net.state_dict(), header)
 
 
-def drop_after(out: Path, step: int) -> None:
-    """Delete snapshots newer than the checkpoint that a run resumes from, and temporary files of a killed run."""
-    for path in (out / "snapshots").glob("*"):
-        name = NAME.fullmatch(path.name)
-        if path.name.startswith(log.TEMPORARY) or name and int(name[1]) > step:
-            path.unlink()
-
-
-# ---------------------------------------------------------------- any width, after a run
-
 @dataclass(frozen=True)
 class Snapshot:
     """One file of <out>/snapshots: the average of width `std` after `step`."""
@@ -104,11 +88,11 @@ class Snapshot:
 
 def find_snapshots(out: Path) -> list[Snapshot]:
     """Find the snapshots of a run, oldest first. UserError if there are none."""
-    names = [NAME.fullmatch(path.name) for path in sorted((out / "snapshots").glob("*"))]
-    found = [Snapshot(out / "snapshots" / n[0], int(n[1]), float(n[2])) for n in names if n]
-    if not found:
+    paths = sorted((out / "snapshots").glob("step-*.safetensors"))
+    if not paths:
         raise UserError(f"no snapshots in {out / 'snapshots'}; train.py writes them with --ema_snapshots=20")
-    return found
+    headers = [checkpoint.read_header(path) for path in paths]
+    return [Snapshot(path, int(h["step"]), float(h["ema"])) for path, h in zip(paths, headers)]
 
 
 def profile_inner_product(t_a: Tensor, gamma_a: Tensor, t_b: Tensor, gamma_b: Tensor) -> Tensor:
@@ -132,7 +116,6 @@ def solve_coefficients(snapshots: list[Snapshot], std: float) -> tuple[Tensor, f
     last = max(s.step for s in snapshots)
     t = torch.tensor([s.step / last for s in snapshots], dtype=torch.float64)               # (S,)
     gamma = torch.tensor([std_to_gamma(s.std) for s in snapshots], dtype=torch.float64)
-
     norm = profile_inner_product(t, gamma, t, gamma).sqrt()         # unit length, as early profiles are very short
     A = profile_inner_product(t[:, None], gamma[:, None], t, gamma) / norm[:, None] / norm                  # (S, S)
     b = profile_inner_product(t, gamma, torch.ones_like(t), gamma_r) / norm
@@ -146,23 +129,15 @@ def solve_coefficients(snapshots: list[Snapshot], std: float) -> tuple[Tensor, f
 def posthoc(snapshots: list[Snapshot], std: float) -> dict[str, Tensor]:
     """[EDM2] sec. 3.2: reconstruct the average of width `std` at the last of the snapshots from all of them, by name.
 
-    Sums in float64, with one file in memory at a time. UserError as for solve_coefficients, and for a file that is
-    damaged, renamed or of another model."""
+    Sums in float64. UserError as for solve_coefficients, and for a file that is damaged."""
     x, _ = solve_coefficients(snapshots, std)
     total: dict[str, Tensor] = {}
     for share, s in zip(x.tolist(), snapshots):
-        tensors, header = checkpoint.read_weights(s.path)
-        if (header.get("step"), header.get("ema")) != (str(s.step), f"{s.std:g}"):
-            raise UserError(f"{s.path} has width {header.get('ema')} after step {header.get('step')}; it was renamed")
-        shapes = {k: v.shape for k, v in tensors.items()}
-        if total and shapes != {k: v.shape for k, v in total.items()}:
-            raise UserError(f"{s.path} is of another model than {snapshots[0].path}")
+        tensors, _ = checkpoint.read_weights(s.path)
         for k, v in tensors.items():
             total[k] = total[k].add_(v.double(), alpha=share) if k in total else v.double() * share
     return {k: v.float() for k, v in total.items()}
 
-
-# ---------------------------------------------------------------- command line
 
 @dataclass(frozen=True)
 class Options:
@@ -190,9 +165,8 @@ def main(argv: list[str]) -> None:
     checkpoint.write_weights(path, tensors, {**header, "ema": f"{o.std:g}"})
     print(f"average of width {o.std:g} at step {used[-1].step:,} from {len(used)} snapshots, its profile met to "
           f"{100 * error:.2g} %: {path}")
-    if error > WARN_ERROR:
-        widths = ", ".join(f"{w:g}" for w in sorted({s.std for s in used}))
-        log.info(f"note: the error is large; use more snapshots, or a width closer to {widths}")
+    if error > 0.1:
+        log.info(f"note: the error is large; use more snapshots, or a width closer to {WIDTHS[0]} and {WIDTHS[1]}")
 
 
 if __name__ == "__main__":

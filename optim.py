@@ -1,15 +1,8 @@
 """Optimizers: learning-rate schedule, parameter groups, Muon, and forced weight normalisation.
 
-A magnitude-preserving layer uses its weight w only through w / rms(w), row by row ([MAG], [EDM2] sec. 2.3). In the
-forward pass that costs a normalisation a microbatch, and a gradient through it. The training step can do both once,
-with equal results: where rows have unit RMS, w / rms(w) is w, and its gradient is that of w without the part along w:
-
-    project_grad_(rows)                 remove the part of the gradient along each row
-    clip, opt.step()
-    renormalize_(rows, window.bad)      bring rows back to unit RMS
-
-with rows = normalized_rows(net, cfg), empty unless cfg.forced_weight_norm. AdamW updates all weights; with cfg.lr_muon,
-Muon updates the weights of the blocks' linear layers instead.
+A magnitude-preserving layer uses its weight w only through w / rms(w), row by row ([MAG], [EDM2] sec. 2.3). Its forward
+pass normalises w in every microbatch. The training step can do so once, with equal results: where rows have unit RMS,
+w / rms(w) is w, and its gradient is that of w without the part along w.
 Dimensions: m rows, n columns of a weight; K squares of side D.
 """
 import math
@@ -30,8 +23,6 @@ NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)    # [MUON]: p(s) = a s + b s^3 + c 
 NS_STEPS = 5                            # number of times that Muon applies p
 
 
-# ---------------------------------------------------------------- learning rate
-
 def learning_rate(step: int, cfg: Config) -> float:
     """Linear warm-up, constant, linear cool-down to zero; a function of the step alone.
 
@@ -42,8 +33,6 @@ def learning_rate(step: int, cfg: Config) -> float:
     return cfg.lr * min(1.0, rising, falling) * decaying
 
 
-# ---------------------------------------------------------------- groups
-
 def mp_weights(net: nn.Module) -> list[Tensor]:
     """The weights (m, n) of MPLinear and MPEmbedding, of which only the direction of each row matters."""
     return [m.weight for m in net.modules() if isinstance(m, (MPLinear, MPEmbedding))]
@@ -52,8 +41,7 @@ def mp_weights(net: nn.Module) -> list[Tensor]:
 def sinusoid_weights(net: nn.Module) -> list[Tensor]:
     """The first layers (D, K) of the time and control embeddings. Adam at the full rate saturates their SiLU (LOG.md).
 
-    Half of the sinusoids are cosines, nearly all close to 1 for numbers far below 10,000. Adam changes a row's weights
-    on them by lr, all one way, and so its output by K/2 lr a step: from lr = 1e-3 on SiLU loses its gradient."""
+    Nearly all K/2 cosines are close to 1, and Adam moves a row's weights on them by lr, all one way."""
     mlps = [m.mlp for m in net.modules() if isinstance(m, (TimestepEmbedder, MPTimestepEmbedder))]
     mlps += [mlp for m in net.modules() if isinstance(m, ControlEmbedding) for mlp in m.mlps.values()]
     return [(mlp[0] if isinstance(mlp, nn.Sequential) else mlp.fc1).weight for mlp in mlps]
@@ -68,25 +56,20 @@ def hidden_matrices(net: nn.Module) -> list[Tensor]:
 def param_groups(net: nn.Module, cfg: Config) -> list[dict]:
     """The optimizer's groups: magnitude-preserving weights, scalars such as gains, readers of sinusoids, the rest.
 
-    The first learn at cfg.lr_mp, readers of sinusoids at SINUSOID_LR_SCALE cfg.lr, others at cfg.lr; a group's `scale`
-    is its rate over cfg.lr. The first and gains have no weight decay: it has no effect on the former, and lowers gains.
-    With cfg.lr_muon the last group holds the blocks' matrices, at that rate.
-    UserError for a rate whose weights the network lacks, or with cfg.lr zero, since all rates are multiples of it."""
-    for key in ("lr_mp", "lr_muon"):
-        if getattr(cfg, key) > 0 and cfg.lr == 0:
-            raise UserError(f"{key}={getattr(cfg, key)} needs lr above zero, got lr={cfg.lr}")
+    A group's `scale` is its rate over cfg.lr. The first and gains have no weight decay: it has no effect on the former,
+    and lowers gains. With cfg.lr_muon the last group holds the blocks' matrices. UserError for a rate without weights.
+    """
     rows, sinusoid = ({id(w) for w in weights} for weights in (mp_weights(net), sinusoid_weights(net)))
     matrices = {id(p) for p in hidden_matrices(net)} if cfg.lr_muon > 0 else set()
-    if cfg.lr_mp > 0 and not rows:
-        raise UserError(f"lr_mp={cfg.lr_mp} is for magnitude-preserving weights; {_network(cfg)} has none")
+    for key, held, what in (("lr_mp", rows, "magnitude-preserving weights"), ("lr_muon", matrices, "blocks' matrices")):
+        if getattr(cfg, key) > 0 and not held:
+            raise UserError(f"{key}={getattr(cfg, key)} is for {what}; {_network(cfg)} has none")
     kinds: dict[str, list[Tensor]] = {"rest": [], "sinusoid": [], "scalars": [], "rows": [], "matrices": []}
     for p in net.parameters():
         kinds["matrices" if id(p) in matrices else "rows" if id(p) in rows else "sinusoid" if id(p) in sinusoid
               else "scalars" if p.numel() == 1 else "rest"].append(p)
-    if cfg.lr_muon > 0 and not kinds["matrices"]:
-        raise UserError(f"lr_muon={cfg.lr_muon} is for blocks' matrices; {_network(cfg)} has none")
     rate = {"rows": cfg.lr_mp or cfg.lr, "sinusoid": SINUSOID_LR_SCALE * cfg.lr, "matrices": cfg.lr_muon}
-    return [{"params": kinds[k], "lr": rate.get(k, cfg.lr), "scale": rate.get(k, cfg.lr) / cfg.lr if cfg.lr else 1.0,
+    return [{"params": kinds[k], "lr": rate.get(k, cfg.lr), "scale": rate.get(k, cfg.lr) / cfg.lr,
              "weight_decay": 0.0 if id(kinds[k][0]) in rows or k == "scalars" else cfg.weight_decay}
             for k in kinds if kinds[k]]
 
@@ -96,9 +79,7 @@ def _network(cfg: Config) -> str:
 
 
 def optimizer(net: nn.Module, cfg: Config, window: LossWindow) -> torch.optim.Optimizer:
-    """Fused AdamW, joined by Muon if cfg.lr_muon is set, with all state allocated.
-
-    Neither changes anything after the first bad gradient."""
+    """Fused AdamW, joined by Muon if cfg.lr_muon is set, with all state allocated; both halt at a bad gradient."""
     groups = param_groups(net, cfg)
     matrices = groups.pop() if cfg.lr_muon > 0 else None
     opt = torch.optim.AdamW(groups, cfg.lr, (cfg.beta1, cfg.beta2), fused=True)
@@ -114,8 +95,6 @@ def set_lr(opt: torch.optim.Optimizer, rate: float) -> None:
     for group in opt.param_groups:
         group["lr"] = group["scale"] * rate
 
-
-# ---------------------------------------------------------------- Muon
 
 class Muon(torch.optim.Optimizer):
     """[MUON] momentum with orthogonal updates for the matrices of `group`, and `adam` for all others, in one optimizer.
@@ -137,7 +116,6 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Update all weights, without waiting for the device."""
         self.adam.step()
         rate, decay = self.group["lr"], 1 - self.group["lr"] * self.group["weight_decay"]
         for D in self.sides:
@@ -175,13 +153,11 @@ def merge_squares(parts: Tensor, w: Tensor) -> Tensor:
     return torch.cat(list(parts), dim=0 if w.shape[1] == parts.shape[1] else 1)
 
 
-# ---------------------------------------------------------------- rows of unit magnitude
-
 def normalized_rows(net: nn.Module, cfg: Config) -> list[Tensor]:
     """[EDM2] sec. 2.3, [MAG]: weights (m, n) whose rows stay at unit RMS; [] unless cfg.forced_weight_norm.
 
-    Normalises them once and sets their layers to rely on it. UserError if the network has no such weights.
-    Make EMAs from the network before: a mean of unit rows is shorter than one."""
+    Normalises them once and sets their layers to rely on it, which those of an average, made before, may not.
+    UserError if the network has no such weights."""
     if not cfg.forced_weight_norm:
         return []
     rows = mp_weights(net)

@@ -8,7 +8,6 @@ step-*/, weights.safetensors. Exit codes: 0 done; 1 crash, try again; 2 somethin
 130, 143 stopped by SIGINT, SIGTERM, and saved.
 Dimensions: B batch, C channels, R resolution, T noise steps.
 """
-import io
 import json
 import math
 import os
@@ -41,8 +40,7 @@ from sources import cached_latents
 from text import make_encoder
 from transfer import init_from
 
-PREVIEWS = 16                           # images of a preview
-PREVIEW_STEPS = 20                      # their sampling steps
+PREVIEWS, PREVIEW_STEPS = 16, 20        # images of a preview, and their sampling steps
 CONTROL_ROWS = 1000                     # control values stored with the weights, for sampling from their distribution
 READ = 50                               # images read at a time to find these
 
@@ -50,8 +48,6 @@ READ = 50                               # images read at a time to find these
 class Stopped(Exception):
     """A signal has stopped the run: its number, and what was saved."""
 
-
-# ---------------------------------------------------------------- before the first step
 
 def check(cfg: Config, world: int) -> None:
     """UserError for a config that cannot run, before anything is opened or built."""
@@ -78,9 +74,9 @@ def complete(cfg: Config, source: data.Source, encoder: data.TextEncoder | None)
 
 def start_or_resume(cfg: Config, dist: distributed.Dist, source: data.Source, tensors: dict[str, Tensor],
                     stack: ExitStack, status: log.Status) -> int:
-    """Return the step of the newest good checkpoint after copying its state into `tensors`, or 0.
+    """Copy the newest good checkpoint into `tensors` and return its step, or 0. Rank 0 locks the folder and decides.
 
-    Rank 0 locks the folder and decides for all. UserError or Nonfinite on every rank if the run must not start."""
+    UserError or Nonfinite on every rank if the run must not start."""
     out, step, error = Path(cfg.out), 0, None
     if dist.rank == 0:
         try:
@@ -94,7 +90,6 @@ def start_or_resume(cfg: Config, dist: distributed.Dist, source: data.Source, te
                 info(f"resuming {out} from step {step:,} on {dist.world} processes (was {meta['world']}).")
             checkpoint.need_space(out, tensors)
             log.drop_after(out, step)
-            ema.drop_after(out, step)
             log.write_text(out / "config.json", to_json(cfg))
         except (UserError, Nonfinite) as e:
             error = e
@@ -131,8 +126,6 @@ def weights_metadata(cfg: Config, source: data.Source) -> dict[str, str]:
     return about
 
 
-# ---------------------------------------------------------------- one step
-
 def denoising_loss(net: nn.Module, x0: Tensor, cond: Condition, g: torch.Generator, alpha_bar: Tensor,
                    cfg: Config) -> tuple[Tensor, Tensor]:
     """[DDPM] eq. 14: |eps_hat(x_t, i, cond) - eps|^2 of every image with i uniform, and i. (B,), (B,)
@@ -158,13 +151,8 @@ def inputs(batch: data.Batch, step: int, m: int, cfg: Config,
     return batch["image"].to(device, non_blocking=True), cond, g
 
 
-# ---------------------------------------------------------------- previews
-
 class Previewer:
-    """Previews from fixed noise and FID during training: call it with the averaged network at every step.
-
-    Made before the first step, so that a missing decoder or metric stops the run there. Rank 0 generates the previews,
-    all processes measure FID."""
+    """Previews by rank 0, and FID by all. Made before the first step, to notice a missing decoder or metric there."""
     def __init__(self, cfg: Config, source: data.Source, encoder: data.TextEncoder | None, about: dict[str, str],
                  dist: distributed.Dist) -> None:
         self.cfg, self.names, self.dist, self.monitor = cfg, source.classes, dist, None
@@ -196,14 +184,12 @@ class Previewer:
                               cfg.padding_noise, sample.padding_generators(range(PREVIEWS), 0))
         options = sample.Options(steps=min(PREVIEW_STEPS, cfg.model.timesteps))
         images = sample.generate(net, cfg, cond, range(PREVIEWS), options, self.dist.device)
-        png = io.BytesIO()
-        data.grid(self.decode(images).cpu(), 4, data.titles(batch, self.names)).save(png, "png")
+        page = data.grid(self.decode(images).cpu(), 4, data.titles(batch, self.names))
         with log.warn_on_disk_error(str(path)):
             path.parent.mkdir(exist_ok=True)
-            log.write_bytes(path, png.getvalue())
+            with log.atomic_path(path) as temporary:
+                page.save(temporary, "png")
 
-
-# ---------------------------------------------------------------- the run
 
 def announce(cfg: Config, net: nn.Module, source: data.Source, dist: distributed.Dist, peak: float) -> None:
     """Print the config, the size of the model and how the processes share the work."""

@@ -4,8 +4,7 @@
 <out>/step-00012000/meta.json           step, config, versions, data fingerprint, sha256 of the state and of all this
 <out>/weights.safetensors               the averaged network for users, its config as JSON in the header
 
-Files are written under a temporary name, flushed to the disk and renamed. A damaged checkpoint falls back to the one
-before. Nothing here runs code from a file or unpickles.
+Nothing here runs code from a file or unpickles.
 """
 import errno
 import hashlib
@@ -13,8 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -30,7 +28,6 @@ from runtime.log import TEMPORARY, atomic_path, info, remove, sync, warn_on_disk
 FORMAT = 1                              # of checkpoints; a newer one is refused
 KEEP = 2                                # checkpoints that stay
 MARGIN = 1.2                            # free disk space that a checkpoint needs, as a multiple of its size
-MAX_LISTED = 16                         # names in an error message
 # Options that can keep a run from diverging.
 RETRY_FIELDS = ("lr", "lr_mp", "warmup", "lr_decay_start", "cooldown", "grad_clip", "dtype")
 RETRY_HINT = f"change {' or '.join('--' + key for key in RETRY_FIELDS)}"
@@ -44,25 +41,24 @@ class Nonfinite(Exception):
     """The loss, a gradient or a weight is inf or nan."""
 
 
-@contextmanager
-def lock(out: Path) -> Iterator[None]:
-    """Make the run folder, lock it against other runs until this process ends, and remove unfinished files."""
+def lock(out: Path) -> AbstractContextManager:
+    """Make the run folder, lock it against other runs within the context returned, and remove unfinished files."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / f"{TEMPORARY}probe").touch()                 # an old lock file says nothing about the folder
         remove(out / f"{TEMPORARY}probe")
     except OSError as e:
         raise UserError(f"cannot write to the run folder {out}: {e}; choose another --out") from e
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(FileLock(out / ".lock", timeout=0))
-        except Timeout as e:
-            raise UserError(f"another run is writing to {out}; wait for it or choose another --out") from e
-        except (OSError, RuntimeError):                     # some network disks have no locks
-            info(f"note: {out} cannot be locked; let one run at a time write to it.")
-        for stale in (*out.glob(f"{TEMPORARY}*"), *out.glob(f"samples/{TEMPORARY}*")):
-            remove(stale)
-        yield
+    held = nullcontext()
+    try:
+        held = FileLock(out / ".lock", timeout=0).acquire()
+    except Timeout as e:
+        raise UserError(f"another run is writing to {out}; wait for it or choose another --out") from e
+    except (OSError, RuntimeError):                         # some network disks have no locks
+        info(f"note: {out} cannot be locked; let one run at a time write to it.")
+    for stale in [path for sub in ("", "samples", "snapshots") for path in (out / sub).glob(f"{TEMPORARY}*")]:
+        remove(stale)
+    return held
 
 
 def steps(out: Path) -> list[int]:
@@ -76,8 +72,6 @@ def folder(out: Path, step: int) -> Path:
     return out / f"step-{step:08d}"
 
 
-# ---------------------------------------------------------------- state of a run
-
 def need_space(out: Path, tensors: dict[str, Tensor]) -> None:
     """OSError unless the disk has room for one checkpoint of these tensors."""
     need = int(MARGIN * sum(t.numel() * t.element_size() for t in tensors.values()))
@@ -89,7 +83,6 @@ def save(out: Path, step: int, tensors: dict[str, Tensor], meta: dict) -> bool:
     """Write one checkpoint, then drop old ones. A disk error is a warning and False."""
     tmp = out / f"{TEMPORARY}-{step:08d}"
     try:
-        remove(tmp)
         need_space(out, tensors)
         tmp.mkdir()
         save_file({k: v.detach().contiguous() for k, v in tensors.items()}, tmp / "state.safetensors")
@@ -106,34 +99,30 @@ def save(out: Path, step: int, tensors: dict[str, Tensor], meta: dict) -> bool:
         info(f"warning: checkpoint at step {step:,} not written: {e}. Training continues; last good checkpoint: "
              f"step {max(steps(out), default=0):,}.")
         return False
-    for newer in [s for s in steps(out) if s > step]:       # damaged, or the run would have resumed there
-        remove(folder(out, newer))
-    prune(out, step)
+    prune(out, step, newer=True)                            # damaged, or the run would have resumed there
     return True
 
 
-def prune(out: Path, step: int) -> None:
-    """Drop checkpoints older than the last KEEP up to `step`."""
-    for old in [s for s in steps(out) if s <= step][KEEP:]:
-        remove(folder(out, old))
+def prune(out: Path, step: int, newer: bool = False) -> None:
+    """Drop checkpoints older than the last KEEP up to `step`; with `newer`, also later ones."""
+    kept = [s for s in steps(out) if s <= step][:KEEP]
+    for other in [s for s in steps(out) if s not in kept and (newer or s < step)]:
+        remove(folder(out, other))
 
 
 def latest(out: Path) -> dict | None:
     """Return the meta of the newest undamaged checkpoint, with a warning for each damaged one; None without any.
 
     UserError if all are damaged, or if only weights are left: a run never starts over an old one."""
-    damaged = []
     for step in steps(out):
         try:
             return read_meta(folder(out, step))
         except UserError:
             raise
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-            damaged.append(f"{folder(out, step).name}: {e or type(e).__name__}")
-            info(f"warning: checkpoint {damaged[-1]}; it is damaged, trying the one before.")
-    if damaged:
-        raise UserError(f"none of the {len(damaged)} checkpoints in {out} can be read ({'; '.join(damaged)}); choose "
-                        "another --out")
+            info(f"warning: checkpoint {folder(out, step).name}: {e or type(e).__name__}; it is damaged.")
+    if found := steps(out):
+        raise UserError(f"none of the {len(found)} checkpoints in {out} can be read; choose another --out")
     if (out / "weights.safetensors").exists():
         raise UserError(f"{out} has weights.safetensors but no checkpoint to resume from; choose another --out")
     return None
@@ -163,9 +152,7 @@ def read_state(where: Path, tensors: dict[str, Tensor]) -> None:
 
 
 class Checkpointer:
-    """Saves the state of a run. Every process calls every method; rank 0 alone writes.
-
-    saved: step of the last checkpoint. meta: further fields of meta.json."""
+    """Saves the state of a run, last at step `saved`. Every process calls every method; rank 0 alone writes."""
     def __init__(self, out: Path, net: nn.Module, tensors: dict[str, Tensor], saved: int, meta: dict,
                  dist: distributed.Dist) -> None:
         self.out, self.net, self.tensors, self.saved, self.meta, self.dist = out, net, tensors, saved, meta, dist
@@ -175,7 +162,7 @@ class Checkpointer:
         if distributed.replicas_differ(self.net, self.dist):
             raise RuntimeError(f"weights differ between processes at step {step:,}; nothing was saved")
         if broken := not_finite(self.tensors):
-            raise Nonfinite(f"{', '.join(broken[:MAX_LISTED])} are not finite at step {step:,}; nothing was saved")
+            raise Nonfinite(f"{', '.join(broken[:5])} are not finite at step {step:,}; nothing was saved")
         if self.dist.rank == 0 and save(self.out, step, self.tensors, self.meta):
             self.saved = step
 
@@ -185,8 +172,6 @@ class Checkpointer:
             with warn_on_disk_error("weights.safetensors"):
                 write_weights(self.out / "weights.safetensors", net.state_dict(), {**header, "step": str(step)})
 
-
-# ---------------------------------------------------------------- conditions of resuming
 
 def check_retry(cfg: Config, out: Path) -> None:
     """Nonfinite if the last run in `out` diverged and no option that could change this has changed."""
@@ -211,12 +196,7 @@ def check_resume(cfg: Config, meta: dict, fingerprint: str, out: Path) -> None:
     if meta["step"] > cfg.steps:
         raise UserError(f"{out} is at step {meta['step']:,} already, past steps={cfg.steps:,}; raise --steps or choose "
                         "another --out")
-    now = {"threads": torch.get_num_threads(), **distributed.versions()}
-    if other := [f"{k} {meta.get(k)} -> {v}" for k, v in now.items() if meta.get(k) != v]:
-        info(f"note: {', '.join(other)}; sums may differ in the last bit.")
 
-
-# ---------------------------------------------------------------- weights
 
 def load_strictly(net: nn.Module, tensors: dict[str, Tensor], name: str) -> None:
     """Load every weight of `net`; UserError if names or shapes differ or a number is not finite."""
@@ -245,7 +225,6 @@ def write_weights(path: Path, tensors: dict[str, Tensor], header: dict[str, str]
     tensors = {k: v.detach().cpu().contiguous() for k, v in sorted(tensors.items())}
     with atomic_path(path) as tmp:
         save_file(tensors, tmp, metadata={**header, "sha256": _sha256_of(tensors, header)})
-        sync(tmp)
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

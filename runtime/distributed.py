@@ -1,8 +1,5 @@
 """Distributed runs: process group, device, compute dtype, collectives, signals.
 
-dist = distributed.setup()                          device, rank and number of processes, for python and for torchrun
-with distributed.Stop(verbose=True) as stop: ...    stop.signal is the number of a SIGINT or SIGTERM, else 0
-
 A process group always exists, of one process if need be, so nothing below `setup` branches on it.
 """
 import os
@@ -63,8 +60,8 @@ def raise_file_limit() -> None:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     for limit in FILES if hard < 0 else (min(FILES[0], hard), min(FILES[1], hard)):     # < 0: no limit
-        with suppress(ValueError, OSError):                 # macOS grants less than it says
-            if 0 <= soft < limit:
+        if 0 <= soft < limit:
+            with suppress(ValueError, OSError):             # macOS grants less than it says
                 return resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
@@ -86,15 +83,12 @@ def find_device(local_rank: int = 0) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-# ---------------------------------------------------------------- dtype, speed, memory
-
 def compute_dtype(device: torch.device, name: str) -> torch.dtype:
-    """The dtype of the tokens; "auto" is bfloat16 where the hardware multiplies it.
-
-    With bfloat16, the remaining fp32 products may use fast units too (TF32 on CUDA, oneDNN's kernels on CPU)."""
+    """The dtype of the tokens; "auto" is bfloat16 where the hardware multiplies it."""
     check_name("dtype", name, DTYPES)
     if name == "float32" or name == "auto" and not supports_bf16(device):
         return torch.float32
+    # The remaining fp32 products may use fast units too: TF32 on CUDA, oneDNN's kernels on CPU.
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else "medium")
     return torch.bfloat16
 
@@ -144,8 +138,6 @@ def versions() -> dict[str, str]:
             "pillow": PIL.__version__, "device": gpu or f"{platform.system()} {platform.machine()}"}
 
 
-# ---------------------------------------------------------------- several processes
-
 def pin_memory(batch: dict, dist: Dist) -> dict:
     """The batch in memory from which a GPU copies while it computes; other devices need none."""
     if dist.device.type != "cuda":
@@ -187,8 +179,6 @@ def replicas_differ(net: nn.Module, dist: Dist) -> bool:
     return bool((both[:len(sums)] + both[len(sums):]).any())
 
 
-# ---------------------------------------------------------------- signals
-
 class Stop:
     """A context in which SIGINT and SIGTERM only set `signal`; a second one, DEBOUNCE_S later, ends the process.
 
@@ -205,7 +195,6 @@ class Stop:
             signal.signal(number, handler)
 
     def handle(self, number: int, frame: object) -> None:
-        """Handle a signal."""
         if self.ignore or self.signal and time.monotonic() - self.received < DEBOUNCE_S:
             return
         if self.signal:

@@ -1,15 +1,11 @@
 """Logging: printed lines, files that appear whole, log.jsonl and skipped.jsonl during a run, status.json at its end.
 
-write_text(out / "config.json", text)           the whole new file or the old one, whatever fails
-window.add(loss, i, T); window.read(...)        sums stay on the device; only `read` waits for it
-run_log.report(step, line)                      a line of log.jsonl, and the progress bar
-
-A line of log.jsonl averages the steps since the line before: loss, also by quarter of the noise range, gradient norm.
 Dimensions: B batch, T noise steps.
 """
 import errno
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -34,12 +30,9 @@ TEMPORARY = ".tmp"                      # prefix of unfinished files and folders
 SKIPPED = "skipped.jsonl"
 
 
-# ---------------------------------------------------------------- printing and small files
-
 def info(line: str) -> None:
     """Print one line on stderr, past any progress bar."""
     tqdm.write(line, file=sys.stderr)
-    sys.stderr.flush()
 
 
 @contextmanager
@@ -53,10 +46,11 @@ def warn_on_disk_error(what: str) -> Iterator[None]:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it to `path` on success, remove it on failure."""
+    """Yield a temporary path beside `path`; flush it and rename it to `path` on success, remove it on failure."""
     temporary = path.with_name(f"{TEMPORARY}-{os.getpid()}-{path.name}")
     try:
         yield temporary
+        sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
     finally:
@@ -67,7 +61,6 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Replace a file in one step."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)
-        sync(temporary)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -88,42 +81,34 @@ def sync(path: Path) -> None:
 
 def remove(path: Path) -> None:
     """Delete a file or a folder as far as the disk allows."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(OSError):
-            path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):
+        path.unlink()
 
-
-# ---------------------------------------------------------------- log.jsonl
 
 class LossWindow:
     """Sums since the last line of the log, on the device: loss and count by noise quarter, gradient norm.
 
-    `bad` becomes 1 at the first step with a gradient that is not finite, and stays so; `bad_step` is that step."""
+    `bad` becomes 1 at the first step whose gradient is not finite, and stays so; `bad_step` is that step, before -1."""
     def __init__(self, device: torch.device) -> None:
         self.loss, self.count = torch.zeros(QUARTERS, device=device), torch.zeros(QUARTERS, device=device)
         self.norm, self.bad = torch.zeros((), device=device), torch.zeros((), device=device)
         self.bad_step = torch.full((), -1.0, device=device)
-        self.quarters = torch.arange(QUARTERS, device=device)
 
     def add(self, loss: Tensor, i: Tensor, T: int) -> None:
         """Add the losses (B,) of images at noise indices i (B,)."""
-        here = (i * QUARTERS // T)[:, None] == self.quarters                    # (B, 4)
+        here = (i * QUARTERS // T)[:, None] == torch.arange(QUARTERS, device=i.device)          # (B, 4)
         self.loss += torch.where(here, loss.detach()[:, None], 0.0).sum(0)
         self.count += here.sum(0)
 
     def add_norm(self, norm: Tensor, step: int) -> None:
-        """Add the gradient norm of a step, without waiting for the device."""
         self.norm += norm
         bad = 1 - torch.isfinite(norm).float()
         self.bad_step.copy_(torch.where(bad > self.bad, float(step), self.bad_step))
         self.bad.copy_(torch.maximum(self.bad, bad))
 
     def read(self, steps: int, stop: distributed.Stop, dist: distributed.Dist) -> tuple[dict, int, int]:
-        """Return means over all processes, the signal that any of them got (0 = none), the first bad step (-1 = none).
-
-        Then start the sums again."""
+        """Return means over all processes, the signal that any got (0 = none), the first bad step; start again."""
         signals = torch.tensor([float(stop.signal == s) for s in distributed.SIGNALS], device=dist.device)
         shared = distributed.all_reduce_sum(torch.cat([self.loss, self.count, signals]), dist)
         *shared, norm, bad_step = torch.cat([shared, self.norm[None], self.bad_step[None]]).tolist()
@@ -158,17 +143,15 @@ def read(out: Path) -> list[dict]:
 
 
 def drop_after(out: Path, step: int) -> None:
-    """Drop lines and previews newer than the checkpoint, so that a resumed run leaves each once."""
+    """Drop lines, previews and snapshots newer than the checkpoint, so that a resumed run leaves each once."""
     write_text(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in read(out) if line["step"] <= step))
-    for preview in out.glob("samples/step-*.png"):
-        if (n := preview.stem.removeprefix("step-")).isdigit() and int(n) > step:
-            preview.unlink()
+    for path in (*out.glob("samples/*.png"), *out.glob("snapshots/*.safetensors")):
+        if (m := re.match(r"step-(\d+)[.-]", path.name)) and int(m[1]) > step:
+            path.unlink()
 
 
 class RunLog:
-    """Times a run and reports it. Rank 0 writes lines of log.jsonl and shows a progress bar, other ranks nothing.
-
-    flops: of a training step per image. peak: FLOP/s of all processes together."""
+    """Times a run and reports it, on rank 0. flops: of a training step per image; peak: FLOP/s of all processes."""
     def __init__(self, out: Path, start: int, cfg: Config, flops: int, peak: float, dist: distributed.Dist) -> None:
         self.out, self.cfg, self.flops, self.peak, self.dist, self.last = out, cfg, flops, peak, dist, start
         hidden = dist.rank > 0 or not sys.stderr.isatty()
@@ -176,7 +159,6 @@ class RunLog:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Start to time the next window of steps."""
         self.t0, self.seconds = time.monotonic(), Counter()
 
     @contextmanager
@@ -201,15 +183,12 @@ class RunLog:
             return
         with warn_on_disk_error("a line of log.jsonl"):
             append(self.out, {"step": step, **line})
-        text = (f"loss {line['loss']:.4f}  {line['images_per_second']:.0f} images/s, {line['share_of_peak']:.0%} of "
-                "peak")
+        text = f"loss {line['loss']:.4f}  {line['images_per_second']:.0f} images/s, {line['share_of_peak']:.0%} of peak"
         self.bar.set_postfix_str(text)
         if self.bar.disable:
             minutes, seconds = divmod(round(line["eta_s"]), 60)
             info(f"step {step:,}/{self.cfg.steps:,}  {text}  {minutes}:{seconds:02} left")
 
-
-# ---------------------------------------------------------------- status.json
 
 class Status:
     """status.json, for supervisors: torchrun turns every exit code into 1. Writes nothing before `out` is set."""
@@ -237,17 +216,13 @@ def read_status(out: Path) -> dict:
     return {}
 
 
-# ---------------------------------------------------------------- skipped.jsonl
-
 class SkippedFiles:
-    """skipped.jsonl: every unusable file of a run once, with the reason, {"name": "b/7.jpg", "reason": "not a JPEG"}.
-
-    All processes and threads of a run share the file, and a resumed run adds to it."""
+    """skipped.jsonl: every unusable file of a run once, with the reason; its processes and threads share the file."""
     def __init__(self, out: Path) -> None:
         self.path, self.names, self.end = out / SKIPPED, set(), 0               # names in the file up to byte `end`
 
     def note(self, bad: dict[str, str]) -> None:
-        """Add those {name: reason} that the file lacks. A disk error is a warning."""
+        """Add those {name: reason} that the file lacks."""
         if bad.keys() <= self.names:
             return
         with warn_on_disk_error(SKIPPED), FileLock(self.path.with_name(".skipped.lock")):

@@ -1,12 +1,9 @@
 """Plots of a run's loss and magnitudes, and grids of images above their captions.
 
 python -m runtime.plot --out=out/shapes         writes loss.png and, with --magnitudes_every, magnitudes.png
-grid(images, columns=4, captions=texts)         a PIL image
-to_uint8(images), from_uint8(pixels)            the one conversion between [-1, 1] and the bytes of a file
 
 Dimensions: B batch, C channels, H height, W width.
 """
-import io
 import math
 import re
 import textwrap
@@ -23,7 +20,8 @@ from torch import Tensor
 from config import UserError, parse, run
 from runtime import log
 
-NAMES = ("cleanest quarter of the noise range", "second", "third", "noisiest quarter")
+TOKENS = r"x_embedder|blocks\.(\d+)"   # measured: the embedded patches, and the tokens after each block
+WEIGHTS = r"blocks\.(\d+)\..*weight"  # each block's matrices, without scalars such as gains
 CURVES = 12                             # most measurements in a plot, spread over the run
 MISSING = "not plotted; it needs matplotlib: pip install matplotlib"
 
@@ -36,9 +34,8 @@ def plot(out: str | Path) -> str:
     if not lines:
         return f"not plotted; {out}/log.jsonl has no lines yet"
     axes, steps = figure.subplots(), [line["step"] for line in lines]
-    for k, name in enumerate(NAMES):
-        quarter = [line["loss_by_noise"][k] for line in lines]
-        axes.plot(steps, [float("nan") if v is None else v for v in quarter], linewidth=0.8, label=name)
+    for k, name in enumerate(("cleanest quarter of the noise range", "second", "third", "noisiest quarter")):
+        axes.plot(steps, [line["loss_by_noise"][k] for line in lines], linewidth=0.8, label=name)
     axes.plot(steps, [line["loss"] for line in lines], color="black", linewidth=1.6, label="mean")
     axes.set(xlabel="step", ylabel="squared error of eps", yscale="log")
     axes.grid(True, which="both", linewidth=0.3)
@@ -47,9 +44,7 @@ def plot(out: str | Path) -> str:
 
 
 def plot_magnitudes(out: str | Path) -> str:
-    """Write <out>/magnitudes.png: magnitude by depth, one curve a step. Returns its path, or why not.
-
-    Left the tokens after each block, 0 the embedded patches; right the RMS of all weights of each block."""
+    """Write <out>/magnitudes.png: magnitudes of tokens and weights by depth. Returns its path, or why not."""
     lines = [line for line in log.read(Path(out)) if "activations" in line]
     if (figure := _figure()) is None:
         return MISSING
@@ -61,8 +56,8 @@ def plot_magnitudes(out: str | Path) -> str:
     color = ScalarMappable(Normalize(0, lines[-1]["step"]), "viridis")
     every = math.ceil(len(lines) / CURVES)
     for line in lines[(len(lines) - 1) % every::every]:     # the last one always
-        for axes, points in ((left, trunk(line["activations"])), (right, weights(line["weights"]))):
-            axes.plot(*points, color=color.to_rgba(line["step"]), linewidth=1.2, marker=".")
+        for axes, key, pattern in ((left, "activations", TOKENS), (right, "weights", WEIGHTS)):
+            axes.plot(*by_depth(line[key], pattern), color=color.to_rgba(line["step"]), linewidth=1.2, marker=".")
     left.set(xlabel="after block", ylabel="magnitude of the tokens", yscale="log")
     right.set(xlabel="block", ylabel="RMS of the weights", yscale="log")
     for axes in (left, right):
@@ -72,42 +67,29 @@ def plot_magnitudes(out: str | Path) -> str:
     return _save(figure, Path(out) / "magnitudes.png")
 
 
-def trunk(activations: dict[str, float]) -> tuple[list[int], list[float]]:
-    """(depth, magnitude): the embedded patches, then the tokens after each block."""
-    found = {0: activations["x_embedder"]}
-    found |= {int(m[1]) + 1: v for name, v in activations.items() if (m := re.fullmatch(r"blocks\.(\d+)", name))}
-    return list(found), list(found.values())
-
-
-def weights(named: dict[str, float]) -> tuple[list[int], list[float]]:
-    """(block, RMS over its weight matrices, each counting alike); scalars, such as gains, are left out."""
+def by_depth(named: dict[str, float], pattern: str) -> tuple[list[int], list[float]]:
+    """(depth, RMS over the values of that depth whose name is like `pattern`), 0 for a name without a number."""
     squares: dict[int, list[float]] = {}
     for name, v in named.items():
-        if m := re.fullmatch(r"blocks\.(\d+)\..*weight", name):
-            squares.setdefault(int(m[1]) + 1, []).append(v * v)
+        if m := re.fullmatch(pattern, name):
+            squares.setdefault(int(m[1] or -1) + 1, []).append(v * v)
     return list(squares), [math.sqrt(sum(s) / len(s)) for s in squares.values()]
 
 
 def _figure() -> Any:
     """An empty matplotlib figure without a window; None without matplotlib."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(7, 4), layout="constrained")
 
 
 def _save(figure: Any, path: Path) -> str:
-    png = io.BytesIO()
-    figure.savefig(png, dpi=150, format="png")
-    log.write_bytes(path, png.getvalue())
+    with log.atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
     return str(path)
 
-
-# ---------------------------------------------------------------- grids of images
 
 def to_uint8(x: Tensor) -> np.ndarray:
     """[-1, 1] -> 0 .. 255, rounded to nearest. (B, C, H, W) -> (B, H, W, C)"""
@@ -152,8 +134,6 @@ def _wrap(text: str, font: Any, width: int) -> list[str]:
     letters = int(width * len(text) / max(1, sum(font.getlength(part) for part in parts)))
     return [line for part in parts for line in textwrap.wrap(part, max(8, letters), max_lines=6)][:6]
 
-
-# ---------------------------------------------------------------- command line
 
 @dataclass(frozen=True)
 class Options:

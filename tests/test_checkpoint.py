@@ -114,7 +114,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(damage, tmp_p
 def test_when_none_can_be_read_a_run_does_not_start_afresh(damage, tmp_path):
     write(tmp_path, 9)
     DAMAGE[damage](checkpoint.folder(tmp_path, 9))
-    with pytest.raises(UserError, match="none of the 1 checkpoints .*step-00000009.*another --out"):
+    with pytest.raises(UserError, match="none of the 1 checkpoints .*another --out"):
         checkpoint.latest(tmp_path)
 
 

@@ -424,7 +424,7 @@ def test_a_run_with_old_names_resumes_with_old_and_new_flags_and_is_sampled(tmp_
 
 @pytest.mark.parametrize("words, part", [
     (["--cfg=3"], "--cfg is --guidance here"), (["--cfg_scale=3"], "--cfg_scale is --guidance here"),
-    (["--guidance-scale", "3"], "--guidance_scale is --guidance here"), (["--wandb"], "<out>/log.jsonl has every line"),
+    (["--guidance-scale", "3"], "did you mean --guidance or"), (["--wandb"], "<out>/log.jsonl has every line"),
     (["--resume=out/a"], "the same command again resumes"), (["configs/shapes.py"], "--config=configs/shapes.py"),
     (["--lr=1", "configs/shapes.py"], "--config=configs/shapes.py")])
 def test_a_habit_is_an_error_that_names_the_right_option(words, part):

@@ -34,9 +34,10 @@ def test_without_matplotlib_it_says_how_to_get_it(tmp_path, monkeypatch):
 
 
 def test_depth_is_read_from_the_names():
-    assert plot.trunk(MEASURED["activations"]) == ([0, 1, 2], [1.0, 2.0, 1.5])
-    assert plot.weights({"blocks.0.a.weight": 3.0, "blocks.0.b.weight": 4.0, "blocks.0.b.gain": 9.0,
-                         "final.weight": 8.0, "blocks.11.a.weight": 2.0}) == ([1, 12], [math.sqrt(12.5), 2.0])
+    assert plot.by_depth(MEASURED["activations"], plot.TOKENS) == ([0, 1, 2], [1.0, 2.0, 1.5])
+    named = {"blocks.0.a.weight": 3.0, "blocks.0.b.weight": 4.0, "blocks.0.b.gain": 9.0, "final.weight": 8.0,
+             "blocks.11.a.weight": 2.0}
+    assert plot.by_depth(named, plot.WEIGHTS) == ([1, 12], [math.sqrt(12.5), 2.0])
 
 
 def test_loss_and_magnitudes_become_plots(tmp_path, capsys):
