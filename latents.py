@@ -19,7 +19,6 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -276,7 +275,7 @@ def write_statistics(out: Path, meta: dict) -> None:
             count += mean.size // meta["channels"]
     mean, square = total / count                                                # (C,) each
     std = np.sqrt(square - mean ** 2)
-    hashes = {name: sha256((out / name).read_bytes()).hexdigest() for name in names}
+    hashes = {name: checkpoint.sha256_file(out / name) for name in names}
     meta = meta | {"statistics": {"mean": mean.tolist(), "std": std.tolist()}, "sha256": hashes}
     latent_scaling(meta)                                    # an error now rather than in training
     log.write_text(out / META, json.dumps(meta, indent=1))
@@ -328,7 +327,7 @@ def check(o: Check) -> None:
     source, cpu = Latents(o.data), torch.device("cpu")
     meta = source.meta
     bad = [name for name, digest in tqdm(meta["sha256"].items(), desc="hashing", unit="file", disable=None)
-           if not (file := source.path / name).is_file() or sha256(file.read_bytes()).hexdigest() != digest]
+           if not (file := source.path / name).is_file() or checkpoint.sha256_file(file) != digest]
     if bad:
         raise UserError(f"{len(bad)} files of {source.path} are damaged or missing: {', '.join(bad[:10])}; remove "
                         "these, and encode with the same options again")

@@ -87,7 +87,7 @@ def save(out: Path, step: int, tensors: dict[str, Tensor], meta: dict) -> bool:
         tmp.mkdir()
         save_file({k: v.detach().contiguous() for k, v in tensors.items()}, tmp / "state.safetensors")
         sync(tmp / "state.safetensors")
-        meta = {"format": FORMAT, "step": step, **meta, "sha256": _sha256(tmp / "state.safetensors")}
+        meta = {"format": FORMAT, "step": step, **meta, "sha256": sha256_file(tmp / "state.safetensors")}
         (tmp / "meta.json").write_bytes(json.dumps({**meta, "sha256_meta": _sha256_of({}, meta)}, indent=1).encode())
         sync(tmp / "meta.json")
         sync(tmp)
@@ -137,7 +137,7 @@ def read_meta(where: Path) -> dict:
         raise ValueError("sha256 mismatch in meta.json")
     if folder(where.parent, meta["step"]) != where:
         raise ValueError(f"holds step {meta['step']}")
-    if _sha256(where / "state.safetensors") != meta["sha256"]:
+    if sha256_file(where / "state.safetensors") != meta["sha256"]:
         raise ValueError("sha256 mismatch in state.safetensors")
     return meta
 
@@ -249,7 +249,8 @@ def read_header(path: Path) -> dict[str, str]:
     return header
 
 
-def _sha256(path: Path) -> str:
+def sha256_file(path: Path) -> str:
+    """The sha256 of a file, read in pieces."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 

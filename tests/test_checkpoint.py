@@ -37,7 +37,7 @@ def files(out):
 
 def test_a_checkpoint_comes_back_bit_for_bit(tmp_path):
     write(tmp_path, 7)
-    assert checkpoint.latest(tmp_path) == {**META, "format": 1, "step": 7, "sha256": checkpoint._sha256(
+    assert checkpoint.latest(tmp_path) == {**META, "format": 1, "step": 7, "sha256": checkpoint.sha256_file(
         tmp_path / "step-00000007" / "state.safetensors")}
     back = {k: torch.zeros_like(v) for k, v in tensors().items()}
     checkpoint.read_state(checkpoint.folder(tmp_path, 7), back)
