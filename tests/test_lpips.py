@@ -55,12 +55,6 @@ def test_equal_images_are_at_zero_and_their_order_does_not_matter(random_lpips):
     assert one == pytest.approx(two, rel=1e-5) and one > 1e6 * same.value
 
 
-def test_images_that_are_not_bytes_are_refused(random_lpips):
-    for wrong in (torch.zeros(2, 3, 64, 70), torch.zeros(2, 4, 64, 70, dtype=torch.uint8)):
-        with pytest.raises(ValueError, match="wanted uint8 images"):
-            lpips.lpips_features(random_lpips, wrong)
-
-
 def test_no_lpips_without_its_very_weights(tmp_path, monkeypatch):
     monkeypatch.setenv("LPIPS_TRUNK", "")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
@@ -106,8 +100,6 @@ def test_trunk_and_heads_are_filled_in_by_name(random_lpips, tmp_path, monkeypat
     monkeypatch.setattr(lpips, "HEADS_SHA256", "0" * 64)
     with pytest.raises(UserError, match="alex.pth with sha256 000.*pip install"):
         lpips.load_lpips(str(tmp_path / "trunk.pth"), CPU)
-    with pytest.raises(KeyError):
-        lpips.fill_lpips(net, {k: v for k, v in trunk.items() if k != "features.6.bias"}, {})
 
 
 def test_sizes_are_presets_or_numbers():
