@@ -4,8 +4,7 @@ python -m evaluation.shapes_judge --write=weights/judge.safetensors         trai
 python -m evaluation.shapes_judge --images=out/demo/samples/NAME.npz      toy_fd and accuracy of images
 python -m evaluation.shapes_judge --leak=out/shapes32 --n=100          how far the requested size leaks into the content
 
-toy_fd is the Fréchet distance between the judge's features of two sets of images. It is no FID: the features know this
-data set's shapes alone, and values compare within one judge only, so every value carries its hash.
+Values of toy_fd and toy_leak compare within one judge only, so each carries its hash.
 Dimensions: B images, R side of an image, F features, S side of their map, K objects: one place for every colour; for
 the leak P prompts of K images.
 """
@@ -72,8 +71,8 @@ class ShapesClassifier(nn.Module):
         """Return the features at every place. (B, 3, R, R) -> (B, F, S, S)"""
         return self.trunk(F.interpolate(images, (SIDE, SIDE), mode="area") if images.shape[-1] != SIDE else images)
 
-    def read_map(self, f: Tensor) -> Prediction:
-        """Read the features (B, F, S, S)."""
+    def forward(self, images: Tensor) -> Prediction:
+        f = self.map(images)
         logits = self.where(f).flatten(2)                                       # (B, K, S S)
         at = logits.softmax(2)
         pooled = at @ f.flatten(2).transpose(1, 2)                              # (B, K, F)
@@ -82,9 +81,6 @@ class ShapesClassifier(nn.Module):
         return Prediction(there=logits.logsumexp(2) - math.log(S * S), shape=self.shape(pooled),
                           x=rows.sum(2) @ place, y=rows.sum(3) @ place, r=self.r(pooled)[..., 0] * UNIT,
                           background=self.background(mean), native=self.native(mean))
-
-    def forward(self, images: Tensor) -> Prediction:
-        return self.read_map(self.map(images))
 
 
 @torch.inference_mode()
@@ -157,13 +153,10 @@ def write(net: ShapesClassifier, path: Path, training: dict) -> None:
 
 def load(path: Path = JUDGE) -> ShapesClassifier:
     """Load a judge that `write` wrote; its sha256 is that of its weights. UserError for any other file."""
-    if not path.is_file():
-        raise UserError(f"no judge at {path}; make one with: python -m evaluation.shapes_judge --write={path}")
     tensors, header = checkpoint.read_weights(path)
     cfg = json.loads(header["config"])
     if header.get("judge") != "shapes" or cfg["data"] != VERSION:
-        raise UserError(f"{path} is no judge of {VERSION!r}; make one with: python -m evaluation.shapes_judge "
-                        f"--write={path}")
+        raise UserError(f"{path} is no judge of {VERSION!r}; make one with --write={path}")
     net = ShapesClassifier(cfg["width"])
     checkpoint.load_strictly(net, tensors, str(path))
     net.sha256 = header["sha256"]
@@ -186,9 +179,9 @@ def add_features(stats: FeatureStats, judge: ShapesClassifier, images: Tensor) -
 
 def render_stats(judge: ShapesClassifier, source: Shapes, indices: Iterable[int]) -> FeatureStats:
     """Return the statistics of the renders `indices` of a data set."""
-    stats, indices = FeatureStats(judge.width), list(indices)
-    for k in range(0, len(indices), BATCH):
-        add_features(stats, judge, source.records(indices[k:k + BATCH])["image"])
+    stats = FeatureStats(judge.width)
+    for part in torch.tensor(list(indices)).split(BATCH):
+        add_features(stats, judge, source.records(part.tolist())["image"])
     return stats
 
 
@@ -246,12 +239,11 @@ class Options(sample.Options):
 
 def make(o: Options) -> dict:
     """Train and write a judge; return the last line, with its accuracy on the class of unseen renders."""
-    net = train(o.seed, o.train_steps)
-    write(net, Path(o.write), {"seed": o.seed, "steps": o.train_steps})
+    net, training = train(o.seed, o.train_steps), {"seed": o.seed, "steps": o.train_steps}
+    write(net, Path(o.write), training)
     batch = Shapes(SIDE, split="test", crop=False).records(range(500))
     right = largest(read(net, batch["image"])) == batch["label"]
-    return {"judge": load(Path(o.write)).sha256, "seed": o.seed, "steps": o.train_steps,
-            "by_class": fraction_with_error(right.float())}
+    return {"judge": load(Path(o.write)).sha256, **training, "by_class": fraction_with_error(right.float())}
 
 
 def open_shapes(cfg: Config) -> Shapes:
@@ -267,8 +259,7 @@ def measure(o: Options, judge: ShapesClassifier) -> dict:
     cfg, captions = model.load(file.parent.parent)[1], sample.read_prompts(str(file.with_suffix(".txt")))
     source, pixels = open_shapes(cfg), open_images(o.images)
     n = len(pixels)
-    images = from_uint8(pixels(np.arange(n)))
-    real = source.records(range(2 * FAR, 2 * FAR + n))["image"]
+    images, real = from_uint8(pixels(np.arange(n))), source.records(range(2 * FAR, 2 * FAR + n))["image"]
     reference = render_stats(judge, source, range(FAR, FAR + REFERENCE))
     line = {"metric": f"toy_fd{n}/judge-{judge.sha256[:8]}", "value": toy_fd(judge, images, reference),
             "renders": toy_fd(judge, real, reference), "n": n, "reference_n": REFERENCE, "judge": judge.sha256,
@@ -296,7 +287,7 @@ def leak(o: Options, judge: ShapesClassifier, dist: distributed.Dist) -> dict:
     result = toy_leak(judge, size_groups(run, NATIVE, dist), dist)
     mine = np.arange(dist.rank, o.n, dist.world)
     floor = toy_leak(judge, [resized(open_shapes(run.cfg), mine)] if len(mine) else [], dist)
-    return {**asdict(run.options), "metric": f"toy_leak/judge-{judge.sha256[:8]}", **asdict(result),
+    return {**asdict(run.options), "metric": f"toy_leak/judge-{judge.sha256[:8]}", **result._asdict(),
             "renders": floor.value, "sizes": NATIVE, "judge": judge.sha256, "weights_sha256": run.header["sha256"]}
 
 

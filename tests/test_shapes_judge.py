@@ -155,8 +155,8 @@ def test_statistics_do_not_know_the_order_and_are_those_of_the_one_pass_of_fid(n
         dim, classes = net.width, len(SHAPES)
 
         def __call__(self, images):
-            f = net.map(images.float() / 127.5 - 1)
-            return f.mean((2, 3)), net.read_map(f).shape[:, 0]
+            x = images.float() / 127.5 - 1
+            return net.map(x).mean((2, 3)), net(x).shape[:, 0]
 
     for stats in (other, fid.collect(Renders(), 150, 70, Features(), set(), ALONE)[0]):
         assert stats.n == whole.n == 150
@@ -218,7 +218,7 @@ def test_what_is_written_is_read_and_its_hash_follows_its_weights(tmp_path, net,
 
 
 def test_a_judge_that_is_missing_foreign_or_damaged_is_an_error(tmp_path, net, monkeypatch):
-    with pytest.raises(UserError, match="no judge at .*--write="):
+    with pytest.raises(UserError, match="no weights at .*none.safetensors"):
         shapes_judge.load(tmp_path / "none.safetensors")
     file = tmp_path / "a.safetensors"
     shapes_judge.write(net, file, {})
@@ -240,7 +240,7 @@ def test_the_shipped_judge_is_small():
 @pytest.mark.parametrize("flags, says", [
     ([], "give one of"), (["--leak=a", "--write=b"], "give one of"),
     (["--images=gone/samples/x.npz"], "no weights at gone"), (["--leak=gone"], "no weights at gone"),
-    (["--leak=x", "--judge=none.safetensors"], "no judge at none.safetensors")])
+    (["--leak=x", "--judge=none.safetensors"], "no weights at none.safetensors")])
 def test_what_cannot_be_measured_is_an_error(flags, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=says):
