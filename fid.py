@@ -60,10 +60,8 @@ class FeatureStats:
         self.outer = self.count.new_zeros(dim, dim)                                 # (D, D)
 
     def update(self, features: Tensor) -> None:
-        """Add features (B, D). ValueError for inf or nan."""
+        """Add features (B, D)."""
         f = features.detach().to(self.sum.device).double()
-        if not f.isfinite().all():
-            raise ValueError("features hold inf or nan")
         self.count += len(f)
         self.sum += f.sum(0)
         self.outer.addmm_(f.T, f)
@@ -420,8 +418,7 @@ def main_fid(argv: list[str]) -> None:
         for name, v in values.items():
             print(f"{name}  {v['value']:.6g}" + (f" +- {v['se']:.2g}" if v["se"] is not None else ""))
         print(json.dumps({**origin, "metrics": values, "n": n, **(reference.origin if reference else {}),
-                          "features": extract.name, "features_sha256": extract.sha256, "resize": o.resize,
-                          "torch": torch.__version__, "processes": dist.world}))
+                          "features_sha256": extract.sha256, "resize": o.resize, "torch": torch.__version__}))
 
 
 @dataclass(frozen=True)
@@ -450,20 +447,18 @@ def main_ref(argv: list[str]) -> None:
     stats, rows = collect(images, n, o.batch, extract, {"features"} if o.kid else set(), dist)
     if dist.rank == 0:
         write_reference(path, stats, extract, o.images, rows.get("features"))
-        print(json.dumps({"save": o.save, "n": n, "data": o.images, "center_crop": o.center_crop,
-                          "features": extract.name, "features_sha256": extract.sha256, "resize": o.resize}))
+        print(json.dumps({**asdict(o), "n": n, "features": extract.name, "features_sha256": extract.sha256}))
 
 
 COMMANDS = {"fid": main_fid, "ref": main_ref}
 
 
 def main(argv: list[str]) -> None:
-    name, rest = (argv or [""])[0], argv[1:]
-    if name in ("--help", "-h"):
+    if argv[:1] in (["--help"], ["-h"]):
         return print(f"{__doc__}\nfid.py COMMAND --help lists the options of a command")
-    if name not in COMMANDS:
-        raise UserError(f"fid.py wants a command first, got {name!r}; there are {', '.join(COMMANDS)}")
-    COMMANDS[name](rest)
+    if not argv or argv[0] not in COMMANDS:
+        raise UserError(f"fid.py wants a command first, got {' '.join(argv)!r}; there are {', '.join(COMMANDS)}")
+    COMMANDS[argv[0]](argv[1:])
 
 
 if __name__ == "__main__":

@@ -91,8 +91,6 @@ def clip_score(batches: Iterable[tuple[Tensor, list[str]]], clip: CLIP, protocol
     return result, int(distributed.all_reduce_sum(torch.tensor([cut], device=dist.device), dist).item())
 
 
-# ---------------------------------------------------------------- the command
-
 @dataclass(frozen=True)
 class Options:
     """Which images and captions to compare, and how."""

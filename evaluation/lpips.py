@@ -80,8 +80,6 @@ def lpips_diversity(groups: Iterable[Tensor], net: nn.Module, dist: distributed.
     return mean_over(values, dist)
 
 
-# ---------------------------------------------------------------- the command
-
 @dataclass(frozen=True)
 class Options(sample.Options):
     """How to measure a model with the control size; the rest, for a run, as for sample.py."""

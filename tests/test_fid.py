@@ -167,13 +167,9 @@ def test_float32_sums_would_not_do():
     assert (stats_of(x, 9).cov - x.double().T.cov()).abs().max() < 1e-10
 
 
-def test_one_feature_has_no_covariance_and_nan_is_noticed():
-    stats = stats_of(normal(1, D))
+def test_one_feature_has_no_covariance():
     with pytest.raises(ValueError, match="needs two features, got 1"):
-        stats.cov
-    with pytest.raises(ValueError, match="inf or nan"):
-        stats.update(torch.full((2, D), math.inf))
-    assert stats.n == 1
+        stats_of(normal(1, D)).cov
 
 
 CASES = [(37, 5), (37, 30), (10, 10)]       # (n, batch): 8, 2 and 1 batches, the last one short or the only one
