@@ -45,16 +45,11 @@ def load_lpips(path: str, device: torch.device) -> nn.Module:
         found = hashlib.sha256(part.read_bytes()).hexdigest() if part.is_file() else "missing"
         if found != want:
             raise UserError(f"LPIPS needs {part} with sha256 {want}, got {found}; {help}")
-    with torch.random.fork_rng():                                           # random weights, all replaced below
-        net = lpips.LPIPS(net="alex", pretrained=False, pnet_rand=True, verbose=False)
-    trunk, heads = (torch.load(f, map_location="cpu", weights_only=True) for f in (file, heads))
-    state = net.state_dict()
-    for name in state:
-        if name.startswith("net.slice"):                                    # net.slice2.3.bias is features.3.bias
-            state[name] = trunk["features." + name.split(".", 2)[2]]
-        elif name.startswith("lin"):                                        # lins.2.model is lin2.model
-            state[name] = heads[name.replace("lins.", "lin")]
-    net.load_state_dict(state)
+    with torch.random.fork_rng():                           # it loads its heads; its trunk is random, replaced below
+        net = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+    trunk = torch.load(file, map_location="cpu", weights_only=True)
+    net.net.load_state_dict({name: trunk["features." + name.split(".", 1)[1]]       # slice2.3.bias is features.3.bias
+                             for name in net.net.state_dict()})
     return net.eval().requires_grad_(False).to(device)
 
 

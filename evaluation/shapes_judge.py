@@ -102,12 +102,11 @@ def targets(scene: dict[str, Tensor]) -> tuple[Prediction, Tensor]:
     """Return the right Prediction, with class numbers for logits, and (B, K) whether each object counts.
 
     An object whose centre is cropped away while its rim is not does not count: nobody could tell whether it exists."""
-    B, rows = len(scene["n"]), torch.arange(len(scene["n"]))[:, None].expand(-1, 3)
     has = scene["shape"] >= 0                                                   # (B, 3)
-    color, row = scene["color"][has], rows[has]
+    row, color = has.nonzero()[:, 0], scene["color"][has]
 
     def placed(values: Tensor) -> Tensor:
-        out = torch.zeros(B, len(COLORS), dtype=values.dtype)
+        out = torch.zeros(len(has), len(COLORS), dtype=values.dtype)
         out[row, color] = values[has]
         return out
 
@@ -163,7 +162,7 @@ def load(path: Path = JUDGE) -> ShapesClassifier:
     return net.eval().requires_grad_(False)
 
 
-# ---------------------------------------------------------------- toy_fd
+# ---------------------------------------------------------------- toy_fd and toy_leak
 
 def to_bytes(images: Tensor | np.ndarray) -> Tensor:
     """Round images in [-1, 1] to uint8, as files hold them."""
@@ -193,8 +192,6 @@ def toy_fd(judge: ShapesClassifier, images: Tensor, reference: FeatureStats) -> 
     add_features(stats, judge, images)
     return frechet_distance(stats.mean, stats.cov, reference.mean, reference.cov)
 
-
-# ---------------------------------------------------------------- the leak
 
 def descriptor(seen: Prediction) -> Tensor:
     """Describe an image by numbers that ignore sharpness: (B, K (shapes + 2)).
@@ -275,10 +272,8 @@ def measure(o: Options, judge: ShapesClassifier) -> dict:
 def fraction_with_error(right: Tensor) -> list[float | None]:
     """Return the fraction of 1s among 1, 0 and NaN, its standard error, and how many are not NaN."""
     right = right[~right.isnan()]
-    if not len(right):
-        return [None, None, 0]
-    p = right.mean().item()
-    return [round(p, 4), round(math.sqrt(p * (1 - p) / len(right)), 4), len(right)]
+    n, p = len(right), right.mean().item()
+    return [round(p, 4), round(math.sqrt(p * (1 - p) / n), 4), n] if n else [None, None, 0]
 
 
 def leak(o: Options, judge: ShapesClassifier, dist: distributed.Dist) -> dict:
