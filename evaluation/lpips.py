@@ -83,17 +83,12 @@ class Options(sample.Options):
     trunk: str = ""                 # AlexNet's file; empty = $LPIPS_TRUNK, else torch's cache
 
 
-def read_sizes(text: str) -> tuple[int, ...]:
-    """Read a preset, or at least two sizes joined with "+". UserError for anything else."""
-    words = SIZES.get(text, text).split("+")
-    if len(words) < 2 or not all(w.isdecimal() and int(w) > 0 for w in words):
-        raise UserError(f"sizes={text!r} is neither a preset, {', '.join(SIZES)}, nor two sizes, like 64+256")
-    return tuple(int(w) for w in words)
-
-
 def main(argv: list[str]) -> None:
     o = parse(argv, Options())
-    dist, sizes = distributed.setup(o.threads), read_sizes(o.sizes)
+    words = SIZES.get(o.sizes, o.sizes).split("+")
+    if len(words) < 2 or not all(w.isdecimal() and int(w) > 0 for w in words):
+        raise UserError(f"sizes={o.sizes!r} is neither a preset, {', '.join(SIZES)}, nor two sizes, like 64+256")
+    dist, sizes = distributed.setup(o.threads), tuple(int(w) for w in words)
     net, run = load_lpips(o.trunk, dist.device), sample.load_run(o, dist.device)
     result = lpips_diversity(size_groups(run, sizes, dist), net, dist)
     if dist.rank == 0:

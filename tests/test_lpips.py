@@ -78,6 +78,8 @@ def test_the_lpips_command(random_lpips, tmp_path, monkeypatch, capsys):
     want = lpips_diversity([groups(20)[:, :3]], random_lpips, ALONE)
     assert (line["value"], line["error"], line["n"]) == (want.value, want.error, 3) and line["metric"] == "lpips_alex"
     assert (line["sizes"], line["guidance"], line["eta"], line["steps"]) == ([16, 48, 96], 1.5, 0.25, 2)
+    lpips.main([f"--out={tmp_path}/run", "--sizes=hr", "--n=3", "--steps=2"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["sizes"] == [256, 512, 1024]
 
 
 @pytest.mark.slow
@@ -103,8 +105,6 @@ def test_trunk_and_heads_are_filled_in_by_name(random_lpips, tmp_path, monkeypat
 
 
 def test_sizes_are_presets_or_numbers():
-    for text, want in ("hr", (256, 512, 1024)), ("all", (64, 128, 256, 512, 1024)), ("8+16", (8, 16)):
-        assert lpips.read_sizes(text) == want
     for text in ("", "64", "64+x", "0+4", "low"):
         with pytest.raises(UserError, match="neither a preset, all, hr"):
-            lpips.read_sizes(text)
+            lpips.main([f"--sizes={text}"])
