@@ -273,24 +273,6 @@ METRICS = {
 }
 
 
-def evaluate(images: Callable, n: int, batch: int, extract: Any, reference: Reference | None, metrics: str,
-             dist: distributed.Dist) -> dict[str, dict]:
-    """{name: {value, se}} of n images on rank 0, {} elsewhere, with warnings. Arguments as for `collect`.
-
-    A name is fid50k/inception-2015-12-05/tf1: only equal names are comparable. se is the standard error, None for FID,
-    where the bias, which falls as 1/n, is larger."""
-    wanted = {name: METRICS[name] for name in metrics.split("+")}
-    stats, rows = collect(images, n, batch, extract, {metric.rows for metric in wanted.values()}, dist)
-    if dist.rank > 0:
-        return {}
-    if n < ENOUGH and "fid" in wanted:
-        log.info(f"warning: FID of {n:,} images is biased upwards; compare it at the same N only, or use "
-                 f"--metrics=kid, which has no bias.")
-    ending = f"{f'{n // 1000}k' if n % 1000 == 0 else n}/{extract.name}/{extract.resize}"
-    values = {name: metric.function(stats, rows.get(metric.rows), reference) for name, metric in wanted.items()}
-    return {name + ending: {"value": value, "se": se} for name, (value, se) in values.items()}
-
-
 # ---------------------------------------------------------------- images of a run
 
 @dataclass
@@ -336,22 +318,37 @@ class Options(sample.Options):
     inception: str = ""             # weights file; empty = $INCEPTION_WEIGHTS, the cache, or the network
 
 
-def load_metrics(o: Options, n: int, dist: distributed.Dist) -> tuple[Any, Reference | None]:
-    """The feature network and the reference for o.metrics of n images; no reference if no metric compares with one.
+class Evaluation:
+    """The metrics of n images: evaluation(images) is {name: {value, se}} on rank 0, {} elsewhere, with warnings.
 
-    UserError for an unknown metric, too few images, or a reference without the features that KID needs."""
-    names, reference = o.metrics.split("+"), None
-    for name in names:
-        if name not in METRICS:
-            raise UserError(f"unknown metric {name!r} in metrics={o.metrics!r}; there are {', '.join(METRICS)}")
-        if n < METRICS[name].least:
-            raise UserError(f"n={n} images are too few for {name}, which needs {METRICS[name].least}")
-    extract = inception.Extractor(o.inception, o.resize, dist)
-    if comparing := [METRICS[name] for name in names if METRICS[name].reference]:
-        reference = read_reference(o.ref, extract)
-        if any(metric.rows for metric in comparing) and reference.rows is None:
-            raise UserError(f"{o.metrics} needs a reference with features; make it with: python fid.py ref --kid=true")
-    return extract, reference
+    A name is fid50k/inception-2015-12-05/tf1: only equal names are comparable. se is the standard error, None for FID,
+    where the bias, which falls as 1/n, is larger. `reference` is None if no metric compares with one. UserError for an
+    unknown metric, too few images, or a reference without the features that KID needs."""
+    def __init__(self, o: Options, n: int, dist: distributed.Dist) -> None:
+        for name in (names := o.metrics.split("+")):
+            if name not in METRICS:
+                raise UserError(f"unknown metric {name!r} in metrics={o.metrics!r}; there are {', '.join(METRICS)}")
+            if n < METRICS[name].least:
+                raise UserError(f"n={n} images are too few for {name}, which needs {METRICS[name].least}")
+        self.n, self.batch, self.dist, self.wanted = n, o.batch, dist, {name: METRICS[name] for name in names}
+        self.extract, self.reference = inception.Extractor(o.inception, o.resize, dist), None
+        if comparing := [metric for metric in self.wanted.values() if metric.reference]:
+            self.reference = read_reference(o.ref, self.extract)
+            if any(metric.rows for metric in comparing) and self.reference.rows is None:
+                raise UserError(f"{o.metrics} needs a reference with features; make it with: fid.py ref --kid=true")
+
+    def __call__(self, images: Callable) -> dict[str, dict]:
+        n, extract, keep = self.n, self.extract, {metric.rows for metric in self.wanted.values()}
+        stats, rows = collect(images, n, self.batch, extract, keep, self.dist)
+        if self.dist.rank > 0:
+            return {}
+        if n < ENOUGH and "fid" in self.wanted:
+            log.info(f"warning: FID of {n:,} images is biased upwards; compare it at the same N only, or use "
+                     f"--metrics=kid, which has no bias.")
+        ending = f"{f'{n // 1000}k' if n % 1000 == 0 else n}/{extract.name}/{extract.resize}"
+        values = {name: metric.function(stats, rows.get(metric.rows), self.reference)
+                  for name, metric in self.wanted.items()}
+        return {name + ending: {"value": value, "se": se} for name, (value, se) in values.items()}
 
 
 class Monitor:
@@ -362,25 +359,24 @@ class Monitor:
     training continues."""
     def __init__(self, o: Options, cfg: Config, header: dict[str, str], dist: distributed.Dist) -> None:
         self.o, self.dist = sample.check(o, cfg), dist
-        self.extract, self.reference = load_metrics(o, o.n, dist)
+        self.evaluation = Evaluation(o, o.n, dist)
         decoder = decoder_of(header, o.autoencoder, cfg.model.channels, dist.device)
         conditions = sample.SampleConditions(self.o, cfg, header)
         self.run = sample.Run(self.o, None, cfg, header, conditions, decoder, dist.device)
 
     def __call__(self, net: nn.Module, step: int) -> dict[str, dict]:
         """The values of `net` at `step`, on rank 0; {} elsewhere."""
-        t0, o, values, failed = time.monotonic(), self.o, {}, {}
-        images = GeneratedImages(self.run._replace(net=net))
+        t0, values, failed = time.monotonic(), {}, {}
         try:
-            values = evaluate(images, o.n, o.batch, self.extract, self.reference, o.metrics, self.dist)
+            values = self.evaluation(GeneratedImages(self.run._replace(net=net)))
         except Failed as e:
             failed = {"evaluation_failed": str(e)}
         if self.dist.rank == 0:
             if failed:
                 log.info(f"warning: no metric at step {step:,}: {failed['evaluation_failed']}. Training continues.")
             with log.warn_on_disk_error("a line of log.jsonl"):
-                log.append(Path(o.out), {"step": step, **failed, **{name: v["value"] for name, v in values.items()},
-                                         "evaluation_s": time.monotonic() - t0})
+                numbers = {name: v["value"] for name, v in values.items()}
+                log.append(Path(self.o.out), {"step": step, **failed, **numbers, "evaluation_s": time.monotonic() - t0})
         return values
 
 
@@ -412,13 +408,14 @@ def main_fid(argv: list[str]) -> None:
             **asdict(run.options), "weights_sha256": run.header["sha256"], "train_step": int(run.header["step"]),
             "ema_std": run.header.get("ema"), "prompts_sha256": run.conditions.prompts_sha256,
             "dtype": str(run.net.dtype)[6:]}
-    extract, reference = load_metrics(o, n, dist)
-    values = evaluate(images, n, o.batch, extract, reference, o.metrics, dist)
+    evaluation = Evaluation(o, n, dist)
+    values = evaluation(images)
     if dist.rank == 0:
         for name, v in values.items():
             print(f"{name}  {v['value']:.6g}" + (f" +- {v['se']:.2g}" if v["se"] is not None else ""))
-        print(json.dumps({**origin, "metrics": values, "n": n, **(reference.origin if reference else {}),
-                          "features_sha256": extract.sha256, "resize": o.resize, "torch": torch.__version__}))
+        reference = evaluation.reference.origin if evaluation.reference else {}
+        print(json.dumps({**origin, "metrics": values, "n": n, **reference, "resize": o.resize,
+                          "features_sha256": evaluation.extract.sha256, "torch": torch.__version__}))
 
 
 @dataclass(frozen=True)

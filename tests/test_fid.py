@@ -332,7 +332,7 @@ def test_references_of_other_tools_are_read_and_reported_as_unlabelled(tmp_path,
         assert np.allclose(ref.mu, mu, rtol=1e-6) and ref.mu.dtype == torch.float64
         assert not ref.origin["reference_labelled"] and ref.origin["reference_n"] is None
         loaded = counted(lambda k: torch.from_numpy(images(9)).permute(0, 3, 1, 2)[k])
-        got = fid.evaluate(loaded, 9, 5, few, ref, "fid", ALONE)
+        got = fid.Evaluation(fid.Options(ref=str(tmp_path / f"{name}.npz"), batch=5), 9, ALONE)(loaded)
         assert list(got) == ["fid9/inception-2015-12-05/tf1"]
     with pytest.raises(UserError, match="resize tf1, wanted clean"):
         read_reference(str(tmp_path / "adm.npz"), Few(resize="clean"))
