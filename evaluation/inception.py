@@ -183,7 +183,7 @@ def find_weights(path: str, dist: distributed.Dist) -> Path:
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(URLS[0], str(file), hash_prefix=SHA256, progress=False)
         except (OSError, RuntimeError) as e:
-            error = str(e)
+            error = str(e) or type(e).__name__
     if distributed.all_reduce_sum(torch.tensor([float(bool(error))], device=dist.device), dist).item():
         raise UserError(f"{error or 'another process has none'}; FID, KID and IS need the Inception weights. Download "
                         f"{' or '.join(URLS)} (95.6 MB, sha256 {SHA256}) and name it by --inception=FILE or "

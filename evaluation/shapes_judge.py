@@ -144,14 +144,8 @@ def train(seed: int, steps: int, batch: int = 128, peak: float = 4e-3) -> Shapes
     return net.eval().requires_grad_(False)
 
 
-def write(net: ShapesClassifier, path: Path, training: dict) -> None:
-    """Write the judge as safetensors, with `training`, its options, in the header."""
-    header = {"config": json.dumps({"width": net.width, "data": VERSION, **training}), "judge": "shapes"}
-    checkpoint.write_weights(path, net.state_dict(), header)
-
-
 def load(path: Path = JUDGE) -> ShapesClassifier:
-    """Load a judge that `write` wrote; its sha256 is that of its weights. UserError for any other file."""
+    """Load a judge that `make` wrote; its sha256 is that of its weights. UserError for any other file."""
     tensors, header = checkpoint.read_weights(path)
     cfg = json.loads(header["config"])
     if header.get("judge") != "shapes" or cfg["data"] != VERSION:
@@ -237,7 +231,8 @@ class Options(sample.Options):
 def make(o: Options) -> dict:
     """Train and write a judge; return the last line, with its accuracy on the class of unseen renders."""
     net, training = train(o.seed, o.train_steps), {"seed": o.seed, "steps": o.train_steps}
-    write(net, Path(o.write), training)
+    header = {"config": json.dumps({"width": net.width, "data": VERSION, **training}), "judge": "shapes"}
+    checkpoint.write_weights(Path(o.write), net.state_dict(), header)
     batch = Shapes(SIDE, split="test", crop=False).records(range(500))
     right = largest(read(net, batch["image"])) == batch["label"]
     return {"judge": load(Path(o.write)).sha256, **training, "by_class": fraction_with_error(right.float())}

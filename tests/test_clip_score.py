@@ -165,6 +165,6 @@ def test_the_clip_command(folder, tmp_path, capsys):
     (tmp_path / "p.txt").write_text("dog\n", encoding="utf-8")
     with pytest.raises(UserError, match="5 images.*1 captions"):
         main(flags)
-    for flag, says in (("--protocol=x", "unknown protocol='x'"), ("--prompts=gone.txt", "no file at --prompts")):
+    for flag, says in (("--protocol=x", "unknown protocol='x'"), ("--prompts=gone.txt", "gone.txt cannot be read")):
         with pytest.raises(UserError, match=says):
             main([*flags, flag])

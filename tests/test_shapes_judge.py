@@ -206,22 +206,11 @@ def test_scenes_that_are_resized_are_those_of_the_data_set(kind):
 
 # ---------------------------------------------------------------- files and the command
 
-def test_what_is_written_is_read_and_its_hash_follows_its_weights(tmp_path, net, renders):
-    shapes_judge.write(net, tmp_path / "a.safetensors", {"seed": 0})
-    again = shapes_judge.load(tmp_path / "a.safetensors")
-    x = renders["image"][:20]
-    assert torch.equal(again(x).x, net(x).x) and not again.training
-    changed = ShapesClassifier()
-    changed.load_state_dict(net.state_dict() | {"r.bias": net.r.bias + 1e-6})
-    shapes_judge.write(changed, tmp_path / "b.safetensors", {"seed": 0})
-    assert shapes_judge.load(tmp_path / "b.safetensors").sha256 != again.sha256
-
-
-def test_a_judge_that_is_missing_foreign_or_damaged_is_an_error(tmp_path, net, monkeypatch):
+def test_a_judge_that_is_missing_foreign_or_damaged_is_an_error(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no weights at .*none.safetensors"):
         shapes_judge.load(tmp_path / "none.safetensors")
     file = tmp_path / "a.safetensors"
-    shapes_judge.write(net, file, {})
+    file.write_bytes(shapes_judge.JUDGE.read_bytes())
     monkeypatch.setattr(shapes_judge, "VERSION", "shapes 99")
     with pytest.raises(UserError, match="no judge of 'shapes 99'"):
         shapes_judge.load(file)
