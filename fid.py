@@ -4,16 +4,13 @@ python fid.py ref --images=data/train --center_crop=256 --save=ref.npz         s
 python fid.py fid --images=samples.npz --ref=ref.npz                    or a folder of PNG files
 python fid.py fid --out=out/imagenet --ref=ref.npz --n=50000 --guidance=1.5     generated, never on the disk
 torchrun --nproc_per_node=8 -- fid.py fid --out=out/imagenet --ref=ref.npz --metrics=fid+kid+is
-python fid.py clip --images=samples.npz --prompts=prompts.txt           CLIPScore
-python fid.py lpips --out=out/imagenet --n=100                          how much images differ by size alone
-python fid.py toy --images=out/demo/samples/NAME.npz                    shapes: toy_fd, accuracy by attribute
 
 The last line of the output is one JSON object. The name of a number states N, features and resize: compare it only
-with numbers of the same name. To add a metric, write a function and a row of METRICS.
+with numbers of the same name. To add a metric, write a function and a row of METRICS. CLIPScore, LPIPS and the judge
+of shapes are programs of their own, in evaluation/.
 Dimensions: B batch, H x W pixels, D features, K classes or images of one prompt, P prompts, n and m images.
 """
 import hashlib
-import importlib
 import io
 import json
 import math
@@ -33,6 +30,7 @@ import data
 import model
 import sample
 from config import Config, UserError, parse, run
+from evaluation import inception
 from latents import decoder_of
 from runtime import distributed, log
 from runtime.plot import to_uint8
@@ -44,7 +42,7 @@ NEGATIVE = 1e-6                         # rounding may take a distance this far 
 LABELS = ("n", "features", "weights_sha256", "resize", "data", "rows")    # of our reference files, beside mu and sigma
 
 
-# ---------------------------------------------------------------- Fréchet distance, KID, Inception Score
+# ---------------------------------------------------------------- Fréchet distance, KID, Inception Score, means
 
 def _exact(device: torch.device | str) -> torch.device:
     """The device for float64 sums: `device`, or the CPU for MPS, which has no float64."""
@@ -62,10 +60,8 @@ class FeatureStats:
         self.outer = self.count.new_zeros(dim, dim)                                 # (D, D)
 
     def update(self, features: Tensor) -> None:
-        """Add features (B, D). ValueError for inf or nan."""
+        """Add features (B, D)."""
         f = features.detach().to(self.sum.device).double()
-        if not f.isfinite().all():
-            raise ValueError("features hold inf or nan")
         self.count += len(f)
         self.sum += f.sum(0)
         self.outer.addmm_(f.T, f)
@@ -118,17 +114,13 @@ def kid(x: Tensor, y: Tensor) -> tuple[float, float]:
     """[KID] eq. 4: the unbiased squared MMD of the kernel (x.y/D + 1)^3, over all pairs, and its standard error.
 
     x (n, D), y (m, D); memory (BLOCK, max(n, m)) float64. The value may be negative. The error is first order
-    (Hoeffding's projection): right for sets that differ, too small for sets that do not. ValueError below two rows."""
-    if min(len(x), len(y)) < 2:
-        raise ValueError(f"KID needs two features of each set, got {len(x)} and {len(y)}")
+    (Hoeffding's projection): right for sets that differ, too small for sets that do not."""
     x, y = (z.to(_exact(z.device)).double() for z in (x, y))
 
-    def across(a: Tensor, b: Tensor) -> Tensor:
-        """Mean kernel of each row of a with the rows of b. (len(a),)"""
+    def across(a: Tensor, b: Tensor) -> Tensor:             # mean kernel of each row of a with the rows of b
         return torch.cat([((part @ b.T / b.shape[1] + 1) ** 3).mean(1) for part in a.split(BLOCK)])
 
-    def within(z: Tensor) -> Tensor:
-        """Mean kernel of each row with the others. (len(z),)"""
+    def within(z: Tensor) -> Tensor:                        # mean kernel of each row with the others
         return (len(z) * across(z, z) - (z.square().mean(1) + 1) ** 3) / (len(z) - 1)
 
     h_x, h_y = within(x) - across(x, y), within(y) - across(y, x)                   # (n,), (m,)
@@ -139,10 +131,8 @@ def kid(x: Tensor, y: Tensor) -> tuple[float, float]:
 def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
     """[IS] exp(E KL(p(y|x) || p(y))): the mean over consecutive splits, as equal as n allows, and its standard error.
 
-    logits (n, K), in the order of the images. ValueError for fewer images than splits."""
+    logits (n, K), in the order of the images, n >= splits."""
     n, scores = len(logits), []
-    if n < splits:
-        raise ValueError(f"{n} images do not fill {splits} splits")
     for k in range(splits):
         log_p = logits[k * n // splits:(k + 1) * n // splits].to(_exact(logits.device)).double().log_softmax(1)
         p = log_p.exp()
@@ -152,10 +142,7 @@ def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
     return scores.mean().item(), (scores.std() / splits ** 0.5).item()
 
 
-# ---------------------------------------------------------------- means of the other metrics
-
-@dataclass(frozen=True)
-class MeanWithError:
+class MeanWithError(NamedTuple):
     """A mean over n values, with its standard error: their standard deviation over the square root of n."""
     value: float
     error: float
@@ -262,8 +249,6 @@ def collect(images: Callable, n: int, batch: int, extract: Any, keep: set[str],
     rows = {key: distributed.all_reduce_sum(kept, dist) for key, kept in rows.items()}      # one process has each row
     counts = torch.tensor([float(blank), float(images.broken)], device=dist.device)
     blank, broken = map(int, distributed.all_reduce_sum(counts, dist).tolist())
-    if stats.n != n:
-        raise RuntimeError(f"counted {stats.n} images instead of {n}")
     if broken:
         raise Failed(f"{broken} of {n} images are not finite; try --dtype=float32")
     if blank == n:
@@ -288,37 +273,14 @@ METRICS = {
 }
 
 
-def evaluate(images: Callable, n: int, batch: int, extract: Any, reference: Reference | None, metrics: str,
-             dist: distributed.Dist) -> dict[str, dict]:
-    """{name: {value, se}} of n images on rank 0, {} elsewhere, with warnings. Arguments as for `collect`.
-
-    A name is fid50k/inception-2015-12-05/tf1: only equal names are comparable. se is the standard error, None for FID,
-    where the bias, which falls as 1/n, is larger. ValueError for other features than those of FID."""
-    from evaluation import inception
-    if (extract.name, extract.sha256) != (inception.NAME, inception.SHA256):
-        raise ValueError(f"{extract.name} is not the network of FID, KID and IS; name the metric after its own")
-    wanted = {name: METRICS[name] for name in metrics.split("+")}
-    stats, rows = collect(images, n, batch, extract, {metric.rows for metric in wanted.values()}, dist)
-    if dist.rank > 0:
-        return {}
-    if n < ENOUGH and "fid" in wanted:
-        log.info(f"warning: FID of {n:,} images is biased upwards; compare it at the same N only, or use "
-                 f"--metrics=kid, which has no bias.")
-    ending = f"{f'{n // 1000}k' if n % 1000 == 0 else n}/{extract.name}/{extract.resize}"
-    values = {name: metric.function(stats, rows.get(metric.rows), reference) for name, metric in wanted.items()}
-    return {name + ending: {"value": value, "se": se} for name, (value, se) in values.items()}
-
-
 # ---------------------------------------------------------------- images of a run
 
+@dataclass
 class GeneratedImages:
-    """The images of a run by number, equal to those of sample.py with the same options, for any number of processes.
-
-    `broken` counts those that are not finite."""
-    workers, broken = 0, 0
-
-    def __init__(self, run: sample.Run) -> None:
-        self.run = run
+    """The images of a run by number, equal to those of sample.py with the same options, for any number of processes."""
+    run: sample.Run
+    workers: int = 0                    # threads: none
+    broken: int = 0                     # images that were not finite
 
     def __call__(self, indices: np.ndarray) -> Tensor:
         """Images number `indices` (B,), uint8 (B, 3, H, W). Only the last batch may be short."""
@@ -356,23 +318,37 @@ class Options(sample.Options):
     inception: str = ""             # weights file; empty = $INCEPTION_WEIGHTS, the cache, or the network
 
 
-def load_metrics(o: Options, n: int, dist: distributed.Dist) -> tuple[Any, Reference | None]:
-    """The feature network and the reference for o.metrics of n images; no reference if no metric compares with one.
+class Evaluation:
+    """The metrics of n images: evaluation(images) is {name: {value, se}} on rank 0, {} elsewhere, with warnings.
 
-    UserError for an unknown metric, too few images, or a reference without the features that KID needs."""
-    names, reference = o.metrics.split("+"), None
-    for name in names:
-        if name not in METRICS:
-            raise UserError(f"unknown metric {name!r} in metrics={o.metrics!r}; there are {', '.join(METRICS)}")
-        if n < METRICS[name].least:
-            raise UserError(f"n={n} images are too few for {name}, which needs {METRICS[name].least}")
-    from evaluation import inception
-    extract = inception.Extractor(o.inception, o.resize, dist)
-    if comparing := [METRICS[name] for name in names if METRICS[name].reference]:
-        reference = read_reference(o.ref, extract)
-        if any(metric.rows for metric in comparing) and reference.rows is None:
-            raise UserError(f"{o.metrics} needs a reference with features; make it with: python fid.py ref --kid=true")
-    return extract, reference
+    A name is fid50k/inception-2015-12-05/tf1: only equal names are comparable. se is the standard error, None for FID,
+    where the bias, which falls as 1/n, is larger. `reference` is None if no metric compares with one. UserError for an
+    unknown metric, too few images, or a reference without the features that KID needs."""
+    def __init__(self, o: Options, n: int, dist: distributed.Dist) -> None:
+        for name in (names := o.metrics.split("+")):
+            if name not in METRICS:
+                raise UserError(f"unknown metric {name!r} in metrics={o.metrics!r}; there are {', '.join(METRICS)}")
+            if n < METRICS[name].least:
+                raise UserError(f"n={n} images are too few for {name}, which needs {METRICS[name].least}")
+        self.n, self.batch, self.dist, self.wanted = n, o.batch, dist, {name: METRICS[name] for name in names}
+        self.extract, self.reference = inception.Extractor(o.inception, o.resize, dist), None
+        if comparing := [metric for metric in self.wanted.values() if metric.reference]:
+            self.reference = read_reference(o.ref, self.extract)
+            if any(metric.rows for metric in comparing) and self.reference.rows is None:
+                raise UserError(f"{o.metrics} needs a reference with features; make it with: fid.py ref --kid=true")
+
+    def __call__(self, images: Callable) -> dict[str, dict]:
+        n, extract, keep = self.n, self.extract, {metric.rows for metric in self.wanted.values()}
+        stats, rows = collect(images, n, self.batch, extract, keep, self.dist)
+        if self.dist.rank > 0:
+            return {}
+        if n < ENOUGH and "fid" in self.wanted:
+            log.info(f"warning: FID of {n:,} images is biased upwards; compare it at the same N only, or use "
+                     f"--metrics=kid, which has no bias.")
+        ending = f"{f'{n // 1000}k' if n % 1000 == 0 else n}/{extract.name}/{extract.resize}"
+        values = {name: metric.function(stats, rows.get(metric.rows), self.reference)
+                  for name, metric in self.wanted.items()}
+        return {name + ending: {"value": value, "se": se} for name, (value, se) in values.items()}
 
 
 class Monitor:
@@ -383,25 +359,24 @@ class Monitor:
     training continues."""
     def __init__(self, o: Options, cfg: Config, header: dict[str, str], dist: distributed.Dist) -> None:
         self.o, self.dist = sample.check(o, cfg), dist
-        self.extract, self.reference = load_metrics(o, o.n, dist)
+        self.evaluation = Evaluation(o, o.n, dist)
         decoder = decoder_of(header, o.autoencoder, cfg.model.channels, dist.device)
         conditions = sample.SampleConditions(self.o, cfg, header)
         self.run = sample.Run(self.o, None, cfg, header, conditions, decoder, dist.device)
 
     def __call__(self, net: nn.Module, step: int) -> dict[str, dict]:
         """The values of `net` at `step`, on rank 0; {} elsewhere."""
-        t0, o, values, line = time.monotonic(), self.o, {}, {"step": step}
-        images = GeneratedImages(self.run._replace(net=net))
+        t0, values, failed = time.monotonic(), {}, {}
         try:
-            values = evaluate(images, o.n, o.batch, self.extract, self.reference, o.metrics, self.dist)
+            values = self.evaluation(GeneratedImages(self.run._replace(net=net)))
         except Failed as e:
-            line["evaluation_failed"] = str(e)
+            failed = {"evaluation_failed": str(e)}
         if self.dist.rank == 0:
-            if reason := line.get("evaluation_failed"):
-                log.info(f"warning: no metric at step {step:,}: {reason}. Training continues.")
-            line |= {name: v["value"] for name, v in values.items()} | {"evaluation_s": time.monotonic() - t0}
+            if failed:
+                log.info(f"warning: no metric at step {step:,}: {failed['evaluation_failed']}. Training continues.")
             with log.warn_on_disk_error("a line of log.jsonl"):
-                log.append(Path(o.out), line)
+                numbers = {name: v["value"] for name, v in values.items()}
+                log.append(Path(self.o.out), {"step": step, **failed, **numbers, "evaluation_s": time.monotonic() - t0})
         return values
 
 
@@ -433,14 +408,14 @@ def main_fid(argv: list[str]) -> None:
             **asdict(run.options), "weights_sha256": run.header["sha256"], "train_step": int(run.header["step"]),
             "ema_std": run.header.get("ema"), "prompts_sha256": run.conditions.prompts_sha256,
             "dtype": str(run.net.dtype)[6:]}
-    extract, reference = load_metrics(o, n, dist)
-    values = evaluate(images, n, o.batch, extract, reference, o.metrics, dist)
+    evaluation = Evaluation(o, n, dist)
+    values = evaluation(images)
     if dist.rank == 0:
         for name, v in values.items():
             print(f"{name}  {v['value']:.6g}" + (f" +- {v['se']:.2g}" if v["se"] is not None else ""))
-        print(json.dumps({**origin, "metrics": values, "n": n, **(reference.origin if reference else {}),
-                          "features": extract.name, "features_sha256": extract.sha256, "resize": o.resize,
-                          "torch": torch.__version__, "processes": dist.world}))
+        reference = evaluation.reference.origin if evaluation.reference else {}
+        print(json.dumps({**origin, "metrics": values, "n": n, **reference, "resize": o.resize,
+                          "features_sha256": evaluation.extract.sha256, "torch": torch.__version__}))
 
 
 @dataclass(frozen=True)
@@ -459,7 +434,6 @@ class RefOptions:
 
 def main_ref(argv: list[str]) -> None:
     """Statistics of real images."""
-    from evaluation import inception
     o = parse(argv, RefOptions())
     dist, path = distributed.setup(o.threads), Path(o.save)
     if not o.images or path.suffix != ".npz" or not path.parent.is_dir():
@@ -470,25 +444,18 @@ def main_ref(argv: list[str]) -> None:
     stats, rows = collect(images, n, o.batch, extract, {"features"} if o.kid else set(), dist)
     if dist.rank == 0:
         write_reference(path, stats, extract, o.images, rows.get("features"))
-        print(json.dumps({"save": o.save, "n": n, "data": o.images, "center_crop": o.center_crop,
-                          "features": extract.name, "features_sha256": extract.sha256, "resize": o.resize}))
+        print(json.dumps({**asdict(o), "n": n, "features": extract.name, "features_sha256": extract.sha256}))
 
 
-# A function here, or the module of evaluation/ that runs the command.
-COMMANDS = {"fid": main_fid, "ref": main_ref, "clip": "evaluation.clip_score", "lpips": "evaluation.lpips",
-            "toy": "evaluation.shapes_judge"}
+COMMANDS = {"fid": main_fid, "ref": main_ref}
 
 
 def main(argv: list[str]) -> None:
-    name, rest = (argv or [""])[0], argv[1:]
-    if name in ("--help", "-h"):
+    if argv[:1] in (["--help"], ["-h"]):
         return print(f"{__doc__}\nfid.py COMMAND --help lists the options of a command")
-    if name not in COMMANDS:
-        raise UserError(f"fid.py wants a command first, got {name!r}; there are {', '.join(COMMANDS)}")
-    command = COMMANDS[name]
-    if isinstance(command, str):
-        command = importlib.import_module(command).main
-    command(rest)
+    if not argv or argv[0] not in COMMANDS:
+        raise UserError(f"fid.py wants a command first, got {' '.join(argv)!r}; there are {', '.join(COMMANDS)}")
+    COMMANDS[argv[0]](argv[1:])
 
 
 if __name__ == "__main__":

@@ -3,14 +3,15 @@
 python -m evaluation.clip_score --images=samples.npz --prompts=prompts.txt     (line k belongs to image k)
 torchrun --nproc_per_node=8 -m evaluation.clip_score --images=samples.npz --prompts=captions_val2014.json
 
-The last line is one JSON object: a mean with its standard error, and the weights by their sha256. Random weights never
-score anything, and the network computes in fp32 whatever a run has set.
+The last line is one JSON object: a mean with its standard error, and the weights by their sha256. The network computes
+in fp32 whatever a run has set.
 Dimensions: B images and captions, h x w pixels, L tokens, D width of CLIP's vectors.
 """
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,8 +28,7 @@ from sources.folders import open_images
 from text import load_clip
 
 
-@dataclass(frozen=True)
-class Protocol:
+class Protocol(NamedTuple):
     """How to take a CLIPScore: scale * mean(max(cos, 0)) with `model`, and `prefix` before every caption."""
     model: str
     scale: float
@@ -58,8 +58,6 @@ class CLIP:
 
     def embed_images(self, images: Tensor) -> Tensor:
         """Return unit vectors (B, D) of uint8 images (B, 3, h, w), resized by the short side and center-cropped."""
-        if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
-            raise ValueError(f"wanted uint8 images (B, 3, h, w), got {images.dtype} {tuple(images.shape)}")
         h, w = images.shape[2:]
         high, wide = (self.side * s // min(h, w) for s in (h, w))
         x = F.interpolate(images.cpu(), (high, wide), mode="bicubic", antialias=True)   # in uint8, as Pillow does
@@ -93,8 +91,6 @@ def clip_score(batches: Iterable[tuple[Tensor, list[str]]], clip: CLIP, protocol
     return result, int(distributed.all_reduce_sum(torch.tensor([cut], device=dist.device), dist).item())
 
 
-# ---------------------------------------------------------------- the command
-
 @dataclass(frozen=True)
 class Options:
     """Which images and captions to compare, and how."""
@@ -113,15 +109,14 @@ def main(argv: list[str]) -> None:
     captions, images = read_prompts(o.prompts, o.seed), open_images(o.images)
     n = len(images)
     if len(captions) != n:
-        raise UserError(f"{n} images in {o.images}, {len(captions)} captions in {o.prompts}; caption k belongs to "
-                        f"image k")
+        raise UserError(f"{n} images in {o.images}, {len(captions)} captions in {o.prompts}")
     dist, protocol = distributed.setup(), PROTOCOLS[o.protocol]
     clip = CLIP(o.clip, protocol.model, dist.device)
     parts = [np.arange(k, min(k + o.batch, n)) for k in range(0, n, o.batch)][dist.rank::dist.world]
     batches = ((images(part), captions[part[0]:part[-1] + 1]) for part in parts)
     result, cut = clip_score(batches, clip, protocol, dist)
     if dist.rank == 0:
-        line = {"metric": f"clip_{o.protocol}", **asdict(result), **asdict(protocol), "captions_cut": cut,
+        line = {"metric": f"clip_{o.protocol}", **result._asdict(), **protocol._asdict(), "captions_cut": cut,
                 "weights": clip.sha256, "images": o.images, "dtype": "float32", "torch": torch.__version__}
         print(f"{line['metric']} {result.value:.4f} ± {result.error:.4f} over {n}")
         print(json.dumps(line))

@@ -1,8 +1,5 @@
 """The feature network of FID: TensorFlow's Inception of 2015-12-05 as a table, its weights and its input.
 
-extract = Extractor(weights="", resize="tf1", dist=dist)            finds or downloads the weights, checks their hash
-features, logits = extract(images)                                  images (B, 3, H, W) uint8
-
 Another Inception gives other numbers, so every load compares the sha256 below.
 Dimensions: B batch, C channels, H x W pixels.
 """
@@ -179,26 +176,19 @@ def find_weights(path: str, dist: distributed.Dist) -> Path:
     cache = Path(torch.hub.get_dir()) / "checkpoints" / URLS[0].rsplit("/", 1)[1]
     file, error = Path(path or os.environ.get(VARIABLE, "") or cache), ""
     if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not file.is_file():
-        error = download(file) if file == cache else f"no file {str(file)!r}"
+        try:
+            if file != cache:
+                raise FileNotFoundError(f"no file {str(file)!r}")
+            log.info(f"downloading 95.6 MB of Inception weights from {URLS[0]}")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(URLS[0], str(file), hash_prefix=SHA256, progress=False)
+        except (OSError, RuntimeError) as e:
+            error = str(e) or type(e).__name__
     if distributed.all_reduce_sum(torch.tensor([float(bool(error))], device=dist.device), dist).item():
         raise UserError(f"{error or 'another process has none'}; FID, KID and IS need the Inception weights. Download "
                         f"{' or '.join(URLS)} (95.6 MB, sha256 {SHA256}) and name it by --inception=FILE or "
                         f"{VARIABLE}, or put it at {cache}")
     return file
-
-
-def download(file: Path) -> str:
-    """Fill the cache from the first mirror that answers, checking the whole hash. Returns the errors if none does."""
-    errors = []
-    for url in URLS:
-        log.info(f"downloading 95.6 MB of Inception weights from {url}")
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(file), hash_prefix=SHA256, progress=False)
-            return ""
-        except (OSError, RuntimeError) as e:
-            errors.append(str(e))
-    return "; ".join(errors)
 
 
 class Extractor:
@@ -221,13 +211,10 @@ class Extractor:
         self.sha256, self.resize, self.device = SHA256, resize, dist.device
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (B, 2048) and logits (B, 1008), fp32, of images (B, 3, H, W) uint8. ValueError for others."""
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images are {tuple(images.shape)} {images.dtype}, wanted (B, 3, H, W) uint8")
+        """Features (B, 2048) and logits (B, 1008), fp32, of images (B, 3, H, W) uint8."""
         found = []
         with torch.inference_mode(), exact_fp32(self.device):
             for part in images.split(CHUNK):
                 x = RESIZE[self.resize](part.to(self.device).float())
                 found.append(self.net(x.contiguous(memory_format=torch.channels_last)))
-        features, logits = (torch.cat(part) for part in zip(*found))
-        return features, logits
+        return tuple(torch.cat(part) for part in zip(*found))

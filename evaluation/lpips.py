@@ -3,8 +3,8 @@
 python -m evaluation.lpips --out=out/imagenet --sizes=hr --n=1000
 torchrun --nproc_per_node=8 -m -- evaluation.lpips --out=out/imagenet --sizes=hr --n=10000
 
-The last line is one JSON object: a mean with its standard error, and the weights by their sha256. Random weights never
-score anything, and the network computes in fp32 whatever a run has set.
+The last line is one JSON object: a mean with its standard error, and the weights by their sha256. The network computes
+in fp32 whatever a run has set.
 Dimensions: B images, P prompts, K images of one prompt, h x w pixels, C features of a layer.
 """
 import hashlib
@@ -25,7 +25,7 @@ from runtime import distributed
 from runtime.optional import optional_import
 from runtime.plot import from_uint8
 
-SIZES = {"all": (64, 128, 256, 512, 1024), "hr": (256, 512, 1024)}  # [COND] table 2a: LPIPS and, at 256 px, LPIPS/HR
+SIZES = {"all": "64+128+256+512+1024", "hr": "256+512+1024"}        # [COND] table 2a: LPIPS and, at 256 px, LPIPS/HR
 TRUNK = "alexnet-owt-7be5be79.pth"
 TRUNK_SHA256 = "7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02"
 HEADS_SHA256 = "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0"     # v0.1/alex.pth of the package
@@ -45,31 +45,19 @@ def load_lpips(path: str, device: torch.device) -> nn.Module:
         found = hashlib.sha256(part.read_bytes()).hexdigest() if part.is_file() else "missing"
         if found != want:
             raise UserError(f"LPIPS needs {part} with sha256 {want}, got {found}; {help}")
-    with torch.random.fork_rng():                                           # random weights, all replaced below
-        net = lpips.LPIPS(net="alex", pretrained=False, pnet_rand=True, verbose=False)
-    return fill_lpips(net, *(torch.load(f, map_location="cpu", weights_only=True) for f in (file, heads))).to(device)
-
-
-def fill_lpips(net: nn.Module, trunk: dict[str, Tensor], heads: dict[str, Tensor]) -> nn.Module:
-    """Copy torchvision's AlexNet and the package's heads into the network: every weight of it, or KeyError."""
-    state = net.state_dict()
-    for name in state:
-        if name.startswith("net.slice"):                                    # net.slice2.3.bias is features.3.bias
-            state[name] = trunk["features." + name.split(".", 2)[2]]
-        elif name.startswith("lin"):                                        # lins.2.model is lin2.model
-            state[name] = heads[name.replace("lins.", "lin")]
-    net.load_state_dict(state)
-    return net.eval().requires_grad_(False)
+    with torch.random.fork_rng():                           # it loads its heads; its trunk is random, replaced below
+        net = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+    trunk = torch.load(file, map_location="cpu", weights_only=True)
+    net.net.load_state_dict({name: trunk["features." + name.split(".", 1)[1]]       # slice2.3.bias is features.3.bias
+                             for name in net.net.state_dict()})
+    return net.eval().requires_grad_(False).to(device)
 
 
 def lpips_features(net: nn.Module, images: Tensor) -> list[Tensor]:
     """Return the vectors whose squared distances are LPIPS, one part per layer: unit features * sqrt(w_c / (h w)).
 
     uint8 (B, 3, h, w) -> (B, C, h', w') for each of five layers; w_c are the heads, which are not negative."""
-    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
-        raise ValueError(f"wanted uint8 images (B, 3, h, w), got {images.dtype} {tuple(images.shape)}")
-    lins = [net.lin0, net.lin1, net.lin2, net.lin3, net.lin4]
-    weights = [lin.model[-1].weight[0].clamp(min=0) for lin in lins]        # (C, 1, 1)
+    weights = [lin.model[-1].weight[0].clamp(min=0) for lin in net.lins]    # (C, 1, 1)
     outs = net.net(net.scaling_layer(from_uint8(images)))
     unit = [x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10) for x in outs]
     return [x * (w / (x.shape[2] * x.shape[3])).sqrt() for x, w in zip(unit, weights)]
@@ -79,15 +67,13 @@ def lpips_diversity(groups: Iterable[Tensor], net: nn.Module, dist: distributed.
     """[COND] sec. 3.1: LPIPS between images that differ in one control, mean over pairs, then prompts. Low is good.
 
     groups: this process's prompts, uint8 (P, K, 3, h, w) at a time."""
-    values, device = [], next(net.parameters()).device
+    values = []
     for images in groups:
         with torch.no_grad(), exact_fp32(dist.device):
-            features = lpips_features(net, images.flatten(0, 1).to(device))
+            features = lpips_features(net, images.flatten(0, 1).to(dist.device))
             values += mean_pair_distance([f.unflatten(0, images.shape[:2]) for f in features]).tolist()
     return mean_over(values, dist)
 
-
-# ---------------------------------------------------------------- the command
 
 @dataclass(frozen=True)
 class Options(sample.Options):
@@ -97,24 +83,17 @@ class Options(sample.Options):
     trunk: str = ""                 # AlexNet's file; empty = $LPIPS_TRUNK, else torch's cache
 
 
-def read_sizes(text: str) -> tuple[int, ...]:
-    """Read a preset, or at least two sizes joined with "+". UserError for anything else."""
-    if text in SIZES:
-        return SIZES[text]
-    words = text.split("+")
-    if len(words) < 2 or not all(w.isdecimal() and int(w) > 0 for w in words):
-        raise UserError(f"sizes={text!r} is neither a preset, {', '.join(SIZES)}, nor two sizes, like 64+256")
-    return tuple(int(w) for w in words)
-
-
 def main(argv: list[str]) -> None:
     o = parse(argv, Options())
-    dist, sizes = distributed.setup(o.threads), read_sizes(o.sizes)
+    words = SIZES.get(o.sizes, o.sizes).split("+")
+    if len(words) < 2 or not all(w.isdecimal() and int(w) > 0 for w in words):
+        raise UserError(f"sizes={o.sizes!r} is neither a preset, {', '.join(SIZES)}, nor two sizes, like 64+256")
+    dist, sizes = distributed.setup(o.threads), tuple(int(w) for w in words)
     net, run = load_lpips(o.trunk, dist.device), sample.load_run(o, dist.device)
     result = lpips_diversity(size_groups(run, sizes, dist), net, dist)
     if dist.rank == 0:
         print(f"lpips_alex {result.value:.4f} ± {result.error:.4f} over {result.n}")
-        print(json.dumps({**asdict(run.options), "metric": "lpips_alex", **asdict(result), "sizes": sizes,
+        print(json.dumps({**asdict(run.options), "metric": "lpips_alex", **result._asdict(), "sizes": sizes,
                           "weights": TRUNK_SHA256, "weights_sha256": run.header["sha256"], "dtype": str(run.net.dtype),
                           "torch": torch.__version__}))
 

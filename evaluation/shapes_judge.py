@@ -4,8 +4,7 @@ python -m evaluation.shapes_judge --write=weights/judge.safetensors         trai
 python -m evaluation.shapes_judge --images=out/demo/samples/NAME.npz      toy_fd and accuracy of images
 python -m evaluation.shapes_judge --leak=out/shapes32 --n=100          how far the requested size leaks into the content
 
-toy_fd is the Fréchet distance between the judge's features of two sets of images. It is no FID: the features know this
-data set's shapes alone, and values compare within one judge only, so every value carries its hash.
+Values of toy_fd and toy_leak compare within one judge only, so each carries its hash.
 Dimensions: B images, R side of an image, F features, S side of their map, K objects: one place for every colour; for
 the leak P prompts of K images.
 """
@@ -72,8 +71,8 @@ class ShapesClassifier(nn.Module):
         """Return the features at every place. (B, 3, R, R) -> (B, F, S, S)"""
         return self.trunk(F.interpolate(images, (SIDE, SIDE), mode="area") if images.shape[-1] != SIDE else images)
 
-    def read_map(self, f: Tensor) -> Prediction:
-        """Read the features (B, F, S, S)."""
+    def forward(self, images: Tensor) -> Prediction:
+        f = self.map(images)
         logits = self.where(f).flatten(2)                                       # (B, K, S S)
         at = logits.softmax(2)
         pooled = at @ f.flatten(2).transpose(1, 2)                              # (B, K, F)
@@ -82,9 +81,6 @@ class ShapesClassifier(nn.Module):
         return Prediction(there=logits.logsumexp(2) - math.log(S * S), shape=self.shape(pooled),
                           x=rows.sum(2) @ place, y=rows.sum(3) @ place, r=self.r(pooled)[..., 0] * UNIT,
                           background=self.background(mean), native=self.native(mean))
-
-    def forward(self, images: Tensor) -> Prediction:
-        return self.read_map(self.map(images))
 
 
 @torch.inference_mode()
@@ -106,12 +102,11 @@ def targets(scene: dict[str, Tensor]) -> tuple[Prediction, Tensor]:
     """Return the right Prediction, with class numbers for logits, and (B, K) whether each object counts.
 
     An object whose centre is cropped away while its rim is not does not count: nobody could tell whether it exists."""
-    B, rows = len(scene["n"]), torch.arange(len(scene["n"]))[:, None].expand(-1, 3)
     has = scene["shape"] >= 0                                                   # (B, 3)
-    color, row = scene["color"][has], rows[has]
+    row, color = has.nonzero()[:, 0], scene["color"][has]
 
     def placed(values: Tensor) -> Tensor:
-        out = torch.zeros(B, len(COLORS), dtype=values.dtype)
+        out = torch.zeros(len(has), len(COLORS), dtype=values.dtype)
         out[row, color] = values[has]
         return out
 
@@ -149,28 +144,19 @@ def train(seed: int, steps: int, batch: int = 128, peak: float = 4e-3) -> Shapes
     return net.eval().requires_grad_(False)
 
 
-def write(net: ShapesClassifier, path: Path, training: dict) -> None:
-    """Write the judge as safetensors, with `training`, its options, in the header."""
-    header = {"config": json.dumps({"width": net.width, "data": VERSION, **training}), "judge": "shapes"}
-    checkpoint.write_weights(path, net.state_dict(), header)
-
-
 def load(path: Path = JUDGE) -> ShapesClassifier:
-    """Load a judge that `write` wrote; its sha256 is that of its weights. UserError for any other file."""
-    if not path.is_file():
-        raise UserError(f"no judge at {path}; make one with: python -m evaluation.shapes_judge --write={path}")
+    """Load a judge that `make` wrote; its sha256 is that of its weights. UserError for any other file."""
     tensors, header = checkpoint.read_weights(path)
     cfg = json.loads(header["config"])
     if header.get("judge") != "shapes" or cfg["data"] != VERSION:
-        raise UserError(f"{path} is no judge of {VERSION!r}; make one with: python -m evaluation.shapes_judge "
-                        f"--write={path}")
+        raise UserError(f"{path} is no judge of {VERSION!r}; make one with --write={path}")
     net = ShapesClassifier(cfg["width"])
     checkpoint.load_strictly(net, tensors, str(path))
     net.sha256 = header["sha256"]
     return net.eval().requires_grad_(False)
 
 
-# ---------------------------------------------------------------- toy_fd
+# ---------------------------------------------------------------- toy_fd and toy_leak
 
 def to_bytes(images: Tensor | np.ndarray) -> Tensor:
     """Round images in [-1, 1] to uint8, as files hold them."""
@@ -186,9 +172,9 @@ def add_features(stats: FeatureStats, judge: ShapesClassifier, images: Tensor) -
 
 def render_stats(judge: ShapesClassifier, source: Shapes, indices: Iterable[int]) -> FeatureStats:
     """Return the statistics of the renders `indices` of a data set."""
-    stats, indices = FeatureStats(judge.width), list(indices)
-    for k in range(0, len(indices), BATCH):
-        add_features(stats, judge, source.records(indices[k:k + BATCH])["image"])
+    stats = FeatureStats(judge.width)
+    for part in torch.tensor(list(indices)).split(BATCH):
+        add_features(stats, judge, source.records(part.tolist())["image"])
     return stats
 
 
@@ -200,8 +186,6 @@ def toy_fd(judge: ShapesClassifier, images: Tensor, reference: FeatureStats) -> 
     add_features(stats, judge, images)
     return frechet_distance(stats.mean, stats.cov, reference.mean, reference.cov)
 
-
-# ---------------------------------------------------------------- the leak
 
 def descriptor(seen: Prediction) -> Tensor:
     """Describe an image by numbers that ignore sharpness: (B, K (shapes + 2)).
@@ -246,12 +230,12 @@ class Options(sample.Options):
 
 def make(o: Options) -> dict:
     """Train and write a judge; return the last line, with its accuracy on the class of unseen renders."""
-    net = train(o.seed, o.train_steps)
-    write(net, Path(o.write), {"seed": o.seed, "steps": o.train_steps})
+    net, training = train(o.seed, o.train_steps), {"seed": o.seed, "steps": o.train_steps}
+    header = {"config": json.dumps({"width": net.width, "data": VERSION, **training}), "judge": "shapes"}
+    checkpoint.write_weights(Path(o.write), net.state_dict(), header)
     batch = Shapes(SIDE, split="test", crop=False).records(range(500))
     right = largest(read(net, batch["image"])) == batch["label"]
-    return {"judge": load(Path(o.write)).sha256, "seed": o.seed, "steps": o.train_steps,
-            "by_class": fraction_with_error(right.float())}
+    return {"judge": load(Path(o.write)).sha256, **training, "by_class": fraction_with_error(right.float())}
 
 
 def open_shapes(cfg: Config) -> Shapes:
@@ -267,8 +251,7 @@ def measure(o: Options, judge: ShapesClassifier) -> dict:
     cfg, captions = model.load(file.parent.parent)[1], sample.read_prompts(str(file.with_suffix(".txt")))
     source, pixels = open_shapes(cfg), open_images(o.images)
     n = len(pixels)
-    images = from_uint8(pixels(np.arange(n)))
-    real = source.records(range(2 * FAR, 2 * FAR + n))["image"]
+    images, real = from_uint8(pixels(np.arange(n))), source.records(range(2 * FAR, 2 * FAR + n))["image"]
     reference = render_stats(judge, source, range(FAR, FAR + REFERENCE))
     line = {"metric": f"toy_fd{n}/judge-{judge.sha256[:8]}", "value": toy_fd(judge, images, reference),
             "renders": toy_fd(judge, real, reference), "n": n, "reference_n": REFERENCE, "judge": judge.sha256,
@@ -284,10 +267,8 @@ def measure(o: Options, judge: ShapesClassifier) -> dict:
 def fraction_with_error(right: Tensor) -> list[float | None]:
     """Return the fraction of 1s among 1, 0 and NaN, its standard error, and how many are not NaN."""
     right = right[~right.isnan()]
-    if not len(right):
-        return [None, None, 0]
-    p = right.mean().item()
-    return [round(p, 4), round(math.sqrt(p * (1 - p) / len(right)), 4), len(right)]
+    n, p = len(right), right.mean().item()
+    return [round(p, 4), round(math.sqrt(p * (1 - p) / n), 4), n] if n else [None, None, 0]
 
 
 def leak(o: Options, judge: ShapesClassifier, dist: distributed.Dist) -> dict:
@@ -296,7 +277,7 @@ def leak(o: Options, judge: ShapesClassifier, dist: distributed.Dist) -> dict:
     result = toy_leak(judge, size_groups(run, NATIVE, dist), dist)
     mine = np.arange(dist.rank, o.n, dist.world)
     floor = toy_leak(judge, [resized(open_shapes(run.cfg), mine)] if len(mine) else [], dist)
-    return {**asdict(run.options), "metric": f"toy_leak/judge-{judge.sha256[:8]}", **asdict(result),
+    return {**asdict(run.options), "metric": f"toy_leak/judge-{judge.sha256[:8]}", **result._asdict(),
             "renders": floor.value, "sizes": NATIVE, "judge": judge.sha256, "weights_sha256": run.header["sha256"]}
 
 

@@ -1,9 +1,5 @@
 """Exact scores for images of shapes: pixel arithmetic checks what a caption states, without a network.
 
-right = score(images, captions)         {"color": 1 or 0 for each image, "size": ...}; NaN where the caption is silent
-sharpness(images)                       how sharp the edges are
-touches_border(images)                  whether an object reaches the border
-
 Dimensions: B batch, R side of an image, K objects of all images.
 """
 from collections.abc import Sequence
@@ -11,6 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sources.shapes import LARGE, RADIUS, SMALL, rgb, sdf
@@ -68,12 +65,6 @@ def count(owner: np.ndarray, share: np.ndarray) -> np.ndarray:
     return (size.reshape(B, -1)[:, 1:] >= min_object_pixels(R)).sum(1)
 
 
-def dilate(ink: np.ndarray, pixels: int) -> np.ndarray:
-    """Dilate a mask (K, R, R) by so many pixels; 1 or 0."""
-    wide = torch.from_numpy(ink).float()[:, None]
-    return torch.nn.functional.max_pool2d(wide, 2 * pixels + 1, 1, pixels)[:, 0].numpy()
-
-
 def min_object_pixels(R: int) -> float:
     """Return the fewest pixels that count as an object: 0.4 of the smallest whole one."""
     return 0.4 * moments()[0].min() * (RADIUS[0] * R) ** 2
@@ -128,7 +119,8 @@ def score(images: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
     size = [name for f in facts for name in f.sizes]
     alone = np.array([f.colors.count(name) == 1 for f in facts for name in f.colors], bool)
     mask = np.where((owner[row] == color[:, None, None]) & (share[row] > 0.15), share[row], 0)
-    mask = mask * dilate(mask > 0.5, R // 16)                                               # (K, R, R)
+    near = F.max_pool2d(torch.from_numpy(mask > 0.5).float()[:, None], 2 * (R // 16) + 1, 1, R // 16)
+    mask = mask * near[:, 0].numpy()                        # (K, R, R), without what is far from the object's core
     found = (mask > 0.5).sum((1, 2)) >= min_object_pixels(R)
     record("color", row, found)
     area = np.stack([((owner == c) & (share > 0.5)).sum((1, 2)) for c in range(len(COLORS))], axis=1)

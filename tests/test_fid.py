@@ -2,7 +2,6 @@
 files that are refused, and the commands. Features here are a few linear ones under the name of Inception.
 """
 import hashlib
-import importlib
 import json
 import math
 import os
@@ -168,13 +167,9 @@ def test_float32_sums_would_not_do():
     assert (stats_of(x, 9).cov - x.double().T.cov()).abs().max() < 1e-10
 
 
-def test_one_feature_has_no_covariance_and_nan_is_noticed():
-    stats = stats_of(normal(1, D))
+def test_one_feature_has_no_covariance():
     with pytest.raises(ValueError, match="needs two features, got 1"):
-        stats.cov
-    with pytest.raises(ValueError, match="inf or nan"):
-        stats.update(torch.full((2, D), math.inf))
-    assert stats.n == 1
+        stats_of(normal(1, D)).cov
 
 
 CASES = [(37, 5), (37, 30), (10, 10)]       # (n, batch): 8, 2 and 1 batches, the last one short or the only one
@@ -243,12 +238,6 @@ def test_memory_does_not_grow_with_the_number_of_images(few):
     assert len(most) == 24 and max(most) <= 4 and max(most[4:]) <= max(most[:4])
 
 
-def test_a_missing_image_is_noticed(few, monkeypatch):
-    loaded = counted(lambda indices: torch.from_numpy(images(20)).permute(0, 3, 1, 2)[indices[:-1]])
-    with pytest.raises(RuntimeError, match="counted 18 images instead of 20"):
-        fid.collect(loaded, 20, 10, few, set(), ALONE)
-
-
 def counted(call):
     call.workers = call.broken = 0
     return call
@@ -278,8 +267,6 @@ def test_kid_in_blocks_is_kid(monkeypatch):
     whole = kid(x, y)
     monkeypatch.setattr(fid, "BLOCK", 5)
     assert kid(x, y) == pytest.approx(whole, rel=1e-12)
-    with pytest.raises(ValueError, match="needs two features"):
-        kid(x[:1], y)
 
 
 @pytest.mark.slow
@@ -307,8 +294,6 @@ def test_the_inception_score_is_that_of_torch_fidelity(n):
 def test_the_inception_score_lies_between_one_and_the_number_of_classes():
     assert inception_score(normal(1, K).expand(10, K), splits=2)[0] == pytest.approx(1)
     assert inception_score(1000 * torch.eye(K).repeat(2, 1), splits=2) == pytest.approx((K, 0))
-    with pytest.raises(ValueError, match="9 images do not fill 10 splits"):
-        inception_score(normal(9, K))
 
 
 # ---------------------------------------------------------------- references
@@ -347,7 +332,7 @@ def test_references_of_other_tools_are_read_and_reported_as_unlabelled(tmp_path,
         assert np.allclose(ref.mu, mu, rtol=1e-6) and ref.mu.dtype == torch.float64
         assert not ref.origin["reference_labelled"] and ref.origin["reference_n"] is None
         loaded = counted(lambda k: torch.from_numpy(images(9)).permute(0, 3, 1, 2)[k])
-        got = fid.evaluate(loaded, 9, 5, few, ref, "fid", ALONE)
+        got = fid.Evaluation(fid.Options(ref=str(tmp_path / f"{name}.npz"), batch=5), 9, ALONE)(loaded)
         assert list(got) == ["fid9/inception-2015-12-05/tf1"]
     with pytest.raises(UserError, match="resize tf1, wanted clean"):
         read_reference(str(tmp_path / "adm.npz"), Few(resize="clean"))
@@ -483,19 +468,11 @@ def test_doubtful_images_give_a_warning_and_wrong_options_an_error(tmp_path, few
                         ([f"--images={tmp_path / 'x.npy'}", "--resize=clean"], "resize tf1, wanted clean")):
         with pytest.raises(UserError, match=text):
             run(*flags)
-    with pytest.raises(UserError, match="there are fid, ref, clip, lpips, toy"):
+    with pytest.raises(UserError, match="there are fid, ref$"):
         fid.main(["fud"])
     for flags in (["--images=a", "--save=b.txt"], ["--save=b.npz"], ["--images=a", "--save=none/b.npz"]):
         with pytest.raises(UserError, match="ref needs --images, the real images, and --save=FILE.npz"):
             fid.main(["ref", "--threads=1", *flags])
-
-
-def test_features_of_another_network_are_never_called_fid(few):
-    for key, other in (("name", "judge"), ("sha256", "0" * 64)):
-        theirs = Few()
-        setattr(theirs, key, other)
-        with pytest.raises(ValueError, match="is not the network of FID"):
-            fid.evaluate(counted(lambda k: None), 20, 5, theirs, None, "is", ALONE)
 
 
 def test_without_weights_there_is_an_error_and_no_number(tmp_path, monkeypatch, capsys):
@@ -509,14 +486,10 @@ def test_without_weights_there_is_an_error_and_no_number(tmp_path, monkeypatch, 
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("command, module", [("clip", "clip_score"), ("lpips", "lpips"), ("toy", "shapes_judge")])
-def test_other_commands_pass_their_flags_on(command, module, monkeypatch, capsys):
-    got = []
-    monkeypatch.setattr(importlib.import_module(f"evaluation.{module}"), "main", got.append)
-    fid.main([command, "--n=3"])
-    assert got == [["--n=3"]]
+def test_help_shows_the_commands(capsys):
     fid.main(["--help"])
-    assert f"fid.py {command}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "fid.py fid" in said and "fid.py ref" in said
 
 
 def test_a_metric_is_a_function_and_a_row_of_the_table(tmp_path, few, monkeypatch, capsys):

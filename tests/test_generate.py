@@ -283,7 +283,7 @@ def test_line_k_of_a_file_of_prompts_is_of_image_k_and_an_empty_one_of_no_captio
     one_by_one = [generated(out, "--n=3", "--batch=3", f"--prompt={p}", f"--name={k}")[0][k]
                   for k, p in ((0, "a red ring"), (2, "a blue star"))]
     assert np.array_equal(images[[0, 2]], one_by_one)
-    assert read_prompts(str(path.with_suffix(".txt"))) == titles[:3]            # what fid.py clip reads, line by line
+    assert read_prompts(str(path.with_suffix(".txt"))) == titles[:3]            # what CLIPScore reads, line by line
     file.write_text("a red ring\n", encoding="utf-8")
     assert generated(out, "--n=3", "--batch=2", f"--prompts={file}")[1] != path     # other captions, other images
 
