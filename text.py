@@ -60,10 +60,8 @@ def make_encoder(cfg: Config, stored: dict | None = None, device: str | torch.de
         raise UserError(f"model.text_length={cfg.model.text_length}, but encoder={cfg.encoder!r} has {LENGTH} tokens; "
                         f"leave it at 0")
     load = partial(ENCODERS[key], path, cfg.model.text_length, device if torch.device(device).type == "cuda" else "cpu")
-    if not stored:
-        return load()
-    encoder = LazyTextEncoder(stored, load)
-    if cfg.encoder != stored["name"]:
+    encoder = LazyTextEncoder(stored, load) if stored else load()
+    if stored and cfg.encoder != stored["name"]:
         encoder.tower()
     return encoder
 
@@ -89,11 +87,10 @@ class LazyTextEncoder:
         """Return the encoder, loaded once. UserError if it is not the one that encoded the stored tokens."""
         with self.lock:
             if self.loaded is None:
-                encoder, stored = self.load(), self.stored
-                if (found := encoder.describe())["sha256"] != stored["sha256"]:
+                encoder, name, sha256 = self.load(), self.stored["name"], self.stored["sha256"]
+                if (found := encoder.describe())["sha256"] != sha256:
                     raise UserError(f"encoder={found['name']!r} has sha256 {found['sha256'][:12]}, but the stored "
-                                    f"tokens are of {stored['name']!r}, {stored['sha256'][:12]}; use "
-                                    f"--encoder={stored['name']}, or encode the data again")
+                                    f"tokens are of {name!r}, {sha256[:12]}; use --encoder={name}, or encode again")
                 self.loaded = encoder
             return self.loaded
 
@@ -107,9 +104,6 @@ class WordVectors:
     position, so the token of "ring" in "a small red ring" knows "small", "red" and "ring". The vectors are rows of a
     Hadamard matrix: words are exactly orthogonal and every number has unit variance. Nothing is learned or loaded:
     the same words give the same tokens on every machine."""
-    before, after = 2, 1                                    # words of the window beside the token's own
-    position_dim = 16                                       # numbers of a token that encode its position
-
     def __init__(self, length: int = 20) -> None:
         self.length, self.words = length, list(WORDS)
         self.index = {word: k for k, word in enumerate(self.words)}
@@ -119,26 +113,22 @@ class WordVectors:
         V = len(hadamard)
         sign = torch.tensor([1.0 - 2 * (seed64("word vectors", k) & 1) for k in range(V)])
         self.table = torch.cat([hadamard[:len(self.words)] * sign, torch.zeros(1, V)])      # (words + 1, V)
-        self.dim = (self.before + 1 + self.after) * V + self.position_dim
-        rate = 4.0 ** -torch.arange(0, 4, 8 / self.position_dim)
-        angle = torch.arange(length)[:, None] * rate                                        # (L, position_dim / 2)
-        self.positions = math.sqrt(2) * torch.cat([angle.cos(), angle.sin()], dim=1)        # (L, position_dim)
+        angle = torch.arange(length)[:, None] * 4.0 ** -torch.arange(0, 4, 0.5)             # (L, 8)
+        self.positions = math.sqrt(2) * torch.cat([angle.cos(), angle.sin()], dim=1)        # (L, 16)
+        self.dim = 4 * V + 16
 
     def encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """Encode B captions as tokens (B, L, E) float32 and lengths (B,) int64, with zeros after a caption's end.
 
         The empty caption, the null condition, has length 0. UserError for an unknown word or more than L words."""
-        B, L, blank = len(captions), self.length, len(self.words)
-        ids, lengths = torch.full((B, self.before + L + self.after), blank), torch.zeros(B, dtype=torch.long)
-        for b, row in enumerate(map(self.word_ids, captions)):
-            ids[b, self.before:self.before + len(row)] = torch.tensor(row, dtype=torch.long)
-            lengths[b] = len(row)
-        windows = self.table[ids.unfold(1, self.before + 1 + self.after, 1)]                # (B, L, 4, V)
-        tokens = torch.cat([windows.flatten(2), self.positions.expand(B, -1, -1)], dim=2)
+        L, blank, rows = self.length, len(self.words), [self.word_ids(caption) for caption in captions]
+        lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
+        ids = [[blank, blank, *row, *[blank] * (L + 1 - len(row))] for row in rows]
+        windows = self.table[torch.tensor(ids, dtype=torch.long).view(-1, L + 3).unfold(1, 4, 1)]   # (B, L, 4, V)
+        tokens = torch.cat([windows.flatten(2), self.positions.expand(len(rows), -1, -1)], dim=2)
         return tokens * (torch.arange(L) < lengths[:, None])[..., None], lengths
 
     def word_ids(self, caption: str) -> list[int]:
-        """Return the index of every word of a caption. UserError as in `encode`."""
         words = split(caption)
         for word in words:
             if word not in self.index:
@@ -252,14 +242,12 @@ def load_clip(path: str, name: str = MODEL) -> tuple[nn.Module, Path, str, str]:
 def find_clip(path: str, name: str, open_clip: ModuleType) -> tuple[Path, dict, str]:
     """Return the file of weights, downloaded for a tag, the model's config, and the reason for its activation."""
     local, cfg = Path(path.removeprefix("openai:")), open_clip.get_model_config(name)
-    if not local.exists():
-        if not (known := open_clip.get_pretrained_cfg(name, path)):
-            raise ValueError("it is neither a file, nor a folder, nor a tag")
-        return (Path(open_clip.download_pretrained(known)), cfg | {"quick_gelu": known.get("quick_gelu", False)},
-                f"tag {path}")
+    if known := not local.exists() and open_clip.get_pretrained_cfg(name, path):
+        quick = known.get("quick_gelu", False)
+        return Path(open_clip.download_pretrained(known)), cfg | {"quick_gelu": quick}, f"tag {path}"
     file = next((local / w for w in WEIGHTS if (local / w).is_file()), local)
     if not file.is_file():
-        raise ValueError("the folder has no weights")
+        raise ValueError("it is neither a file, nor a folder with weights, nor a tag")
     why = f"no {CONFIG}; if these weights are OpenAI's, write openai:{path}"
     if (file.parent / CONFIG).is_file():
         cfg, why = json.loads((file.parent / CONFIG).read_text(encoding="utf-8"))["model_cfg"], f"by {CONFIG}"

@@ -6,7 +6,7 @@ python -m experiments.bench --size=DiT-S/2 --batch=8 --threads=1 --official_dit=
 python -m experiments.bench --config=configs/mp/shapes_e.py --threads=1 --against=plain    the cost of MP
 
 A training step is loss, backward pass, clipping, optimizer and weight averaging, as in train.py. Inputs are random and
-already on the device. Comparisons alternate between the networks; on a busy CPU use --threads=1.
+already on the device. Comparisons alternate between the networks.
 Dimensions: B batch, C channels, R resolution, T noise steps.
 """
 import math
@@ -40,8 +40,7 @@ from text import make_encoder
 PASSES = {"forward": 1, "train": 3, "sample": 2}    # FLOPs of each step over those of one forward pass
 WARMUP, MIN_ROUNDS = 2, 3               # untimed rounds, and the fewest timed ones
 TOLERANCE = 1e-4                        # outputs count as equal up to this, over the largest output
-LAM = 2.0                               # guidance scale: two passes, with and without the class or caption
-LR = 1e-6                               # too small to move the weights, so that every step is the same work
+LAM, LR = 2.0, 1e-6                     # guidance scale, of two passes; a rate too small to move the weights
 CLASSES = 1000                          # of a model of classes whose config does not say how many
 
 
@@ -59,11 +58,11 @@ class Options(Config):
 
 
 class Inputs(NamedTuple):
-    """The inputs of every network: images x (B, C, R, R), noise indices i (B,), condition, alpha-bar (T,)."""
-    x: Tensor
-    i: Tensor
+    """The inputs of every network."""
+    x: Tensor                           # images (B, C, R, R)
+    i: Tensor                           # noise indices (B,)
     cond: Condition
-    alpha_bar: Tensor
+    alpha_bar: Tensor                   # (T,)
 
 
 class Implementation(NamedTuple):
@@ -85,8 +84,8 @@ def read_options(argv: list[str]) -> Options:
     m = model_of_size(o.size) if o.size else o.model
     if m.semantics == "class":
         m = replace(m, classes=m.classes or CLASSES)
-    if m.semantics == "text" and not (m.text_dim and m.text_length):
-        encoder = make_encoder(o)
+    if m.semantics == "text":
+        encoder = make_encoder(replace(o, model=m))
         m = replace(m, text_dim=encoder.dim, text_length=encoder.length)
     batch = o.batch or o.microbatch
     o = replace(o, batch=batch, microbatch=batch, model=m)
@@ -96,10 +95,7 @@ def read_options(argv: list[str]) -> Options:
     check_name("against", o.against, ("", "diffusers", "plain"))
     if (o.against == "diffusers" or o.official_dit) and (m.arch, m.semantics, m.controls) != ("dit", "class", ""):
         raise UserError(f"against={o.against!r}, official_dit={o.official_dit!r} need a DiT of classes without "
-                        f"controls, such as --size=DiT-S/2, got model.arch={m.arch!r}, semantics={m.semantics!r}, "
-                        f"controls={m.controls!r}")
-    if o.against and o.official_dit:
-        raise UserError(f"against={o.against!r} and official_dit={o.official_dit!r} are two comparisons; give one")
+                        f"controls, such as --size=DiT-S/2, got {m.arch!r} of {m.semantics!r}")
     if o.against == "plain" and not m.arch.startswith("mp"):
         raise UserError(f"against='plain' needs an mp architecture, got model.arch={m.arch!r}")
     return o
@@ -191,24 +187,17 @@ def diffusers_side(ours: Implementation, s: Inputs) -> Implementation:
 
 def official_side(ours: Implementation, s: Inputs, path: str) -> Implementation:
     """models.py of a checkout of [DiT] in the folder `path`, with an average of its weights. It gets our weights."""
-    file, m = Path(path) / "models.py", ours.net.cfg
-    if not file.is_file():
-        raise UserError(f"--official_dit={path} has no models.py; give the folder of a checkout of the official DiT")
+    m = ours.net.cfg
     patch_torchvision_ops()                                 # its timm imports torchvision
     try:
-        kind = runpy.run_path(str(file))["DiT"]
-    except ModuleNotFoundError as e:
-        raise UserError(f"--official_dit={path} needs {e.name}: pip install {e.name}") from e
+        kind = runpy.run_path(str(Path(path) / "models.py"))["DiT"]
+    except (OSError, ImportError) as e:
+        raise UserError(f"--official_dit={path} wants a checkout of the official DiT and its packages: {e}") from e
     net = kind(input_size=m.resolution, patch_size=m.patch, in_channels=m.channels, hidden_size=m.width,
                num_heads=m.heads, depth=m.depth, num_classes=m.classes, learn_sigma=False).to(s.x.device)
     net.load_state_dict({**ours.net.state_dict(), "pos_embed": ours.net.pos_embed[None]})
-    averages = [p.detach().clone() for p in net.parameters()]
-
-    @torch.no_grad()
-    def average() -> None:
-        for mean, p in zip(averages, net.parameters()):
-            mean.mul_(0.9999).add_(p, alpha=1e-4)
-    return theirs("official", net, net, average, s, ours)
+    ema = PowerEMA(net, 0.1)
+    return theirs("official", net, net, lambda: ema.update(net, 2), s, ours)
 
 
 def theirs(name: str, net: nn.Module, eps: Callable[..., Tensor], average: Callable[[], None], s: Inputs,

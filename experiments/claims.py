@@ -6,7 +6,6 @@ Prints a column an arm, mean and standard deviation over the seeds, and writes i
 claim share data, noise and initial weights, seed by seed. Dimensions: B images, R their side.
 """
 import math
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -72,19 +71,15 @@ class Options:
 Row = dict[str, float]                  # measure -> value
 
 
-# ---------------------------------------------------------------- training and sampling
-
 def train(o: Options, runs: dict[str, list[str]], may_diverge: bool = False) -> None:
     """Train every run, name -> flags, `jobs` at a time. UserError with the last line of a run that fails."""
-    jobs = o.jobs or os.cpu_count() or 1
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    jobs = o.jobs or distributed.cores()
+    flags = ["--config=configs/shapes.py", "--sample_every=0", "--save_every=100000", f"--compile={o.compile}",
+             f"--threads={max(1, distributed.cores() // jobs)}"]
 
     def one(name: str) -> None:
-        command = [sys.executable, "train.py", "--config=configs/shapes.py", f"--out={o.out}/{name}",
-                   "--sample_every=0", "--save_every=100000", f"--threads={threads}", f"--compile={o.compile}",
-                   *runs[name]]
-        done = subprocess.run(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, encoding="utf-8",
-                              errors="replace")
+        done = subprocess.run([sys.executable, "train.py", *flags, f"--out={o.out}/{name}", *runs[name]],
+                              capture_output=True, encoding="utf-8", errors="replace")
         if done.returncode and not (may_diverge and done.returncode == 3):
             raise UserError(f"run {name} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
 
@@ -240,19 +235,12 @@ def at_best_rate(o: Options, arms: dict[str, list[str]]) -> dict[str, list[Row]]
 
 
 MP = ["--model.arch=mpdit", "--forced_weight_norm=true"]
-
-
-def magnitude(o: Options) -> dict[str, list[Row]]:
-    """[MAG] table 1: DiT against the same without normalisation layers; a remedy for attention, which averages."""
-    heads = "--model.mp=cosine+weights+stream+heads"
-    return at_best_rate(o, {"DiT": ["--model.arch=dit"], "MP-DiT": MP, "MP-DiT heads": [*MP, heads]})
-
-
-def modulation(o: Options) -> dict[str, list[Row]]:
-    """[MAG] table 2: how time and class modulate the input of a sub-layer, always with a gate."""
-    subsets = {"MP-DiT": "scale+shift+gate", "scale": "scale+gate", "rotate": "rotate+gate",
-               "scale rotate": "scale+rotate+gate"}
-    return at_best_rate(o, {arm: [*MP, f"--model.modulation={parts}"] for arm, parts in subsets.items()})
+# [MAG] table 1: DiT against the same without normalisation layers; a remedy for attention, which averages
+MAGNITUDE = {"DiT": ["--model.arch=dit"], "MP-DiT": MP, "MP-DiT heads": [*MP, "--model.mp=cosine+weights+stream+heads"]}
+# [MAG] table 2: how time and class modulate the input of a sub-layer, always with a gate
+MODULATION = {"MP-DiT": MP, "scale": [*MP, "--model.modulation=scale+gate"],
+              "rotate": [*MP, "--model.modulation=rotate+gate"],
+              "scale rotate": [*MP, "--model.modulation=scale+rotate+gate"]}
 
 
 def stability(o: Options) -> dict[str, list[Row]]:
@@ -269,11 +257,9 @@ def stability(o: Options) -> dict[str, list[Row]]:
 
 
 CLAIMS: dict[str, Callable[[Options], dict[str, list[Row]]]] = {
-    "flip": flip, "size": size, "transfer": transfer, "magnitude": magnitude, "modulation": modulation,
-    "stability": stability}
+    "flip": flip, "size": size, "transfer": transfer, "magnitude": partial(at_best_rate, arms=MAGNITUDE),
+    "modulation": partial(at_best_rate, arms=MODULATION), "stability": stability}
 
-
-# ---------------------------------------------------------------- the command
 
 def table(rows: dict[str, list[Row]]) -> str:
     """One line a measure, one column an arm: mean and standard deviation over the seeds."""
