@@ -236,10 +236,10 @@ class SampleConditions:
                 raise UserError(f"--{key} needs a model of {needed}; {o.out} has semantics={self.semantics!r}")
         if o.prompt and o.prompts:
             raise UserError(f"--prompt={o.prompt!r} and --prompts={o.prompts!r} exclude each other; give one")
-        listed = [part.strip() for part in (o.prompt or o.label).split(";") if o.prompt or o.label]
-        self.prompts = [] if o.label else read_prompts(o.prompts, o.seed) if o.prompts else listed
+        split = lambda text: [part.strip() for part in text.split(";")] if text else []
+        self.prompts = read_prompts(o.prompts, o.seed) if o.prompts else split(o.prompt)
         self.prompts_sha256 = hashlib.sha256("\n".join(self.prompts).encode()).hexdigest() if o.prompts else ""
-        self.labels = [self.class_index(name) for name in listed if o.label] or list(range(len(self.classes)))
+        self.labels = list(map(self.class_index, split(o.label))) or list(range(len(self.classes)))
         self.encoder = make_encoder(cfg, json.loads(header.get("encoder", "null")))
         self.source = data.open_source(cfg, "test") if self.semantics == "text" and not self.prompts else None
         for caption in self.prompts if isinstance(self.encoder, WordVectors) else self.prompts[:1]:
@@ -356,7 +356,7 @@ def generate_all(images_of: Run, dist: distributed.Dist, part: Path) -> np.ndarr
     images, done = (np.memmap(file, np.uint8, "r+", shape=shape) for shape, file in files)
     mine = [b for b in range(dist.rank, batches, dist.world) if not done[b]]
     for b in tqdm(mine, desc="sampling", unit="batch", disable=dist.rank > 0 or None):
-        indices = np.arange(b * o.batch, (b + 1) * o.batch) if batches > 1 else np.arange(o.n)
+        indices = b * o.batch + np.arange(min(o.batch, o.n))
         x = images_of(indices)                              # the last batch in full size too
         if not torch.isfinite(x).all():
             raise UserError(f"images {indices[0]} to {indices[-1]} are not finite; try --dtype=float32")

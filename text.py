@@ -44,8 +44,7 @@ PLAIN = {"context_length", "vocab_size", "width", "heads", "layers"}    # text_c
 def make_encoder(cfg: Config, stored: dict | None = None, device: str | torch.device = "cpu") -> Any:
     """Return an encoder with `dim` E, `length` L and `encode(captions) -> (tokens, lengths)`; None without text.
 
-    stored: the `encoder` of a source with tokens; its tower is loaded when it is needed, and at once if --encoder
-    names another path, to compare. device: of the tower; other than CUDA counts as the CPU."""
+    stored: the `encoder` of a source with tokens; its tower is loaded when needed, or to compare another path."""
     name, _, path = cfg.encoder.partition(":")
     key = f"{name}:PATH" if path else cfg.encoder
     if key not in ENCODERS:
@@ -72,15 +71,12 @@ ENCODERS = {"words": lambda path, length, device: WordVectors(length or 20),
 
 
 class LazyTextEncoder:
-    """Text encoder with stored tokens; the tower is loaded only for captions that are not stored.
-
-    stored: the "encoder" of a meta.json; load: makes the encoder. Several threads may call it."""
+    """Text encoder with stored tokens: `load` makes it only for captions that are not stored. Threads may share it."""
     def __init__(self, stored: dict, load: Callable[[], Any]) -> None:
         self.dim, self.length, self.stored, self.load = stored["dim"], stored["length"], stored, load
         self.lock, self.loaded = Lock(), None
 
     def encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """Encode captions that are not stored: (B, L, E) and (B,). UserError as in `tower`."""
         return self.tower().encode(captions)
 
     def tower(self) -> Any:
@@ -102,8 +98,7 @@ class WordVectors:
 
     Token j joins four vectors of +-1, of the words j-2, j-1, j and j+1 (zeros beyond the ends), and a sinusoidal
     position, so the token of "ring" in "a small red ring" knows "small", "red" and "ring". The vectors are rows of a
-    Hadamard matrix: words are exactly orthogonal and every number has unit variance. Nothing is learned or loaded:
-    the same words give the same tokens on every machine."""
+    Hadamard matrix: words are exactly orthogonal and every number has unit variance. Nothing is learned or loaded."""
     def __init__(self, length: int = 20) -> None:
         self.length, self.words = length, list(WORDS)
         self.index = {word: k for k, word in enumerate(self.words)}
@@ -145,8 +140,7 @@ class WordVectors:
 class CLIPText:
     """[COND] sec. 2.1: CLIP's frozen text tower, with a cache. Tokens are fp32 on the CPU, wherever the tower runs.
 
-    path: a file or folder of open_clip weights, openai:PATH, or a hub tag, as the file's docstring explains.
-    UserError if they do not fit. Several threads may call it."""
+    path: a file or folder of weights, openai:PATH or a hub tag. UserError if they do not fit. Threads may share it."""
     def __init__(self, path: str, device: str | torch.device = "cpu") -> None:
         self.tower, file, self.activation, why = load_clip(path)
         del self.tower.visual, self.tower.logit_scale
@@ -161,9 +155,8 @@ class CLIPText:
     def encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """Encode B captions as tokens (B, L, E) float32 and lengths (B,) int64, with zeros after a caption's end.
 
-        A length counts the marks of beginning and end. The empty caption, the null condition, has length 0. A caption
-        of more than L tokens is cut, with a warning. The tower runs once on each new caption; the last bits of a token
-        may depend on the other captions of the call."""
+        A length counts the marks of beginning and end; that of the empty caption, the null condition, is 0. A longer
+        caption is cut, with a warning. The last bits of a token may depend on the other captions of the call."""
         with self.lock:
             if len(self.cache) >= CACHE:
                 self.cache.clear()
@@ -173,9 +166,7 @@ class CLIPText:
         return pad_tokens(rows, self.length, self.dim)
 
     def encode_each(self, captions: list[str]) -> Iterator[Tensor]:
-        """Compute the tokens (n, E) of every caption in turn, past the cache, for one thread at a time.
-
-        CHUNK captions pass the tower together, so every bit is a function of this list."""
+        """Compute the tokens (n, E) of every caption, past the cache; each bit is a function of the whole list."""
         for k in range(0, len(captions), CHUNK):
             rows = [self.tokenize(caption) for caption in captions[k:k + CHUNK]]
             found = iter(self.run_tower([row for row in rows if row]) if any(rows) else ())
@@ -221,8 +212,7 @@ def weights_sha256(net: nn.Module, text: str) -> str:
 def load_clip(path: str, name: str = MODEL) -> tuple[nn.Module, Path, str, str]:
     """Load a CLIP with both towers, frozen and in fp32; also return its file, its activation and the reason for that.
 
-    path: as for CLIPText; name: the model if no config is beside the weights. Runs no code from the file. UserError
-    if there are no such weights, they do not fit, or the text tower is not a plain transformer."""
+    name: the model if no config is beside the weights. Runs no code from the file. UserError if they do not fit."""
     open_clip = optional_import("open_clip", "CLIP", "open_clip_torch")
     try:
         file, cfg, why = find_clip(path, name, open_clip)

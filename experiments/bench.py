@@ -7,7 +7,7 @@ python -m experiments.bench --config=configs/mp/shapes_e.py --threads=1 --agains
 
 A training step is loss, backward pass, clipping, optimizer and weight averaging, as in train.py. Inputs are random and
 already on the device. Comparisons alternate between the networks.
-Dimensions: B batch, C channels, R resolution, T noise steps.
+Dimensions: B batch, C channels, R resolution.
 """
 import math
 import re
@@ -34,14 +34,13 @@ from runtime import distributed
 from runtime.log import LossWindow
 from runtime.optional import optional_import, patch_torchvision_ops
 from sample import ddim, with_guidance
-from schedule import add_noise, alpha_bar_table
+from schedule import add_noise
 from text import make_encoder
 
 PASSES = {"forward": 1, "train": 3, "sample": 2}    # FLOPs of each step over those of one forward pass
 WARMUP, MIN_ROUNDS = 2, 3               # untimed rounds, and the fewest timed ones
 TOLERANCE = 1e-4                        # outputs count as equal up to this, over the largest output
 LAM, LR = 2.0, 1e-6                     # guidance scale, of two passes; a rate too small to move the weights
-CLASSES = 1000                          # of a model of classes whose config does not say how many
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,6 @@ class Inputs(NamedTuple):
     x: Tensor                           # images (B, C, R, R)
     i: Tensor                           # noise indices (B,)
     cond: Condition
-    alpha_bar: Tensor                   # (T,)
 
 
 class Implementation(NamedTuple):
@@ -74,8 +72,6 @@ class Implementation(NamedTuple):
     matmul: str = "highest"             # precision of its fp32 matrix products
 
 
-# ---------------------------------------------------------------- options
-
 def read_options(argv: list[str]) -> Options:
     """The options with batch and model filled in. UserError for what cannot be timed, before any network exists."""
     o = parse(argv, Options())
@@ -83,9 +79,9 @@ def read_options(argv: list[str]) -> Options:
         o = parse(argv, Options(**vars(load(o.config)) | {"batch": 0}))
     m = model_of_size(o.size) if o.size else o.model
     if m.semantics == "class":
-        m = replace(m, classes=m.classes or CLASSES)
-    if m.semantics == "text":
-        encoder = make_encoder(replace(o, model=m))
+        m = replace(m, classes=m.classes or 1000)
+    if m.semantics == "text" and not (m.text_dim and m.text_length):
+        encoder = make_encoder(o)
         m = replace(m, text_dim=encoder.dim, text_length=encoder.length)
     batch = o.batch or o.microbatch
     o = replace(o, batch=batch, microbatch=batch, model=m)
@@ -122,8 +118,7 @@ def make_inputs(o: Options, device: torch.device) -> Inputs:
     cond = make_condition(batch, m.semantics, model.control_names(m), device=device)
     x = torch.randn(B, m.channels, m.resolution, m.resolution, generator=g)
     i = torch.randint(m.timesteps, (B,), generator=g).float()
-    alpha_bar = alpha_bar_table(m.schedule, m.timesteps, m.sigma_scale).float()
-    return Inputs(x.to(device), i.to(device), cond, alpha_bar.to(device))
+    return Inputs(x.to(device), i.to(device), cond)
 
 
 def ours(cfg: Config, s: Inputs, dtype: str, compiled: bool) -> Implementation:
@@ -146,9 +141,9 @@ def ours(cfg: Config, s: Inputs, dtype: str, compiled: bool) -> Implementation:
 
     def train_step() -> None:
         g = torch.Generator(device).manual_seed(cfg.seed)
-        loss, i = train.denoising_loss(net, s.x, s.cond, g, s.alpha_bar, cfg)
+        loss, i = train.denoising_loss(net, s.x, s.cond, g, net.alpha_bar, cfg)
         loss.mean().backward()
-        window.add(loss, i, len(s.alpha_bar))
+        window.add(loss, i, cfg.model.timesteps)
         optim.project_grad_(rows)
         window.add_norm(nn.utils.clip_grad_norm_(net.parameters(), cfg.grad_clip or math.inf, foreach=True), 0)
         opt.step()
@@ -157,7 +152,7 @@ def ours(cfg: Config, s: Inputs, dtype: str, compiled: bool) -> Implementation:
         ema.update(net, 2)
 
     steps = {"forward": lambda: net(s.x, s.i, s.cond), "train": train_step,
-             "sample": lambda: ddim(denoise, s.x, s.alpha_bar, 1)}
+             "sample": lambda: ddim(denoise, s.x, net.alpha_bar, 1)}
     name = f"{cfg.model.arch}, {str(net.dtype)[6:]}{', compiled' * compiled}"
     return Implementation(name, net, steps, model.flops(cfg.model), torch.get_float32_matmul_precision())
 
@@ -203,12 +198,12 @@ def official_side(ours: Implementation, s: Inputs, path: str) -> Implementation:
 def theirs(name: str, net: nn.Module, eps: Callable[..., Tensor], average: Callable[[], None], s: Inputs,
            ours: Implementation) -> Implementation:
     """Another DiT in fp32 with default AdamW and the shortest code for the rest. eps(x, i, label) calls it."""
-    label, opt = s.cond.label, torch.optim.AdamW(net.parameters(), LR)
+    label, alpha_bar, opt = s.cond.label, ours.net.alpha_bar, torch.optim.AdamW(net.parameters(), LR)
     both = torch.cat([label, torch.full_like(label, ours.net.cfg.classes)])
 
     def train_step() -> None:
-        noise, i = torch.randn_like(s.x), torch.randint(len(s.alpha_bar), label.shape, device=label.device)
-        F.mse_loss(eps(add_noise(s.x, noise, s.alpha_bar[i]), i, label), noise).backward()
+        noise, i = torch.randn_like(s.x), torch.randint(len(alpha_bar), label.shape, device=label.device)
+        F.mse_loss(eps(add_noise(s.x, noise, alpha_bar[i]), i, label), noise).backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         opt.step()
         opt.zero_grad()
@@ -219,7 +214,7 @@ def theirs(name: str, net: nn.Module, eps: Callable[..., Tensor], average: Calla
         return uncond + LAM * (cond - uncond)
 
     steps = {"forward": lambda: eps(s.x, s.i, label), "train": train_step,
-             "sample": lambda: ddim(denoise, s.x, s.alpha_bar, 1)}
+             "sample": lambda: ddim(denoise, s.x, alpha_bar, 1)}
     return Implementation(name, net, steps, ours.flops)
 
 

@@ -87,17 +87,13 @@ def train(o: Options, runs: dict[str, list[str]], may_diverge: bool = False) -> 
         list(tqdm(pool.map(one, runs), total=len(runs), desc=f"training {o.claim}", unit="run"))
 
 
-def train_seeds(o: Options, arms: dict[str, list[str]], steps: int, start: str = "", may_diverge: bool = False) -> None:
-    """Train every arm, name -> flags, with every seed, from the runs named `start` where given: <name>-<seed>."""
+def train_seeds(o: Options, arms: dict[str, list[str]], steps: int, base: int = 0, may_diverge: bool = False) -> None:
+    """Train every arm, name -> flags, with every seed: <name>-<seed>, from base<base>-<seed> of `base` steps if any."""
+    if base:
+        train_seeds(o, {f"base{base}": []}, base)
     train(o, {f"{name}-{seed}": [f"--steps={steps}", f"--seed={seed}", *flags]
-              + ([f"--init_from={o.out}/{start}-{seed}"] if start else [])
+              + ([f"--init_from={o.out}/base{base}-{seed}"] if base else [])
               for name, flags in arms.items() for seed in range(o.seeds)}, may_diverge)
-
-
-def pretrain(o: Options, steps: int) -> str:
-    """Train a run a seed on plain images at 32 px, for others to start from; their name without the seed."""
-    train_seeds(o, {f"base{steps}": []}, steps)
-    return f"base{steps}"
 
 
 def images_of(o: Options, name: str, lam: float, captions: Sequence[str] = (), beta: float = 1.0, eta: float = -1.0,
@@ -134,16 +130,16 @@ def flip(o: Options) -> dict[str, list[Row]]:
     Compares training without and with the flip flag as a control: flag 0 should give the caption's side, flag 1 the
     other one. All start from a run that knows left from right, on scenes whose captions all name a side; without that
     start neither word nor flag alone says anything, and a short one unlearns the word before it learns the flag."""
-    start, flags = pretrain(o, o.pretrain_steps_flip), ["--shapes.layout=sides", "--augment=flip", *SLOW_MUON]
+    flags = ["--shapes.layout=sides", "--augment=flip", *SLOW_MUON]
     train_seeds(o, {"without": [*flags, "--model.controls="], "with": [*flags, "--model.controls=flip"]}, 3 * o.steps,
-                start)
+                o.pretrain_steps_flip)
 
     def measure(name: str, seed: int, flag: dict[str, float]) -> Row:
         captions = test_captions(o, f"with-{seed}")
         return accuracy(images_of(o, f"{name}-{seed}", LAM, captions, controls=flag), captions, "left_right", "color")
     return {arm: [measure(name, seed, flag) for seed in range(o.seeds)] for arm, name, flag in (
-        ("before", start, {}), ("without flag", "without", {}), ("flag 0", "with", {"flip": 0.0}),
-        ("flag 1", "with", {"flip": 1.0}))}
+        ("before", f"base{o.pretrain_steps_flip}", {}), ("without flag", "without", {}),
+        ("flag 0", "with", {"flip": 0.0}), ("flag 1", "with", {"flip": 1.0}))}
 
 
 def size(o: Options) -> dict[str, list[Row]]:
@@ -154,7 +150,7 @@ def size(o: Options) -> dict[str, list[Row]]:
     arms = {"size0": "uniform", "size1": "cosine"}
     flags = ["--augment=size", "--model.controls=size", *FINETUNE]
     train_seeds(o, {name: [*flags, f"--model.control_weight={kind}"] for name, kind in arms.items()}, o.steps,
-                pretrain(o, o.pretrain_steps))
+                o.pretrain_steps)
 
     def measure(name: str) -> Row:
         captions = test_captions(o, name)
@@ -177,7 +173,7 @@ def transfer(o: Options) -> dict[str, list[Row]]:
     Positions at 32 px are 0, 4, ..., 28; extrapolation continues them to 60, resampling keeps their extent."""
     arms = {"neither": ["--model.pos_base=60"], "positions": [], "positions, sigma": ["--model.sigma_scale=2"]}
     train_seeds(o, {f"high{k}": ["--model.resolution=64", *FINETUNE, *flags] for k, flags in enumerate(arms.values())},
-                o.finetune_steps, pretrain(o, o.pretrain_steps))
+                o.finetune_steps, o.pretrain_steps)
 
     def measure(name: str) -> Row:
         captions = test_captions(o, name)
@@ -206,12 +202,11 @@ def by_class(o: Options, judge: shapes_judge.ShapesClassifier, reference: Featur
 
     M k: magnitude of the tokens after block k, on held-out images at all noise levels."""
     net, cfg = model.load(f"{o.out}/{name}")
-    row = {"held-out loss": held_out(net, cfg)}
-    row |= {f"M {k.split('.')[1]}": v for k, v in magnitudes.measure(net, lambda: held_out(net, cfg))["activations"]
-            .items() if k.count(".") == 1}
+    found = magnitudes.measure(net, lambda: held_out(net, cfg))["activations"]
+    row = {f"M {k.split('.')[1]}": v for k, v in found.items() if k.count(".") == 1}
     images, label = images_of(o, name, lam=1.0, eta=0.0), torch.arange(o.n) % len(SHAPES)
     seen = shapes_judge.largest(shapes_judge.read(judge, images))
-    return row | {f"toy_fd{o.n}": shapes_judge.toy_fd(judge, images, reference),
+    return {"held-out loss": held_out(net, cfg)} | row | {f"toy_fd{o.n}": shapes_judge.toy_fd(judge, images, reference),
                   "class": (seen == label).float().mean().item()}
 
 
