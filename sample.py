@@ -1,9 +1,6 @@
 """Sampling: samplers as functions of any callable, guidance, the condition of every image, the command line.
 
 python sample.py --out=out/shapes --prompt="a red ring left of a blue square" --n=16
-python sample.py --out=out/shapes32 --size=96,96 --crop=0,0 --flip=0 --guidance=3 --control_guidance=1.4
-python sample.py --out=out/cc12m --prompts=captions.txt --n=5000        (line k is the prompt of image k)
-python sample.py --pretrained=DiT-XL-2-256x256.pt --autoencoder=stabilityai/sd-vae-ft-ema --label=207 --out=out/dit
 torchrun --nproc_per_node=8 -- sample.py --out=out/imagenet --n=50000          (resumes when run again after a stop)
 
 Writes <out>/samples/<name>.npz (arr_0, uint8, for evaluators), <name>.txt (the prompt or class of each image, one a
@@ -15,7 +12,6 @@ import difflib
 import hashlib
 import json
 import math
-import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -32,7 +28,7 @@ import data
 import model
 from baselines import official_dit
 from conditioning import CONTROLS, Condition, concatenate, guide, make_condition
-from config import Config, UserError, parse, run
+from config import Config, UserError, check_name, parse, run
 from data import read_prompts
 from latents import decoder_of
 from rng import keyed_noise, seed64
@@ -173,13 +169,11 @@ class Options:
 
 def check(o: Options, cfg: Config) -> Options:
     """Return the options with the run's guidance scale and eta in place of -1. UserError if they do not fit the run."""
-    if o.sampler not in SAMPLERS:
-        raise UserError(f"unknown sampler={o.sampler!r}; there are {', '.join(SAMPLERS)}")
+    check_name("sampler", o.sampler, SAMPLERS)
     sampler, m = SAMPLERS[o.sampler], cfg.model
     if o.eta != -1 and not 0 <= o.eta <= sampler.stochastic:
-        stochastic = ", ".join(name for name, row in SAMPLERS.items() if row.stochastic)
-        raise UserError(f"eta={o.eta} must lie between 0, no added noise, and 1, DDPM's, or be -1, the run's own; only "
-                        f"{stochastic} adds noise, got sampler={o.sampler!r}")
+        raise UserError(f"eta={o.eta} must lie between 0 and 1, or be -1, the run's own; above 0 it needs a sampler "
+                        f"that adds noise, such as ddim, got sampler={o.sampler!r}")
     if min(o.n, o.batch) < 1:
         raise UserError(f"n={o.n} and batch={o.batch} must be at least 1")
     if Path(o.name).name != o.name:
@@ -219,8 +213,7 @@ def image_size(o: Options, cfg: Config) -> tuple[int, int]:
 def parse_numbers(key: str, text: str, count: int) -> list[float]:
     """Read `count` numbers from 0 up, joined by commas; UserError for any other text."""
     if not re.fullmatch(",".join([r" *\d*\.?\d+(e-?\d+)? *"] * count), text):
-        example = ",".join(["16", "24"][:count])
-        raise UserError(f"--{key} wants {count} number{'s' * (count > 1)} from 0 up, like {example}, got {text!r}")
+        raise UserError(f"--{key} wants {count} number{'s' * (count > 1)} from 0 up with commas, got {text!r}")
     return [float(part) for part in text.split(",")]
 
 
@@ -243,26 +236,26 @@ class SampleConditions:
                 raise UserError(f"--{key} needs a model of {needed}; {o.out} has semantics={self.semantics!r}")
         if o.prompt and o.prompts:
             raise UserError(f"--prompt={o.prompt!r} and --prompts={o.prompts!r} exclude each other; give one")
-        listed = [part.strip() for part in (o.prompt or o.label).split(";") if o.prompt or o.label]
-        self.prompts = [] if o.label else read_prompts(o.prompts, o.seed) if o.prompts else listed
+        split = lambda text: [part.strip() for part in text.split(";")] if text else []
+        self.prompts = read_prompts(o.prompts, o.seed) if o.prompts else split(o.prompt)
         self.prompts_sha256 = hashlib.sha256("\n".join(self.prompts).encode()).hexdigest() if o.prompts else ""
-        self.labels = [self.class_index(name) for name in listed if o.label] or list(range(len(self.classes)))
+        self.labels = list(map(self.class_index, split(o.label))) or list(range(len(self.classes)))
         self.encoder = make_encoder(cfg, json.loads(header.get("encoder", "null")))
         self.source = data.open_source(cfg, "test") if self.semantics == "text" and not self.prompts else None
         for caption in self.prompts if isinstance(self.encoder, WordVectors) else self.prompts[:1]:
             self.encoder.encode([caption])      # fails early for unknown words, or another encoder than in training
 
-        self.fixed = {}                         # controls that the options set, (width,) each
+        stored = json.loads(header.get("controls", "{}"))
+        self.rows = {key: torch.tensor(rows).float() for key, rows in stored.items()}       # (rows, 2) or (rows,)
         for key in [key for key in CONTROLS if getattr(o, key)]:
-            if key not in model.control_names(cfg.model):
+            if key not in self.rows:
                 raise UserError(f"--{key} needs a model with this control; {o.out} has controls={cfg.model.controls!r}")
-            self.fixed[key] = torch.tensor(parse_numbers(key, getattr(o, key), CONTROLS[key].width))
-        if o.flip and self.fixed["flip"].item() not in (0, 1):
+            value = torch.tensor(parse_numbers(key, getattr(o, key), CONTROLS[key].width))
+            self.rows[key] = value.squeeze().expand_as(self.rows[key])
+        if o.flip and self.rows["flip"][0] not in (0, 1):
             raise UserError(f"--flip wants 0 or 1, got {o.flip!r}")
-        self.rows = {key: torch.tensor(rows) for key, rows in json.loads(header.get("controls", "{}")).items()}
 
     def class_index(self, label: str) -> int:
-        """Return the number of a class given by name or number; UserError with the nearest names."""
         known = [*self.classes, *map(str, range(len(self.classes)))]        # a name that is a number is a name
         if label in known:
             return known.index(label) % len(self.classes)
@@ -270,13 +263,9 @@ class SampleConditions:
         raise UserError(f"unknown class {label!r} among {len(self.classes)}; near: {', '.join(near)}")
 
     def controls(self, indices: np.ndarray) -> dict[str, Tensor]:
-        """Return the controls of these images (B,): the fixed ones, the rest from one training sample an image."""
-        if not self.rows:
-            return {}
-        total = len(next(iter(self.rows.values())))
-        row = torch.tensor([seed64(self.seed, "controls", int(k)) % total for k in indices])
-        values = {key: rows[row].float() for key, rows in self.rows.items()}    # (B, 2) or (B,)
-        return values | {key: v.expand(len(indices), -1).reshape(values[key].shape) for key, v in self.fixed.items()}
+        """Return the controls of these images (B,), (B, 2) or (B,): an image's come from one training sample."""
+        keys = [seed64(self.seed, "controls", int(k)) for k in indices]
+        return {name: rows[[key % len(rows) for key in keys]] for name, rows in self.rows.items()}
 
     def batch(self, indices: np.ndarray) -> data.Batch:
         """Return a batch with the caption or the label of each of these images (B,)."""
@@ -284,19 +273,18 @@ class SampleConditions:
             return {"label": torch.tensor([self.labels[k % len(self.labels)] for k in indices])}
         if self.prompts:
             return {"caption": [self.prompts[k % len(self.prompts)] for k in indices]}
-        return {} if self.source is None else data.cyclic_batch(self.source, indices)
+        return data.cyclic_batch(self.source, indices) if self.source else {"caption": [""] * len(indices)}
 
-    def titles(self, indices: np.ndarray, batch: data.Batch | None = None) -> list[str]:
+    def titles(self, indices: np.ndarray) -> list[str]:
         """Return a title for each of these images (B,): caption, name of the class, or nothing."""
-        batch = self.batch(indices) if batch is None else batch
-        return data.titles(batch, self.classes) if batch else [""] * len(indices)
+        return data.titles(self.batch(indices), self.classes)
 
     def __call__(self, indices: np.ndarray) -> tuple[Condition, list[str]]:
         """Return the condition of these images (B,) and a title for each."""
         controls, batch = self.controls(indices), data.with_text(self.batch(indices), self.encoder)
         cond = make_condition(batch | controls, self.semantics, tuple(controls), self.cfg.padding,
                               self.cfg.padding_noise, padding_generators(indices, self.seed))
-        return cond, self.titles(indices, batch)
+        return cond, data.titles(batch, self.classes)
 
 
 # ---------------------------------------------------------------- generating
@@ -312,10 +300,9 @@ def generate(net: Denoise, cfg: Config, cond: Condition, indices: Sequence[int],
     def noise(purpose: str) -> Tensor:
         return keyed_noise(indices, (m.channels, *image_size(o, cfg)), o.seed, purpose).to(device)
 
-    options = {"spacing": o.spacing or sampler.spacing}
-    if sampler.stochastic:
-        options |= {"eta": o.eta, "draw": lambda k: noise(f"step {k}")}
-    return sampler.function(denoise, noise("sample"), alpha_bar, o.steps, **options)
+    added = {"eta": o.eta, "draw": lambda k: noise(f"step {k}")} if sampler.stochastic else {}
+    spacing = o.spacing or sampler.spacing
+    return sampler.function(denoise, noise("sample"), alpha_bar, o.steps, spacing=spacing, **added)
 
 
 class Run(NamedTuple):
@@ -369,7 +356,7 @@ def generate_all(images_of: Run, dist: distributed.Dist, part: Path) -> np.ndarr
     images, done = (np.memmap(file, np.uint8, "r+", shape=shape) for shape, file in files)
     mine = [b for b in range(dist.rank, batches, dist.world) if not done[b]]
     for b in tqdm(mine, desc="sampling", unit="batch", disable=dist.rank > 0 or None):
-        indices = np.arange(b * o.batch, (b + 1) * o.batch) if batches > 1 else np.arange(o.n)
+        indices = b * o.batch + np.arange(min(o.batch, o.n))
         x = images_of(indices)                              # the last batch in full size too
         if not torch.isfinite(x).all():
             raise UserError(f"images {indices[0]} to {indices[-1]} are not finite; try --dtype=float32")
@@ -389,11 +376,10 @@ def remove_partial(part: Path) -> None:
 
 def write_npz(path: Path, images: np.ndarray) -> None:
     """Replace an .npz by one of these images, (n, H, W, C) uint8, in one step, once they are on the disk."""
-    unfinished = path.with_suffix(".tmp")
-    with open(unfinished, "wb") as f:
-        np.savez(f, arr_0=images)
-    log.sync(unfinished)
-    os.replace(unfinished, path)
+    with log.atomic_path(path) as unfinished:
+        with open(unfinished, "wb") as f:
+            np.savez(f, arr_0=images)
+        log.sync(unfinished)
 
 
 def write_grid(path: Path, images: np.ndarray, titles: list[str]) -> None:

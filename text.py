@@ -44,8 +44,7 @@ PLAIN = {"context_length", "vocab_size", "width", "heads", "layers"}    # text_c
 def make_encoder(cfg: Config, stored: dict | None = None, device: str | torch.device = "cpu") -> Any:
     """Return an encoder with `dim` E, `length` L and `encode(captions) -> (tokens, lengths)`; None without text.
 
-    stored: the `encoder` of a source with tokens; its tower is loaded when it is needed, and at once if --encoder
-    names another path, to compare. device: of the tower; other than CUDA counts as the CPU."""
+    stored: the `encoder` of a source with tokens; its tower is loaded when needed, or to compare another path."""
     name, _, path = cfg.encoder.partition(":")
     key = f"{name}:PATH" if path else cfg.encoder
     if key not in ENCODERS:
@@ -60,10 +59,8 @@ def make_encoder(cfg: Config, stored: dict | None = None, device: str | torch.de
         raise UserError(f"model.text_length={cfg.model.text_length}, but encoder={cfg.encoder!r} has {LENGTH} tokens; "
                         f"leave it at 0")
     load = partial(ENCODERS[key], path, cfg.model.text_length, device if torch.device(device).type == "cuda" else "cpu")
-    if not stored:
-        return load()
-    encoder = LazyTextEncoder(stored, load)
-    if cfg.encoder != stored["name"]:
+    encoder = LazyTextEncoder(stored, load) if stored else load()
+    if stored and cfg.encoder != stored["name"]:
         encoder.tower()
     return encoder
 
@@ -74,26 +71,22 @@ ENCODERS = {"words": lambda path, length, device: WordVectors(length or 20),
 
 
 class LazyTextEncoder:
-    """Text encoder with stored tokens; the tower is loaded only for captions that are not stored.
-
-    stored: the "encoder" of a meta.json; load: makes the encoder. Several threads may call it."""
+    """Text encoder with stored tokens: `load` makes it only for captions that are not stored. Threads may share it."""
     def __init__(self, stored: dict, load: Callable[[], Any]) -> None:
         self.dim, self.length, self.stored, self.load = stored["dim"], stored["length"], stored, load
         self.lock, self.loaded = Lock(), None
 
     def encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """Encode captions that are not stored: (B, L, E) and (B,). UserError as in `tower`."""
         return self.tower().encode(captions)
 
     def tower(self) -> Any:
         """Return the encoder, loaded once. UserError if it is not the one that encoded the stored tokens."""
         with self.lock:
             if self.loaded is None:
-                encoder, stored = self.load(), self.stored
-                if (found := encoder.describe())["sha256"] != stored["sha256"]:
+                encoder, name, sha256 = self.load(), self.stored["name"], self.stored["sha256"]
+                if (found := encoder.describe())["sha256"] != sha256:
                     raise UserError(f"encoder={found['name']!r} has sha256 {found['sha256'][:12]}, but the stored "
-                                    f"tokens are of {stored['name']!r}, {stored['sha256'][:12]}; use "
-                                    f"--encoder={stored['name']}, or encode the data again")
+                                    f"tokens are of {name!r}, {sha256[:12]}; use --encoder={name}, or encode again")
                 self.loaded = encoder
             return self.loaded
 
@@ -105,11 +98,7 @@ class WordVectors:
 
     Token j joins four vectors of +-1, of the words j-2, j-1, j and j+1 (zeros beyond the ends), and a sinusoidal
     position, so the token of "ring" in "a small red ring" knows "small", "red" and "ring". The vectors are rows of a
-    Hadamard matrix: words are exactly orthogonal and every number has unit variance. Nothing is learned or loaded:
-    the same words give the same tokens on every machine."""
-    before, after = 2, 1                                    # words of the window beside the token's own
-    position_dim = 16                                       # numbers of a token that encode its position
-
+    Hadamard matrix: words are exactly orthogonal and every number has unit variance. Nothing is learned or loaded."""
     def __init__(self, length: int = 20) -> None:
         self.length, self.words = length, list(WORDS)
         self.index = {word: k for k, word in enumerate(self.words)}
@@ -119,26 +108,22 @@ class WordVectors:
         V = len(hadamard)
         sign = torch.tensor([1.0 - 2 * (seed64("word vectors", k) & 1) for k in range(V)])
         self.table = torch.cat([hadamard[:len(self.words)] * sign, torch.zeros(1, V)])      # (words + 1, V)
-        self.dim = (self.before + 1 + self.after) * V + self.position_dim
-        rate = 4.0 ** -torch.arange(0, 4, 8 / self.position_dim)
-        angle = torch.arange(length)[:, None] * rate                                        # (L, position_dim / 2)
-        self.positions = math.sqrt(2) * torch.cat([angle.cos(), angle.sin()], dim=1)        # (L, position_dim)
+        angle = torch.arange(length)[:, None] * 4.0 ** -torch.arange(0, 4, 0.5)             # (L, 8)
+        self.positions = math.sqrt(2) * torch.cat([angle.cos(), angle.sin()], dim=1)        # (L, 16)
+        self.dim = 4 * V + 16
 
     def encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """Encode B captions as tokens (B, L, E) float32 and lengths (B,) int64, with zeros after a caption's end.
 
         The empty caption, the null condition, has length 0. UserError for an unknown word or more than L words."""
-        B, L, blank = len(captions), self.length, len(self.words)
-        ids, lengths = torch.full((B, self.before + L + self.after), blank), torch.zeros(B, dtype=torch.long)
-        for b, row in enumerate(map(self.word_ids, captions)):
-            ids[b, self.before:self.before + len(row)] = torch.tensor(row, dtype=torch.long)
-            lengths[b] = len(row)
-        windows = self.table[ids.unfold(1, self.before + 1 + self.after, 1)]                # (B, L, 4, V)
-        tokens = torch.cat([windows.flatten(2), self.positions.expand(B, -1, -1)], dim=2)
+        L, blank, rows = self.length, len(self.words), [self.word_ids(caption) for caption in captions]
+        lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
+        ids = [[blank, blank, *row, *[blank] * (L + 1 - len(row))] for row in rows]
+        windows = self.table[torch.tensor(ids, dtype=torch.long).view(-1, L + 3).unfold(1, 4, 1)]   # (B, L, 4, V)
+        tokens = torch.cat([windows.flatten(2), self.positions.expand(len(rows), -1, -1)], dim=2)
         return tokens * (torch.arange(L) < lengths[:, None])[..., None], lengths
 
     def word_ids(self, caption: str) -> list[int]:
-        """Return the index of every word of a caption. UserError as in `encode`."""
         words = split(caption)
         for word in words:
             if word not in self.index:
@@ -155,8 +140,7 @@ class WordVectors:
 class CLIPText:
     """[COND] sec. 2.1: CLIP's frozen text tower, with a cache. Tokens are fp32 on the CPU, wherever the tower runs.
 
-    path: a file or folder of open_clip weights, openai:PATH, or a hub tag, as the file's docstring explains.
-    UserError if they do not fit. Several threads may call it."""
+    path: a file or folder of weights, openai:PATH or a hub tag. UserError if they do not fit. Threads may share it."""
     def __init__(self, path: str, device: str | torch.device = "cpu") -> None:
         self.tower, file, self.activation, why = load_clip(path)
         del self.tower.visual, self.tower.logit_scale
@@ -171,9 +155,8 @@ class CLIPText:
     def encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """Encode B captions as tokens (B, L, E) float32 and lengths (B,) int64, with zeros after a caption's end.
 
-        A length counts the marks of beginning and end. The empty caption, the null condition, has length 0. A caption
-        of more than L tokens is cut, with a warning. The tower runs once on each new caption; the last bits of a token
-        may depend on the other captions of the call."""
+        A length counts the marks of beginning and end; that of the empty caption, the null condition, is 0. A longer
+        caption is cut, with a warning. The last bits of a token may depend on the other captions of the call."""
         with self.lock:
             if len(self.cache) >= CACHE:
                 self.cache.clear()
@@ -183,9 +166,7 @@ class CLIPText:
         return pad_tokens(rows, self.length, self.dim)
 
     def encode_each(self, captions: list[str]) -> Iterator[Tensor]:
-        """Compute the tokens (n, E) of every caption in turn, past the cache, for one thread at a time.
-
-        CHUNK captions pass the tower together, so every bit is a function of this list."""
+        """Compute the tokens (n, E) of every caption, past the cache; each bit is a function of the whole list."""
         for k in range(0, len(captions), CHUNK):
             rows = [self.tokenize(caption) for caption in captions[k:k + CHUNK]]
             found = iter(self.run_tower([row for row in rows if row]) if any(rows) else ())
@@ -231,8 +212,7 @@ def weights_sha256(net: nn.Module, text: str) -> str:
 def load_clip(path: str, name: str = MODEL) -> tuple[nn.Module, Path, str, str]:
     """Load a CLIP with both towers, frozen and in fp32; also return its file, its activation and the reason for that.
 
-    path: as for CLIPText; name: the model if no config is beside the weights. Runs no code from the file. UserError
-    if there are no such weights, they do not fit, or the text tower is not a plain transformer."""
+    name: the model if no config is beside the weights. Runs no code from the file. UserError if they do not fit."""
     open_clip = optional_import("open_clip", "CLIP", "open_clip_torch")
     try:
         file, cfg, why = find_clip(path, name, open_clip)
@@ -252,14 +232,12 @@ def load_clip(path: str, name: str = MODEL) -> tuple[nn.Module, Path, str, str]:
 def find_clip(path: str, name: str, open_clip: ModuleType) -> tuple[Path, dict, str]:
     """Return the file of weights, downloaded for a tag, the model's config, and the reason for its activation."""
     local, cfg = Path(path.removeprefix("openai:")), open_clip.get_model_config(name)
-    if not local.exists():
-        if not (known := open_clip.get_pretrained_cfg(name, path)):
-            raise ValueError("it is neither a file, nor a folder, nor a tag")
-        return (Path(open_clip.download_pretrained(known)), cfg | {"quick_gelu": known.get("quick_gelu", False)},
-                f"tag {path}")
+    if known := not local.exists() and open_clip.get_pretrained_cfg(name, path):
+        quick = known.get("quick_gelu", False)
+        return Path(open_clip.download_pretrained(known)), cfg | {"quick_gelu": quick}, f"tag {path}"
     file = next((local / w for w in WEIGHTS if (local / w).is_file()), local)
     if not file.is_file():
-        raise ValueError("the folder has no weights")
+        raise ValueError("it is neither a file, nor a folder with weights, nor a tag")
     why = f"no {CONFIG}; if these weights are OpenAI's, write openai:{path}"
     if (file.parent / CONFIG).is_file():
         cfg, why = json.loads((file.parent / CONFIG).read_text(encoding="utf-8"))["model_cfg"], f"by {CONFIG}"

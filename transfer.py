@@ -18,8 +18,6 @@ import model
 from config import Config, ModelConfig, UserError, differences, from_json
 from runtime import checkpoint
 
-WEIGHTS = "weights.safetensors"
-
 
 def init_from(path: str, net: model.Denoiser, cfg: Config, source: Any = None) -> str:
     """Copy the averaged weights of a run that fit into `net`, a fresh network of `cfg`; return a report.
@@ -28,11 +26,7 @@ def init_from(path: str, net: model.Denoiser, cfg: Config, source: Any = None) -
     and latents; None skips that. UserError, before any weight changes, if the path is not a run, the file is damaged
     or not finite, or no block fits."""
     file = Path(path).expanduser()
-    file = file / WEIGHTS if file.is_dir() else file
-    if not file.is_file():
-        raise UserError(f"--init_from={path} is no run: {file} does not exist; give a run folder with {WEIGHTS}, or a "
-                        "file of weights")
-    tensors, header = checkpoint.read_weights(file)
+    tensors, header = checkpoint.read_weights(file / "weights.safetensors" if file.is_dir() else file)
     if bad := checkpoint.not_finite(tensors):
         raise UserError(f"--init_from={path} holds inf or nan in {', '.join(bad[:5])}")
     run, own = from_json(header["config"]), net.state_dict()
@@ -49,8 +43,6 @@ def init_from(path: str, net: model.Denoiser, cfg: Config, source: Any = None) -
         lines.append(f"  {'changed':16}  {', '.join(changed)}")
     return "\n".join([*lines, *(f"note: {hint}" for hint in hints(run, cfg, header, source, kept))])
 
-
-# ---------------------------------------------------------------- what fits
 
 def layer_of(name: str) -> str:
     """Return what is kept or fresh as a whole: an embedder, the MLP of one group of controls, or a single layer."""
@@ -69,25 +61,21 @@ def matching_keys(found: dict[str, Tensor], own: dict[str, Tensor], old: ModelCo
     return [n for n in own if layer_of(n) not in misfit]
 
 
-# ---------------------------------------------------------------- the report
-
 def summary(m: ModelConfig) -> str:
     """Describe a model in a few words."""
-    keys = ("arch", "semantics", "resolution", "patch", "width", "depth")
-    return ", ".join(f"{key} {getattr(m, key)}" for key in keys)
+    return ", ".join(f"{key} {vars(m)[key]}" for key in ("arch", "semantics", "resolution", "patch", "width", "depth"))
 
 
 def table(found: dict[str, Tensor], own: dict[str, Tensor], kept: list[str]) -> list[str]:
     """Count what of each part was kept, is fresh or was left out; one line for each weight of another shape."""
-    groups = {"kept": kept, "fresh": [n for n in own if n not in kept], "left out": [n for n in found if n not in own]}
-    lines, both = [], found | own
-    for part in dict.fromkeys(n.partition(".")[0] for n in (*own, *found)):
-        for word, names in groups.items():
-            if sizes := [both[n].numel() for n in names if n.partition(".")[0] == part]:
-                plural = "s" * (len(sizes) != 1)
-                lines.append(f"  {part:16}  {word:8}  {len(sizes):,} tensor{plural}, {sum(sizes):,} parameters")
-    return lines + [f"    {n} {tuple(found[n].shape)} -> {tuple(own[n].shape)}" for n in groups["fresh"]
-                    if n in found and own[n].shape != found[n].shape]
+    sizes, lines = {}, []                                   # (part, word) -> numbers of parameters
+    for name, v in (found | own).items():
+        word = "kept" if name in kept else "fresh" if name in own else "left out"
+        sizes.setdefault((name.partition(".")[0], word), []).append(v.numel())
+        if name in found and found[name].shape != v.shape:
+            lines.append(f"    {name} {tuple(found[name].shape)} -> {tuple(v.shape)}")
+    return [f"  {part:16}  {word:8}  {len(n):,} tensors, {sum(n):,} parameters"
+            for (part, word), n in sorted(sizes.items())] + lines
 
 
 def extent(m: ModelConfig) -> float:
@@ -110,13 +98,13 @@ def hints(run: Config, cfg: Config, header: dict, source: Any, kept: list[str]) 
         found.append(f"captions were encoded by {run.encoder} and are encoded by {cfg.encoder} now")
     if source is None:
         return found
-    renamed = [f"{k} was {a!r} and is {b!r}" for k, (a, b) in
-               enumerate(zip(json.loads(header.get("classes", "[]")), source.classes)) if a != b]
+    names = zip(json.loads(header.get("classes", "[]")), source.classes)
+    renamed = [f"{k} was {a!r} and is {b!r}" for k, (a, b) in enumerate(names) if a != b]
     if old.semantics == m.semantics == "class" and renamed and any(n.startswith("y_embedder.") for n in kept):
         found.append(f"classes are kept by number, and {len(renamed)} of {len(source.classes)} have other names: "
                      f"{', '.join(renamed[:3])}")
-    was, now = (describe_latents(meta) for meta in (json.loads(header.get("latents", "null")),
-                                                    getattr(source, "meta", None)))
+    was = describe_latents(json.loads(header.get("latents", "null")))
+    now = describe_latents(getattr(source, "meta", None))
     if was != now and ("latents" in header or old.channels == 3):               # published weights say nothing
         found.append(f"the network saw {was} and sees {now} now: the same numbers are other images")
     return found

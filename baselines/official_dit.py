@@ -4,8 +4,8 @@ net, cfg = load_official_dit("DiT-XL-2-256x256.pt")
 python -m baselines.official_dit --pretrained=DiT-XL-2-256x256.pt --out=out/dit-xl   for sample.py, train.py --init_from
 
 Names are strict, and sizes follow from the shapes. The published last layer also predicts a variance; its rows are
-dropped, which leaves eps as it is. Positions are compared with ours and dropped. The published networks were trained
-with linear betas, T = 1000, on latents scaled by their autoencoder's own factor. Loading runs no code from a file.
+dropped, which leaves eps as it is. The published networks were trained with linear betas, T = 1000, on latents scaled
+by their autoencoder's own factor. Loading runs no code from a file.
 Dimensions: C channels, P patch, D width, N image tokens, O = C or 2C output channels.
 """
 import hashlib
@@ -41,10 +41,10 @@ OURS = {r"pos_embed\.proj": "x_embedder.proj", r"proj_out_1": "final_layer.adaLN
 
 
 def load_official_dit(path: str | Path, heads: int = 0) -> tuple[model.Denoiser, ModelConfig]:
-    """[DiT]: the network of published weights, loaded strictly by name, and its config.
+    """[DiT]: the network of published weights, loaded strictly by name, and its config. UserError for other files.
 
     path: a .pt file, or a folder of diffusers or its parent. heads: H, which no shape shows; 0 = by config.json or, for
-    the published sizes, by width and depth. UserError for anything else."""
+    the published sizes, by width and depth."""
     path = Path(path).expanduser()
     about, tensors = read_folder(path) if path.is_dir() else ({}, read_tensors(path))
     cfg = infer(tensors, about.get("sample_size", 0), heads or about.get("num_attention_heads", 0), path)
@@ -74,9 +74,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def read_folder(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    """Read config.json and the tensors of a folder that diffusers wrote, by the names of the official code.
-
-    UserError unless it holds a DiT."""
+    """Read config.json and the tensors of a DiT's folder that diffusers wrote, by the names of the official code."""
     path = path / "transformer" if (path / "transformer").is_dir() else path
     try:
         about = json.loads((path / "config.json").read_text(encoding="utf-8"))
@@ -120,8 +118,6 @@ def infer(tensors: dict[str, Tensor], side: int, heads: int, name: object) -> Mo
                        width=D, depth=depth, heads=heads, schedule="linear")
 
 
-# ---------------------------------------------------------------- as a run
-
 def as_run(path: str | Path, cfg: ModelConfig) -> tuple[Config, dict[str, str]]:
     """Return the config and header that a run's weights would have. Class names come from diffusers, or are numbers."""
     path, names = Path(path).expanduser(), [str(k) for k in range(cfg.classes)]
@@ -154,10 +150,9 @@ def main(argv: list[str]) -> None:
     net, cfg = load_official_dit(o.pretrained, o.heads)
     _, header = as_run(o.pretrained, cfg)
     file.parent.mkdir(parents=True, exist_ok=True)
-    header = {k: v for k, v in header.items() if k != "sha256"}                 # the file gets its own
+    del header["sha256"]                                                        # the file gets its own
     checkpoint.write_weights(file, net.state_dict(), header)
-    print(f"{sum(p.numel() for p in net.parameters()):,} parameters of a DiT of {cfg.depth} blocks, width {cfg.width}, "
-          f"{cfg.classes} classes in {file}")
+    print(f"a DiT of {cfg.depth} blocks, width {cfg.width}, {cfg.classes} classes in {file}")
 
 
 if __name__ == "__main__":

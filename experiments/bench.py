@@ -6,8 +6,8 @@ python -m experiments.bench --size=DiT-S/2 --batch=8 --threads=1 --official_dit=
 python -m experiments.bench --config=configs/mp/shapes_e.py --threads=1 --against=plain    the cost of MP
 
 A training step is loss, backward pass, clipping, optimizer and weight averaging, as in train.py. Inputs are random and
-already on the device. Comparisons alternate between the networks; on a busy CPU use --threads=1.
-Dimensions: B batch, C channels, R resolution, T noise steps.
+already on the device. Comparisons alternate between the networks.
+Dimensions: B batch, C channels, R resolution.
 """
 import math
 import re
@@ -34,15 +34,13 @@ from runtime import distributed
 from runtime.log import LossWindow
 from runtime.optional import optional_import, patch_torchvision_ops
 from sample import ddim, with_guidance
-from schedule import add_noise, alpha_bar_table
+from schedule import add_noise
 from text import make_encoder
 
 PASSES = {"forward": 1, "train": 3, "sample": 2}    # FLOPs of each step over those of one forward pass
 WARMUP, MIN_ROUNDS = 2, 3               # untimed rounds, and the fewest timed ones
 TOLERANCE = 1e-4                        # outputs count as equal up to this, over the largest output
-LAM = 2.0                               # guidance scale: two passes, with and without the class or caption
-LR = 1e-6                               # too small to move the weights, so that every step is the same work
-CLASSES = 1000                          # of a model of classes whose config does not say how many
+LAM, LR = 2.0, 1e-6                     # guidance scale, of two passes; a rate too small to move the weights
 
 
 @dataclass(frozen=True)
@@ -59,11 +57,10 @@ class Options(Config):
 
 
 class Inputs(NamedTuple):
-    """The inputs of every network: images x (B, C, R, R), noise indices i (B,), condition, alpha-bar (T,)."""
-    x: Tensor
-    i: Tensor
+    """The inputs of every network."""
+    x: Tensor                           # images (B, C, R, R)
+    i: Tensor                           # noise indices (B,)
     cond: Condition
-    alpha_bar: Tensor
 
 
 class Implementation(NamedTuple):
@@ -75,8 +72,6 @@ class Implementation(NamedTuple):
     matmul: str = "highest"             # precision of its fp32 matrix products
 
 
-# ---------------------------------------------------------------- options
-
 def read_options(argv: list[str]) -> Options:
     """The options with batch and model filled in. UserError for what cannot be timed, before any network exists."""
     o = parse(argv, Options())
@@ -84,7 +79,7 @@ def read_options(argv: list[str]) -> Options:
         o = parse(argv, Options(**vars(load(o.config)) | {"batch": 0}))
     m = model_of_size(o.size) if o.size else o.model
     if m.semantics == "class":
-        m = replace(m, classes=m.classes or CLASSES)
+        m = replace(m, classes=m.classes or 1000)
     if m.semantics == "text" and not (m.text_dim and m.text_length):
         encoder = make_encoder(o)
         m = replace(m, text_dim=encoder.dim, text_length=encoder.length)
@@ -96,10 +91,7 @@ def read_options(argv: list[str]) -> Options:
     check_name("against", o.against, ("", "diffusers", "plain"))
     if (o.against == "diffusers" or o.official_dit) and (m.arch, m.semantics, m.controls) != ("dit", "class", ""):
         raise UserError(f"against={o.against!r}, official_dit={o.official_dit!r} need a DiT of classes without "
-                        f"controls, such as --size=DiT-S/2, got model.arch={m.arch!r}, semantics={m.semantics!r}, "
-                        f"controls={m.controls!r}")
-    if o.against and o.official_dit:
-        raise UserError(f"against={o.against!r} and official_dit={o.official_dit!r} are two comparisons; give one")
+                        f"controls, such as --size=DiT-S/2, got {m.arch!r} of {m.semantics!r}")
     if o.against == "plain" and not m.arch.startswith("mp"):
         raise UserError(f"against='plain' needs an mp architecture, got model.arch={m.arch!r}")
     return o
@@ -126,8 +118,7 @@ def make_inputs(o: Options, device: torch.device) -> Inputs:
     cond = make_condition(batch, m.semantics, model.control_names(m), device=device)
     x = torch.randn(B, m.channels, m.resolution, m.resolution, generator=g)
     i = torch.randint(m.timesteps, (B,), generator=g).float()
-    alpha_bar = alpha_bar_table(m.schedule, m.timesteps, m.sigma_scale).float()
-    return Inputs(x.to(device), i.to(device), cond, alpha_bar.to(device))
+    return Inputs(x.to(device), i.to(device), cond)
 
 
 def ours(cfg: Config, s: Inputs, dtype: str, compiled: bool) -> Implementation:
@@ -150,9 +141,9 @@ def ours(cfg: Config, s: Inputs, dtype: str, compiled: bool) -> Implementation:
 
     def train_step() -> None:
         g = torch.Generator(device).manual_seed(cfg.seed)
-        loss, i = train.denoising_loss(net, s.x, s.cond, g, s.alpha_bar, cfg)
+        loss, i = train.denoising_loss(net, s.x, s.cond, g, net.alpha_bar, cfg)
         loss.mean().backward()
-        window.add(loss, i, len(s.alpha_bar))
+        window.add(loss, i, cfg.model.timesteps)
         optim.project_grad_(rows)
         window.add_norm(nn.utils.clip_grad_norm_(net.parameters(), cfg.grad_clip or math.inf, foreach=True), 0)
         opt.step()
@@ -161,7 +152,7 @@ def ours(cfg: Config, s: Inputs, dtype: str, compiled: bool) -> Implementation:
         ema.update(net, 2)
 
     steps = {"forward": lambda: net(s.x, s.i, s.cond), "train": train_step,
-             "sample": lambda: ddim(denoise, s.x, s.alpha_bar, 1)}
+             "sample": lambda: ddim(denoise, s.x, net.alpha_bar, 1)}
     name = f"{cfg.model.arch}, {str(net.dtype)[6:]}{', compiled' * compiled}"
     return Implementation(name, net, steps, model.flops(cfg.model), torch.get_float32_matmul_precision())
 
@@ -191,35 +182,28 @@ def diffusers_side(ours: Implementation, s: Inputs) -> Implementation:
 
 def official_side(ours: Implementation, s: Inputs, path: str) -> Implementation:
     """models.py of a checkout of [DiT] in the folder `path`, with an average of its weights. It gets our weights."""
-    file, m = Path(path) / "models.py", ours.net.cfg
-    if not file.is_file():
-        raise UserError(f"--official_dit={path} has no models.py; give the folder of a checkout of the official DiT")
+    m = ours.net.cfg
     patch_torchvision_ops()                                 # its timm imports torchvision
     try:
-        kind = runpy.run_path(str(file))["DiT"]
-    except ModuleNotFoundError as e:
-        raise UserError(f"--official_dit={path} needs {e.name}: pip install {e.name}") from e
+        kind = runpy.run_path(str(Path(path) / "models.py"))["DiT"]
+    except (OSError, ImportError) as e:
+        raise UserError(f"--official_dit={path} wants a checkout of the official DiT and its packages: {e}") from e
     net = kind(input_size=m.resolution, patch_size=m.patch, in_channels=m.channels, hidden_size=m.width,
                num_heads=m.heads, depth=m.depth, num_classes=m.classes, learn_sigma=False).to(s.x.device)
     net.load_state_dict({**ours.net.state_dict(), "pos_embed": ours.net.pos_embed[None]})
-    averages = [p.detach().clone() for p in net.parameters()]
-
-    @torch.no_grad()
-    def average() -> None:
-        for mean, p in zip(averages, net.parameters()):
-            mean.mul_(0.9999).add_(p, alpha=1e-4)
-    return theirs("official", net, net, average, s, ours)
+    ema = PowerEMA(net, 0.1)
+    return theirs("official", net, net, lambda: ema.update(net, 2), s, ours)
 
 
 def theirs(name: str, net: nn.Module, eps: Callable[..., Tensor], average: Callable[[], None], s: Inputs,
            ours: Implementation) -> Implementation:
     """Another DiT in fp32 with default AdamW and the shortest code for the rest. eps(x, i, label) calls it."""
-    label, opt = s.cond.label, torch.optim.AdamW(net.parameters(), LR)
+    label, alpha_bar, opt = s.cond.label, ours.net.alpha_bar, torch.optim.AdamW(net.parameters(), LR)
     both = torch.cat([label, torch.full_like(label, ours.net.cfg.classes)])
 
     def train_step() -> None:
-        noise, i = torch.randn_like(s.x), torch.randint(len(s.alpha_bar), label.shape, device=label.device)
-        F.mse_loss(eps(add_noise(s.x, noise, s.alpha_bar[i]), i, label), noise).backward()
+        noise, i = torch.randn_like(s.x), torch.randint(len(alpha_bar), label.shape, device=label.device)
+        F.mse_loss(eps(add_noise(s.x, noise, alpha_bar[i]), i, label), noise).backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         opt.step()
         opt.zero_grad()
@@ -230,7 +214,7 @@ def theirs(name: str, net: nn.Module, eps: Callable[..., Tensor], average: Calla
         return uncond + LAM * (cond - uncond)
 
     steps = {"forward": lambda: eps(s.x, s.i, label), "train": train_step,
-             "sample": lambda: ddim(denoise, s.x, s.alpha_bar, 1)}
+             "sample": lambda: ddim(denoise, s.x, alpha_bar, 1)}
     return Implementation(name, net, steps, ours.flops)
 
 

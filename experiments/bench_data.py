@@ -2,10 +2,9 @@
 
 python -m experiments.bench_data                    a class folder and tar shards of synthetic 256 px JPEGs
 python -m experiments.bench_data --data=path/to/data --workers=0,1,2,4
-python -m experiments.bench_data --need=4000                        beside a training run that consumes 4,000 images/s
 
-Workers are threads; 0 reads in the loop itself. All combinations alternate, so that a busy machine slows all alike, and
-figures are medians with quartiles. After an untimed first turn the files are in the disk cache.
+Workers are threads; 0 reads in the loop itself. All combinations alternate; figures are medians with quartiles. After
+an untimed first turn the files are in the disk cache.
 """
 import os
 import statistics
@@ -53,9 +52,8 @@ def in_turns(readers: dict[str, Callable[[int], int]], turns: int) -> dict[str, 
     for turn in range(turns + 1):
         for name, read in readers.items():
             start = time.perf_counter()
-            rate = read(turn) / (time.perf_counter() - start)
-            rates[name] += [rate] if turn > 0 else []
-    return rates
+            rates[name].append(read(turn) / (time.perf_counter() - start))
+    return {name: rate[1:] for name, rate in rates.items()}
 
 
 def synthetic_photo(k: int) -> Image.Image:

@@ -6,7 +6,6 @@ Prints a column an arm, mean and standard deviation over the seeds, and writes i
 claim share data, noise and initial weights, seed by seed. Dimensions: B images, R their side.
 """
 import math
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -72,19 +71,15 @@ class Options:
 Row = dict[str, float]                  # measure -> value
 
 
-# ---------------------------------------------------------------- training and sampling
-
 def train(o: Options, runs: dict[str, list[str]], may_diverge: bool = False) -> None:
     """Train every run, name -> flags, `jobs` at a time. UserError with the last line of a run that fails."""
-    jobs = o.jobs or os.cpu_count() or 1
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    jobs = o.jobs or distributed.cores()
+    flags = ["--config=configs/shapes.py", "--sample_every=0", "--save_every=100000", f"--compile={o.compile}",
+             f"--threads={max(1, distributed.cores() // jobs)}"]
 
     def one(name: str) -> None:
-        command = [sys.executable, "train.py", "--config=configs/shapes.py", f"--out={o.out}/{name}",
-                   "--sample_every=0", "--save_every=100000", f"--threads={threads}", f"--compile={o.compile}",
-                   *runs[name]]
-        done = subprocess.run(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, encoding="utf-8",
-                              errors="replace")
+        done = subprocess.run([sys.executable, "train.py", *flags, f"--out={o.out}/{name}", *runs[name]],
+                              capture_output=True, encoding="utf-8", errors="replace")
         if done.returncode and not (may_diverge and done.returncode == 3):
             raise UserError(f"run {name} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
 
@@ -92,17 +87,13 @@ def train(o: Options, runs: dict[str, list[str]], may_diverge: bool = False) -> 
         list(tqdm(pool.map(one, runs), total=len(runs), desc=f"training {o.claim}", unit="run"))
 
 
-def train_seeds(o: Options, arms: dict[str, list[str]], steps: int, start: str = "", may_diverge: bool = False) -> None:
-    """Train every arm, name -> flags, with every seed, from the runs named `start` where given: <name>-<seed>."""
+def train_seeds(o: Options, arms: dict[str, list[str]], steps: int, base: int = 0, may_diverge: bool = False) -> None:
+    """Train every arm, name -> flags, with every seed: <name>-<seed>, from base<base>-<seed> of `base` steps if any."""
+    if base:
+        train_seeds(o, {f"base{base}": []}, base)
     train(o, {f"{name}-{seed}": [f"--steps={steps}", f"--seed={seed}", *flags]
-              + ([f"--init_from={o.out}/{start}-{seed}"] if start else [])
+              + ([f"--init_from={o.out}/base{base}-{seed}"] if base else [])
               for name, flags in arms.items() for seed in range(o.seeds)}, may_diverge)
-
-
-def pretrain(o: Options, steps: int) -> str:
-    """Train a run a seed on plain images at 32 px, for others to start from; their name without the seed."""
-    train_seeds(o, {f"base{steps}": []}, steps)
-    return f"base{steps}"
 
 
 def images_of(o: Options, name: str, lam: float, captions: Sequence[str] = (), beta: float = 1.0, eta: float = -1.0,
@@ -139,16 +130,16 @@ def flip(o: Options) -> dict[str, list[Row]]:
     Compares training without and with the flip flag as a control: flag 0 should give the caption's side, flag 1 the
     other one. All start from a run that knows left from right, on scenes whose captions all name a side; without that
     start neither word nor flag alone says anything, and a short one unlearns the word before it learns the flag."""
-    start, flags = pretrain(o, o.pretrain_steps_flip), ["--shapes.layout=sides", "--augment=flip", *SLOW_MUON]
+    flags = ["--shapes.layout=sides", "--augment=flip", *SLOW_MUON]
     train_seeds(o, {"without": [*flags, "--model.controls="], "with": [*flags, "--model.controls=flip"]}, 3 * o.steps,
-                start)
+                o.pretrain_steps_flip)
 
     def measure(name: str, seed: int, flag: dict[str, float]) -> Row:
         captions = test_captions(o, f"with-{seed}")
         return accuracy(images_of(o, f"{name}-{seed}", LAM, captions, controls=flag), captions, "left_right", "color")
     return {arm: [measure(name, seed, flag) for seed in range(o.seeds)] for arm, name, flag in (
-        ("before", start, {}), ("without flag", "without", {}), ("flag 0", "with", {"flip": 0.0}),
-        ("flag 1", "with", {"flip": 1.0}))}
+        ("before", f"base{o.pretrain_steps_flip}", {}), ("without flag", "without", {}),
+        ("flag 0", "with", {"flip": 0.0}), ("flag 1", "with", {"flip": 1.0}))}
 
 
 def size(o: Options) -> dict[str, list[Row]]:
@@ -159,7 +150,7 @@ def size(o: Options) -> dict[str, list[Row]]:
     arms = {"size0": "uniform", "size1": "cosine"}
     flags = ["--augment=size", "--model.controls=size", *FINETUNE]
     train_seeds(o, {name: [*flags, f"--model.control_weight={kind}"] for name, kind in arms.items()}, o.steps,
-                pretrain(o, o.pretrain_steps))
+                o.pretrain_steps)
 
     def measure(name: str) -> Row:
         captions = test_captions(o, name)
@@ -182,7 +173,7 @@ def transfer(o: Options) -> dict[str, list[Row]]:
     Positions at 32 px are 0, 4, ..., 28; extrapolation continues them to 60, resampling keeps their extent."""
     arms = {"neither": ["--model.pos_base=60"], "positions": [], "positions, sigma": ["--model.sigma_scale=2"]}
     train_seeds(o, {f"high{k}": ["--model.resolution=64", *FINETUNE, *flags] for k, flags in enumerate(arms.values())},
-                o.finetune_steps, pretrain(o, o.pretrain_steps))
+                o.finetune_steps, o.pretrain_steps)
 
     def measure(name: str) -> Row:
         captions = test_captions(o, name)
@@ -211,12 +202,11 @@ def by_class(o: Options, judge: shapes_judge.ShapesClassifier, reference: Featur
 
     M k: magnitude of the tokens after block k, on held-out images at all noise levels."""
     net, cfg = model.load(f"{o.out}/{name}")
-    row = {"held-out loss": held_out(net, cfg)}
-    row |= {f"M {k.split('.')[1]}": v for k, v in magnitudes.measure(net, lambda: held_out(net, cfg))["activations"]
-            .items() if k.count(".") == 1}
+    found = magnitudes.measure(net, lambda: held_out(net, cfg))["activations"]
+    row = {f"M {k.split('.')[1]}": v for k, v in found.items() if k.count(".") == 1}
     images, label = images_of(o, name, lam=1.0, eta=0.0), torch.arange(o.n) % len(SHAPES)
     seen = shapes_judge.largest(shapes_judge.read(judge, images))
-    return row | {f"toy_fd{o.n}": shapes_judge.toy_fd(judge, images, reference),
+    return {"held-out loss": held_out(net, cfg)} | row | {f"toy_fd{o.n}": shapes_judge.toy_fd(judge, images, reference),
                   "class": (seen == label).float().mean().item()}
 
 
@@ -240,19 +230,12 @@ def at_best_rate(o: Options, arms: dict[str, list[str]]) -> dict[str, list[Row]]
 
 
 MP = ["--model.arch=mpdit", "--forced_weight_norm=true"]
-
-
-def magnitude(o: Options) -> dict[str, list[Row]]:
-    """[MAG] table 1: DiT against the same without normalisation layers; a remedy for attention, which averages."""
-    heads = "--model.mp=cosine+weights+stream+heads"
-    return at_best_rate(o, {"DiT": ["--model.arch=dit"], "MP-DiT": MP, "MP-DiT heads": [*MP, heads]})
-
-
-def modulation(o: Options) -> dict[str, list[Row]]:
-    """[MAG] table 2: how time and class modulate the input of a sub-layer, always with a gate."""
-    subsets = {"MP-DiT": "scale+shift+gate", "scale": "scale+gate", "rotate": "rotate+gate",
-               "scale rotate": "scale+rotate+gate"}
-    return at_best_rate(o, {arm: [*MP, f"--model.modulation={parts}"] for arm, parts in subsets.items()})
+# [MAG] table 1: DiT against the same without normalisation layers; a remedy for attention, which averages
+MAGNITUDE = {"DiT": ["--model.arch=dit"], "MP-DiT": MP, "MP-DiT heads": [*MP, "--model.mp=cosine+weights+stream+heads"]}
+# [MAG] table 2: how time and class modulate the input of a sub-layer, always with a gate
+MODULATION = {"MP-DiT": MP, "scale": [*MP, "--model.modulation=scale+gate"],
+              "rotate": [*MP, "--model.modulation=rotate+gate"],
+              "scale rotate": [*MP, "--model.modulation=scale+rotate+gate"]}
 
 
 def stability(o: Options) -> dict[str, list[Row]]:
@@ -269,11 +252,9 @@ def stability(o: Options) -> dict[str, list[Row]]:
 
 
 CLAIMS: dict[str, Callable[[Options], dict[str, list[Row]]]] = {
-    "flip": flip, "size": size, "transfer": transfer, "magnitude": magnitude, "modulation": modulation,
-    "stability": stability}
+    "flip": flip, "size": size, "transfer": transfer, "magnitude": partial(at_best_rate, arms=MAGNITUDE),
+    "modulation": partial(at_best_rate, arms=MODULATION), "stability": stability}
 
-
-# ---------------------------------------------------------------- the command
 
 def table(rows: dict[str, list[Row]]) -> str:
     """One line a measure, one column an arm: mean and standard deviation over the seeds."""

@@ -48,13 +48,12 @@ def plan(o: Options) -> tuple[int, str]:
     if (saved := Path(o.out) / "config.json").is_file():
         cfg = config.from_json(saved.read_text(encoding="utf-8"))
         return cfg.steps, cfg.compile
-    rates = {}
+    rates, flags = {}, [f"--config={o.config}", f"--steps={TRIAL}", "--log_every=5", "--sample_every=0"]
     for choice in ("on", "off"):                            # "on" fails without a C++ compiler
         print(f"{TRIAL} steps to see how fast this machine is, compile={choice} ...", flush=True)
         with tempfile.TemporaryDirectory() as folder:
-            trial = subprocess.run([sys.executable, "train.py", f"--config={o.config}", f"--out={folder}",
-                                    f"--compile={choice}", f"--steps={TRIAL}", "--log_every=5", "--sample_every=0"],
-                                   stderr=subprocess.PIPE, encoding="utf-8", errors="replace")
+            command = [sys.executable, "train.py", f"--out={folder}", f"--compile={choice}", *flags]
+            trial = subprocess.run(command, stderr=subprocess.PIPE, encoding="utf-8", errors="replace")
             if trial.returncode == 0:
                 rates[choice] = sorted(line["images_per_second"] for line in log.read(Path(folder)))[-3]
     if not rates:

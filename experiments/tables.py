@@ -75,10 +75,8 @@ def table_a1() -> str:
 
 here     with two control MLPs, of crop and flip and of size
 alike    as the paper counts: one control MLP of six scalars, [DiT]'s fixed position table, all q and k of PixArt
-reading  the model that the paper's parameters and FLOPs suggest; ours has no weights that nothing reads, and RMSNorm
-paper    table A1; 679.09 for mmDiT class is probably a slip, for its FLOPs are those of DiT by attention
-GFLOP    two for every multiply-add of a matrix product, at 256 text tokens. mmDiT text: 4 D^2 a token and block here,
-         probably 7 D^2 in the paper, where the image's q, k, v see it too. PixArt class: the paper's q and k besides"""
+reading  the model that the paper's parameters and FLOPs suggest; 679.09 for mmDiT class is probably a slip
+GFLOP    two for every multiply-add of a matrix product, at 256 text tokens"""
 
 
 def mag_config(size: str, modulation: str) -> ModelConfig:

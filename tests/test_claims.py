@@ -85,5 +85,5 @@ def test_a_claim_from_training_to_its_table_and_again_without_training(tmp_path,
     assert [line.split()[0] for line in printed.splitlines()[1:]] == ["left_right", "color"]
     assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {"base1-0", "without-0", "with-0"}
     before = (tmp_path / "base1-0" / "log.jsonl").read_bytes()         # a second training would change its times
-    claims.pretrain(claims.Options(out=str(tmp_path), seeds=1), 1)
+    claims.train_seeds(claims.Options(out=str(tmp_path), seeds=1), {"base1": []}, 1)
     assert (tmp_path / "base1-0" / "log.jsonl").read_bytes() == before

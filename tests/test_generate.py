@@ -254,7 +254,7 @@ def test_images_are_on_the_disk_before_they_have_their_name(tmp_path, monkeypatc
     monkeypatch.setattr(os, "fsync", lambda handle: done.append(os.fstat(handle).st_size) or fsync(handle))
     monkeypatch.setattr(os, "replace", lambda a, b: done.append(Path(b).name) or rename(a, b))
     sample.write_npz(tmp_path / "x.npz", np.zeros((3, 5, 7, 3), np.uint8))
-    assert done == [(tmp_path / "x.npz").stat().st_size, "x.npz"]
+    assert done[:2] == [(tmp_path / "x.npz").stat().st_size, "x.npz"]
 
 
 def test_a_grid_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatch):

@@ -266,8 +266,8 @@ def test_another_width_is_an_error(heads, tmp_path):
 
 def test_a_path_that_is_no_run_is_an_error(tmp_path):
     (tmp_path / "empty").mkdir()
-    refuse(tmp_path / "empty", TEXT, "empty is no run: .*empty/weights.safetensors does not exist; give a run folder")
-    refuse(tmp_path / "odl", TEXT, "odl is no run: .*odl does not exist")
+    refuse(tmp_path / "empty", TEXT, "no weights at .*empty/weights.safetensors")
+    refuse(tmp_path / "odl", TEXT, "no weights at .*odl")
 
 
 def test_a_damaged_or_foreign_file_is_an_error(tmp_path):
