@@ -23,7 +23,6 @@ import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ from runtime.plot import grid
 from sources.cached_latents import Latents
 from sources.coco import CocoCaptions
 from sources.coco import read as read_coco
-from sources.folders import ImageFolder
+from sources.folders import ImageFolder, OnlySplits
 from sources.images import CROPS, BadSample, ImageSource, clean_caption, decode_utf8, pick_caption
 from sources.shapes import Shapes
 from sources.shards import TarShards
@@ -196,10 +195,15 @@ def check(where: str, R: int, limit: int = 0) -> None:
     if kind is Latents:
         raise UserError(f"{where!r} holds no image files; python latents.py check shows it")
     cfg = Config(data=where, max_bad_fraction=1.0, augment="+".join(CONTROLS))
-    for semantics in ("text", "class"):
-        with suppress(UserError):
-            source = source or kind.open(replace(cfg, model=ModelConfig(semantics=semantics, resolution=R)))
-    source = source or kind.open(replace(cfg, model=ModelConfig(semantics="none", resolution=R)))
+    for semantics in ("text", "class", "none"):
+        try:
+            source = kind.open(replace(cfg, model=ModelConfig(semantics=semantics, resolution=R)))
+            break
+        except OnlySplits:                                  # one of its folders should be named
+            raise
+        except UserError:
+            if semantics == "none":
+                raise
     if isinstance(source, ImageSource):
         check_files(source, R, limit)
     shown = load_microbatch(source, None, 0, SHOWN, SHOWN, 0, 0)

@@ -11,6 +11,7 @@ of shapes are programs of their own, in evaluation/.
 Dimensions: B batch, H x W pixels, D features, K classes or images of one prompt, P prompts, n and m images.
 """
 import hashlib
+import importlib
 import io
 import json
 import math
@@ -447,7 +448,9 @@ def main_ref(argv: list[str]) -> None:
         print(json.dumps({**asdict(o), "n": n, "features": extract.name, "features_sha256": extract.sha256}))
 
 
-COMMANDS = {"fid": main_fid, "ref": main_ref}
+# A function here, or the module of evaluation/ whose command it is.
+COMMANDS = {"fid": main_fid, "ref": main_ref, "clip": "evaluation.clip_score", "lpips": "evaluation.lpips",
+            "toy": "evaluation.shapes_judge"}
 
 
 def main(argv: list[str]) -> None:
@@ -455,7 +458,8 @@ def main(argv: list[str]) -> None:
         return print(f"{__doc__}\nfid.py COMMAND --help lists the options of a command")
     if not argv or argv[0] not in COMMANDS:
         raise UserError(f"fid.py wants a command first, got {' '.join(argv)!r}; there are {', '.join(COMMANDS)}")
-    COMMANDS[argv[0]](argv[1:])
+    command = COMMANDS[argv[0]]
+    (importlib.import_module(command).main if isinstance(command, str) else command)(argv[1:])
 
 
 if __name__ == "__main__":

@@ -379,7 +379,6 @@ def write_npz(path: Path, images: np.ndarray) -> None:
     with log.atomic_path(path) as unfinished:
         with open(unfinished, "wb") as f:
             np.savez(f, arr_0=images)
-        log.sync(unfinished)
 
 
 def write_grid(path: Path, images: np.ndarray, titles: list[str]) -> None:

@@ -261,8 +261,8 @@ def main(argv: list[str], stack: ExitStack, status: log.Status) -> None:
             line, stop_signal, bad = window.read(step - since, stop, dist)
             if bad >= 0:
                 status.step = bad + 1
-                raise Nonfinite(f"the gradient is not finite at step {bad + 1:,}; the last checkpoint is of step "
-                                f"{checkpoints.saved:,}; {RETRY_HINT}")
+                raise Nonfinite(f"the gradient is not finite at step {bad + 1:,}; the last checkpoint is "
+                                f"{f'of step {checkpoints.saved:,}' if checkpoints.saved else 'none'}; {RETRY_HINT}")
             line |= {"lr": opt.param_groups[0]["lr"], **run_log.throughput(step)}
             if is_main and cfg.magnitudes_every and step // cfg.magnitudes_every > since // cfg.magnitudes_every:
                 batch = inputs(fetch(step - 1, 0), step - 1, 0, cfg, device)

@@ -54,8 +54,10 @@ def lock(out: Path) -> AbstractContextManager:
         held = FileLock(out / ".lock", timeout=0).acquire()
     except Timeout as e:
         raise UserError(f"another run is writing to {out}; wait for it or choose another --out") from e
-    except (OSError, RuntimeError):                         # some network disks have no locks
-        info(f"note: {out} cannot be locked; let one run at a time write to it.")
+    except PermissionError as e:                            # of another user's run
+        raise UserError(f"cannot lock the run folder {out}: {e}; choose another --out") from e
+    except (OSError, RuntimeError) as e:                    # some network disks have no locks
+        info(f"note: {out} cannot be locked ({e}); let one run at a time write to it.")
     for stale in [path for sub in ("", "samples", "snapshots") for path in (out / sub).glob(f"{TEMPORARY}*")]:
         remove(stale)
     return held
@@ -97,7 +99,7 @@ def save(out: Path, step: int, tensors: dict[str, Tensor], meta: dict) -> bool:
     except (OSError, SafetensorError) as e:
         remove(tmp)
         info(f"warning: checkpoint at step {step:,} not written: {e}. Training continues; last good checkpoint: "
-             f"step {max(steps(out), default=0):,}.")
+             f"{', '.join(f'step {s:,}' for s in steps(out)[:1]) or 'none'}.")
         return False
     prune(out, step, newer=True)                            # damaged, or the run would have resumed there
     return True
@@ -229,7 +231,11 @@ def write_weights(path: Path, tensors: dict[str, Tensor], header: dict[str, str]
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read tensors and header of a file that write_weights wrote; UserError if it is missing, foreign or damaged."""
-    header, tensors = read_header(path), load_file(path)
+    header = read_header(path)
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"{path} is damaged: {e}") from e
     if header.get("sha256") != _sha256_of(tensors, {k: v for k, v in header.items() if k != "sha256"}):
         raise UserError(f"{path} is damaged: its sha256 is not the one in its header")
     return tensors, header

@@ -2,10 +2,12 @@
 
 A process group always exists, of one process if need be, so nothing below `setup` branches on it.
 """
+import faulthandler
 import os
 import platform
 import signal
 import sys
+import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -51,6 +53,8 @@ def setup(threads: int = 0) -> Dist:
                                 store=c10d.HashStore() if world == 1 else None, timeout=TIMEOUT)
     raise_file_limit()
     torch.set_num_threads(threads or max(1, cores() // local_world))
+    if hasattr(faulthandler, "register") and sys.__stderr__:    # kill -USR2 prints where every thread is
+        faulthandler.register(signal.SIGUSR2, file=sys.__stderr__, all_threads=True)
     return Dist(device, rank, world)
 
 
@@ -187,12 +191,13 @@ class Stop:
         self.signal, self.received, self.verbose, self.ignore = 0, 0.0, verbose, False
 
     def __enter__(self) -> "Stop":
-        self.before = {s: signal.signal(s, self.handle) for s in SIGNALS}
+        here = threading.current_thread() is threading.main_thread()    # elsewhere Python has no handlers
+        self.before = {s: signal.signal(s, self.handle) for s in SIGNALS} if here else {}
         return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)
 
     def handle(self, number: int, frame: object) -> None:
         if self.ignore or self.signal and time.monotonic() - self.received < DEBOUNCE_S:

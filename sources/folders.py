@@ -26,6 +26,10 @@ METADATA = "metadata.jsonl"
 SPLITS = {"train", "val", "valid", "validation", "test"}                # names of folders that are no classes
 
 
+class OnlySplits(UserError):
+    """The folders inside a folder are splits of a data set, not classes."""
+
+
 class ImageFolder(ImageSource):
     """A folder of class folders, which hold JPEG, PNG and WebP files at any depth. Classes are sorted by name.
 
@@ -48,7 +52,7 @@ class ImageFolder(ImageSource):
         if self.annotated:
             self.classes, self.labels = index_classes(self.names)
             if set(self.classes) <= SPLITS:
-                raise UserError(f"{str(self.path)!r} has the folders {', '.join(self.classes)}, which are splits, not "
+                raise OnlySplits(f"{str(self.path)!r} has the folders {', '.join(self.classes)}, which are splits, not "
                                 f"classes; use --data={(self.path / self.classes[0]).as_posix()}")
         self.fingerprint, self.files = fingerprint(self.names, sizes, self.classes), len(self.names) + len(bad)
         return bad.items()

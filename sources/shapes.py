@@ -127,6 +127,8 @@ class Shapes:
     def open(cls, cfg: Config, split: str = "train") -> "Shapes":
         """Open a split. A global crop is as wide as the image and moves over a wider canvas, so it cuts too."""
         n, layout, varied = cfg.shapes.objects, cfg.shapes.layout, cfg.augment.split("+")
+        if layout == "sides" and n != 2:
+            raise UserError(f"shapes.layout='sides' needs shapes.objects=2, got shapes.objects={n}")
         side = (1.0, 1.0) if cfg.crop == "global" else CROPS[cfg.crop]
         return cls(cfg.model.resolution, cfg.seed, split, tuple(range(1, n + 1)),
                    *(name in varied for name in ("size", "crop", "flip")), side, layout)

@@ -468,7 +468,7 @@ def test_doubtful_images_give_a_warning_and_wrong_options_an_error(tmp_path, few
                         ([f"--images={tmp_path / 'x.npy'}", "--resize=clean"], "resize tf1, wanted clean")):
         with pytest.raises(UserError, match=text):
             run(*flags)
-    with pytest.raises(UserError, match="there are fid, ref$"):
+    with pytest.raises(UserError, match="there are fid, ref, clip, lpips, toy$"):
         fid.main(["fud"])
     for flags in (["--images=a", "--save=b.txt"], ["--save=b.npz"], ["--images=a", "--save=none/b.npz"]):
         with pytest.raises(UserError, match="ref needs --images, the real images, and --save=FILE.npz"):
@@ -723,3 +723,10 @@ def test_groups_differ_in_size_alone_and_do_not_know_the_processes(tmp_path):
     assert (turned[:, [1, 2, 0]].int() - alone.int()).abs().max() <= 1
     with pytest.raises(UserError, match="no --size of their own"):
         groups_of(replace(o, size="16,16"))
+
+
+@pytest.mark.parametrize("command, name", [("clip", "CLIPScore"), ("lpips", "sizes"), ("toy", "toy_fd")])
+def test_measures_of_other_files_are_commands_here_too(command, name, capsys):
+    with pytest.raises(SystemExit):
+        fid.main([command, "--help"])
+    assert "--images" in capsys.readouterr().out or name == "sizes"
