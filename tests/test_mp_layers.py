@@ -148,6 +148,7 @@ def test_no_angle_is_the_identity_to_the_last_bit():
         assert torch.equal(mp_layers.rotate(x, torch.zeros(B, 1, D // 2)), x)
 
 
+@pytest.mark.slow
 def test_compiled_rotation_is_the_same():
     x, theta = normal(B, N, D), normal(B, 1, D // 2, seed=1)
     compiled = torch.compile(mp_layers.rotate, fullgraph=True, backend="eager")

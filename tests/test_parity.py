@@ -30,9 +30,9 @@ def nets(**size):
 
 
 @pytest.mark.parametrize("size", [
-    dict(width=48, depth=3, heads=3, resolution=10, patch=2, channels=4, classes=7),
     dict(width=32, depth=1, heads=4, resolution=12, patch=4, channels=3, classes=5),
     *(pytest.param(size, marks=pytest.mark.slow) for size in (
+        dict(width=48, depth=3, heads=3, resolution=10, patch=2, channels=4, classes=7),
         dict(width=64, depth=2, heads=1, resolution=9, patch=3, channels=2, classes=1000),
         dict(width=384, depth=2, heads=6, resolution=32, patch=4, channels=4, classes=1000)))])
 @torch.no_grad()

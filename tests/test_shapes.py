@@ -272,6 +272,7 @@ def test_a_side_changes_the_view_and_nothing_else():
     assert same(almost, plain)
 
 
+@pytest.mark.slow
 def test_truth_is_in_coordinates_of_a_crop_of_any_side():
     R = 64
     batch = Shapes(R, objects=(1,), native=False, side=(0.4, 1)).records(range(400))

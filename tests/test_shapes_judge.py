@@ -118,6 +118,7 @@ def rises(values, first):
     return all(a < b for a, b in zip(values, values[1:])) and values[1] > first * values[0]
 
 
+@pytest.mark.slow
 def test_toy_fd_rises_with_blur_and_with_noise(net, renders, reference):
     x = renders["image"][:200]
     z = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))

@@ -581,6 +581,7 @@ def flip(content, at, bit=3):
     return content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1:]
 
 
+@pytest.mark.slow
 @needs_fork
 def test_data_that_has_changed_is_named_and_data_that_has_moved_is_not(run, tmp_path):
     for k in range(8):
@@ -875,6 +876,7 @@ def test_the_log_says_how_fast_it_was(straight):
         assert line["share_of_peak"] == pytest.approx(line["tflops"], rel=1e-4)
 
 
+@pytest.mark.slow
 @needs_fork
 def test_previews_are_made_once_and_again_when_lost(run, tmp_path):
     flags = ["--sample_every=6", "--steps=6", "--model.timesteps=10"]        # fewer than a preview's steps
