@@ -260,6 +260,14 @@ def test_a_disk_without_locks_is_a_note(tmp_path, monkeypatch, capfd):
         assert "cannot be locked" in capfd.readouterr().err
 
 
+def test_the_lock_of_another_user_is_an_error(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+    monkeypatch.setattr(checkpoint.FileLock, "acquire", fail)
+    with pytest.raises(UserError, match="cannot lock the run folder .*Permission denied.*another --out"):
+        checkpoint.lock(tmp_path)
+
+
 def test_windows_does_not_flush_folders(tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(os, "name", "nt")

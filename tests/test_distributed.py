@@ -4,6 +4,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -171,3 +172,18 @@ def test_only_a_gpu_wants_pinned_memory():
         m.setattr(distributed, "Tensor", SimpleNamespace)
         assert distributed.pin_memory({"image": tensor, "caption": ["a"]}, cuda) == {"image": None, "caption": ["a"]}
     assert seen == ["pinned"]
+
+
+def test_outside_of_the_main_thread_signals_are_left_alone():
+    handlers, failed = [signal.getsignal(s) for s in distributed.SIGNALS], []
+
+    def work():
+        try:
+            with distributed.Stop(verbose=False):
+                pass
+        except ValueError as e:
+            failed.append(e)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert not failed and [signal.getsignal(s) for s in distributed.SIGNALS] == handlers

@@ -607,8 +607,9 @@ def test_a_measurement_that_fails_during_training_is_a_line_in_the_log(tmp_path,
     assert "evaluation_failed" not in third and any(key.startswith("fid") for key in third)
 
 
-def test_processes_without_broken_images_stop_with_those_that_have_some(few, monkeypatch):
-    meet, given = Barrier(3), {}
+def add_up_over(world):
+    """all_reduce_sum for `world` threads that stand for processes."""
+    meet, given = Barrier(world), {}
 
     def add_up(x, dist):
         given[dist.rank] = x
@@ -616,7 +617,10 @@ def test_processes_without_broken_images_stop_with_those_that_have_some(few, mon
         total = sum(given.values())
         meet.wait(20)
         return total
+    return add_up
 
+
+def test_processes_without_broken_images_stop_with_those_that_have_some(few, monkeypatch):
     def one(rank):
         loaded = counted(lambda indices: torch.from_numpy(images(20)).permute(0, 3, 1, 2)[indices])
         loaded.broken = (0, 2, 1)[rank]
@@ -624,7 +628,7 @@ def test_processes_without_broken_images_stop_with_those_that_have_some(few, mon
             fid.collect(loaded, 20, 5, Few(), set(), distributed.Dist(CPU, rank, 3))
         return rank
 
-    monkeypatch.setattr(distributed, "all_reduce_sum", add_up)
+    monkeypatch.setattr(distributed, "all_reduce_sum", add_up_over(3))
     with ThreadPoolExecutor(3) as pool:
         assert list(pool.map(one, range(3))) == [0, 1, 2]
 
@@ -645,16 +649,7 @@ def test_fewer_than_two_values_are_no_mean(values):
 
 
 def test_three_processes_one_of_them_without_values_give_what_one_does(monkeypatch):
-    meet, given = Barrier(3), {}
-
-    def add_up(x, dist):
-        given[dist.rank] = x
-        meet.wait(20)
-        total = sum(given.values())
-        meet.wait(20)
-        return total
-
-    monkeypatch.setattr(distributed, "all_reduce_sum", add_up)
+    monkeypatch.setattr(distributed, "all_reduce_sum", add_up_over(3))
     parts = [1.0, 2.0, 4.0, 8.0], [], [16.0, 32.0, 64.5]
     with ThreadPoolExecutor(3) as pool:
         got = list(pool.map(lambda rank: mean_over(parts[rank], distributed.Dist(CPU, rank, 3)), range(3)))

@@ -196,6 +196,8 @@ def test_parts_of_a_data_set_are_no_classes(tmp_path):
         ImageFolder(tmp_path, 16)
     assert ImageFolder(tmp_path / "train", 16).classes == ["ant", "bee"]
     assert len(ImageFolder(tmp_path, 16, annotated=False)) == 4
+    with pytest.raises(UserError, match="which are splits.*--data=.*/train$"):      # --check says the same
+        data.check(str(tmp_path), 16)
 
 
 def test_only_the_first_unreadable_files_are_named(tmp_path, capsys):

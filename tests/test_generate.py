@@ -311,6 +311,14 @@ def test_a_file_without_captions_is_an_error(tmp_path, runs, content, says):
     assert not list(out.glob("samples/*"))
 
 
+@pytest.mark.parametrize("flags, says", [
+    (["--name=../x"], "file name without folders"),
+    (["--pretrained=DiT.pt", "--ema_file=weights-ema0.08.safetensors"], "give one of them")])
+def test_options_that_would_be_ignored_or_leave_the_folder_are_errors(runs, flags, says):
+    with pytest.raises(UserError, match=says):
+        sample.main([f"--out={runs['text']}", "--threads=1", "--prompt=a red ring", *flags])
+
+
 FORK = """import os, sys, sample
 for rank in range(2):
     if not os.fork():
